@@ -1,0 +1,209 @@
+"""Turning a model's layers into captured layers and back."""
+
+import fnmatch
+import math
+
+import keras
+
+from keras_ngd import backend, layers
+from keras_ngd.layers.captured import Captured
+from keras_ngd.optimizers.blocks import Block, Group
+from keras_ngd.optimizers.natural_gradient import NaturalGradient
+from keras_ngd.report import CaptureReport, LayerReport
+from keras_ngd.statistics import Statistics
+
+CAPTURED_KINDS = {kind.plain: kind for kind in (layers.Dense, layers.Conv1D, layers.Conv2D, layers.Conv3D)}
+WRAPPERS = (keras.layers.Wrapper, keras.layers.Bidirectional, keras.layers.RNN)
+
+
+def capture(model, optimizer, skip=None):
+    """Makes a model's layers record what a natural-gradient optimizer needs, in place.
+
+    `Dense`, `Conv1D`, `Conv2D` and `Conv3D` layers, at any depth of nested models and layers, become their
+    `keras_ngd.layers` counterparts and gain a small sub-layer of statistics weights. The model stays the same object with the
+    same weights and results. All other layers train by the plain update rule; so do these, with the reason in the report:
+
+    - layers inside wrappers and recurrent layers (`TimeDistributed`, `Bidirectional`, `RNN`), which call them in loops;
+    - subclasses of the captured kinds, whose `call` may compute something else;
+    - layers that share their kernel with another layer, since the gradient is a sum that no single block describes;
+    - layers that are not trainable when captured: unfreeze them, then capture again with a new optimizer;
+    - quantized layers and layers with LoRA enabled.
+
+    A layer called several times per step is captured; its calls count like positions. A mask on the input of
+    `Dense` takes the hidden positions out of its statistics. `sample_weight` scales the gradients, hence `G`, and
+    leaves `A` as it is. Layers frozen after capture and before training are left to Keras: nothing of theirs is trained.
+
+    Call it before `model.compile`. Calling it again replaces what was recorded before.
+
+    Args:
+        model: a built Functional, Sequential or subclassed `keras.Model`.
+        optimizer: a `keras_ngd` optimizer not yet used, or the name of one (`"keras_ngd>KFAC"`).
+        skip: layers to leave out: a name, a path or a pattern (`"block1_*"`), a list of these, or a function of the layer
+            that returns True for layers to leave out. Default None.
+
+    Returns:
+        A `CaptureReport`.
+
+    Raises:
+        TypeError: if `model` or `optimizer` is of the wrong kind.
+        ValueError: if the model is not built, the optimizer is in use, no layer can be captured, a pattern matches no
+            layer, or layers compute in float16 without a static loss scale.
+    """
+    backend.name()
+    if not isinstance(model, keras.Model):
+        raise TypeError(f"`model` must be a keras.Model. Received: {model!r}")
+    if isinstance(optimizer, (str, dict)):
+        optimizer = keras.optimizers.get(optimizer)
+    if not isinstance(optimizer, NaturalGradient):
+        raise TypeError(f"`optimizer` must be a keras_ngd optimizer, such as keras_ngd.KFAC(...). Received: {optimizer!r}")
+    if optimizer.built:
+        raise ValueError(
+            f"Optimizer {optimizer.name!r} is already in use: its variables are those of the model before this capture. Capture "
+            "with a new optimizer."
+        )
+    found = list(_layers_with_weights(model))
+    _check_built(model, found)
+    skipped = _skipper(skip, [layer for layer, _ in found])
+    owners = _owners(found)
+    decisions = [(layer, skipped(layer) or _reason_against(layer, wrapper, owners)) for layer, wrapper in found]
+    if all(reason for _, reason in decisions):
+        report = CaptureReport([LayerReport(la.path, type(la).__name__, reason=reason) for la, reason in decisions])
+        raise ValueError(f"No layer of model {model.name!r} can be captured, so {optimizer.name} would be plain SGD:\n{report}")
+    _check_float16(optimizer, [layer for layer, reason in decisions if not reason])
+    entries = []
+    for layer, reason in decisions:
+        if reason:
+            _release_layer(layer)
+            entries.append(LayerReport(layer.path, type(layer).__name__, reason=reason))
+        else:
+            layer.__class__ = CAPTURED_KINDS.get(type(layer), type(layer))
+            layer.attach_statistics(optimizer.make_statistics())
+            entries.append(_describe(layer, optimizer))
+    _forget_compiled_functions(model)
+    return CaptureReport(entries)
+
+
+def release(model):
+    """Turns captured layers back into plain Keras layers, in place; weights and results stay.
+
+    Layers written as `keras_ngd.layers` in the first place keep their class and lose their statistics.
+    """
+    if not isinstance(model, keras.Model):
+        raise TypeError(f"`model` must be a keras.Model. Received: {model!r}")
+    for layer, _ in list(_layers_with_weights(model)):
+        _release_layer(layer)
+    _forget_compiled_functions(model)
+
+
+def _release_layer(layer):
+    if not isinstance(layer, Captured):
+        return
+    layer.detach_statistics()
+    if type(layer) in CAPTURED_KINDS.values():
+        layer.__class__ = type(layer).plain
+
+
+def _layers_with_weights(layer, wrapper=None, seen=None):
+    """Yields every layer below `layer` that owns weights (or may), once, with the outermost wrapper it is inside of."""
+    seen = set() if seen is None else seen
+    if wrapper is None and isinstance(layer, WRAPPERS):
+        wrapper = layer
+    for sub in layer._layers:
+        if id(sub) in seen or isinstance(sub, (Statistics, keras.Metric)):
+            continue
+        seen.add(id(sub))
+        if _own_weights(sub) or isinstance(sub, tuple(CAPTURED_KINDS)):
+            yield sub, wrapper
+        yield from _layers_with_weights(sub, wrapper, seen)
+
+
+def _own_weights(layer):
+    return layer._trainable_variables + layer._non_trainable_variables
+
+
+def _check_built(model, found):
+    unbuilt = [layer.name for layer, _ in found if not layer.built]
+    if not model.built or unbuilt:
+        what = f"its layer {unbuilt[0]!r} has" if model.built else "it has"
+        raise ValueError(
+            f"Model {model.name!r} is not built ({what} no weights yet), so its layers' shapes are unknown. Call it on a batch "
+            "of data, or `model.build(input_shape)`, before `capture`."
+        )
+
+
+def _skipper(skip, candidates):
+    if callable(skip):
+        return lambda layer: "left out by `skip`" if skip(layer) else ""
+    patterns = [skip] if isinstance(skip, str) else list(skip or [])
+
+    def matches(layer, pattern):
+        return fnmatch.fnmatchcase(layer.name, pattern) or fnmatch.fnmatchcase(layer.path, pattern)
+
+    for pattern in patterns:
+        if not isinstance(pattern, str):
+            raise TypeError(f"`skip` takes names, patterns or a function of the layer. Received: {pattern!r}")
+        if not any(matches(layer, pattern) for layer in candidates):
+            names = ", ".join(layer.path for layer in candidates)
+            raise ValueError(f"`skip` names {pattern!r}, which matches no layer with weights. There are: {names}")
+    return lambda layer: "left out by `skip`" if any(matches(layer, p) for p in patterns) else ""
+
+
+def _owners(found):
+    """The layers that own each variable, by the variable's identity."""
+    owners = {}
+    for layer, _ in found:
+        for variable in _own_weights(layer):
+            owners.setdefault(id(variable), []).append(layer)
+    return owners
+
+
+def _reason_against(layer, wrapper, owners):
+    """Why a layer is not captured, or an empty string."""
+    if type(layer) not in CAPTURED_KINDS and type(layer) not in CAPTURED_KINDS.values():
+        for kind in CAPTURED_KINDS:
+            if isinstance(layer, kind):
+                return f"a subclass of {kind.__name__}: its call may compute something else"
+        return "not a captured kind"
+    if wrapper is not None:
+        return f"inside {type(wrapper).__name__} {wrapper.name!r}, which calls it in its own way"
+    if getattr(layer, "quantization_mode", None) is not None:
+        return "quantized"
+    if layer.lora_enabled:
+        return "LoRA is enabled: its kernel is not what is trained"
+    if not layer.trainable or not layer._kernel.trainable:
+        return "not trainable: unfreeze it, then capture again"
+    if layer.use_bias and not layer.bias.trainable:
+        return "its bias is not trainable, its kernel is"
+    sharing = [other for other in owners[id(layer._kernel)] if other is not layer]
+    if sharing:
+        return f"shares its kernel with {sharing[0].path!r}"
+    return ""
+
+
+def _check_float16(optimizer, captured):
+    if optimizer.loss_scale_factor is not None:
+        return
+    for layer in captured:
+        if layer.compute_dtype == "float16":
+            raise ValueError(
+                f"Layer {layer.path!r} computes in float16, where Keras scales the loss dynamically; the statistics would carry "
+                "the square of a scale the optimizer is not told. Use the `mixed_bfloat16` policy, or "
+                "keras_ngd.KFAC(..., loss_scale_factor=1024.0) with model.compile(..., auto_scale_loss=False)."
+            )
+
+
+def _describe(layer, optimizer):
+    block = Block(layer.path, layer._kernel, layer.bias, layer.statistics)
+    averages = layer.statistics.averages
+    itemsize = 8 if averages[0].dtype == "float64" else 4
+    shapes = tuple(tuple(v.shape[1:] if v.shape[0] == 1 else v.shape) for v in averages)
+    size = itemsize * sum(math.prod(v.shape) for v in averages)
+    kind = type(layer).plain.__name__
+    return LayerReport(layer.path, kind, shapes, size + optimizer.make_curvature(Group([block])).bytes)
+
+
+def _forget_compiled_functions(model):
+    """Functions traced before have the plain layers in them."""
+    for sub in model._flatten_layers():
+        if isinstance(sub, keras.Model):
+            sub.train_function = sub.test_function = sub.predict_function = None

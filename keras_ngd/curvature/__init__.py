@@ -1,0 +1,5 @@
+"""Approximations of a layer's Fisher block: what is kept of it, and how a gradient is preconditioned with it."""
+
+from keras_ngd.curvature.kronecker import KroneckerCurvature
+
+__all__ = ["KroneckerCurvature"]

@@ -1,0 +1,135 @@
+"""The Kronecker-factored Fisher block, `F ~ A (x) G`, of all layers of one shape at once."""
+
+from keras import ops
+
+from keras_ngd import backend
+from keras_ngd.linalg import inverse
+
+INVERSES = ("auto", "cholesky", "newton-schulz", "eigen")
+DAMPING_MODES = ("pi", "sqrt", "factor", "exact")
+
+
+def mean_eigenvalues(factors):
+    """`tr(X) / d` of each matrix of `[k, d, d]`."""
+    return ops.trace(factors, axis1=1, axis2=2) / factors.shape[-1]
+
+
+def factor_dampings(mean_a, mean_g, damping, mode):
+    """What to add to the diagonals of `A` and `G`.
+
+        pi:      pi sqrt(damping) and sqrt(damping) / pi,   pi = sqrt((tr A / dA) / (tr G / dG))
+        sqrt:    sqrt(damping) on both
+        factor:  damping on both
+
+    (Martens & Grosse 2015, section 6.3; THOR, eq. 6, for `factor`.) With pi the result does not depend on how a
+    constant is shared between A and G. pi is 1 where it cannot be told.
+
+    Args:
+        mean_a, mean_g: `[k]`, the mean eigenvalues of the factors.
+        damping: scalar.
+        mode: `"pi"`, `"sqrt"` or `"factor"`.
+
+    Returns:
+        Two tensors `[k]`.
+    """
+    damping = ops.cast(damping, mean_a.dtype)
+    if mode == "factor":
+        return damping * ops.ones_like(mean_a), damping * ops.ones_like(mean_g)
+    root = ops.sqrt(damping)
+    if mode == "sqrt":
+        return root * ops.ones_like(mean_a), root * ops.ones_like(mean_g)
+    tiny = 1e-30
+    known = (mean_a > tiny) & (mean_g > tiny) & ops.isfinite(mean_a) & ops.isfinite(mean_g)
+    pi = ops.sqrt(ops.where(known, mean_a, 1.0) / ops.where(known, mean_g, 1.0))
+    return root * pi, root / pi
+
+
+class KroneckerCurvature:
+    """Damped inverse Kronecker factors of `k` blocks of one shape, kept stacked.
+
+    With `"cholesky"` and `"newton-schulz"` the state is `(A + dA I)^-1` and `(G + dG I)^-1` as of the last refresh, and
+
+        P = (A + dA I)^-1 V (G + dG I)^-1 ;
+
+    with `"eigen"` it is the eigenvectors and eigenvalues of both factors, the damping follows its schedule at every step, and
+
+        P = QA [ (QA^T V QG) / D ] QG^T,    D = (lA + dA)(lG + dG)^T,   or   lA lG^T + damping   for damping mode "exact".
+
+    Before the first refresh P = V (with "eigen": V divided by a constant). A refresh that fails keeps the previous
+    state.
+
+    Args:
+        count: `k`.
+        input_dim, output_dim: sizes of A and G.
+        dtype: of the factors.
+        inverse_method: one of `INVERSES`.
+        damping_mode: one of `DAMPING_MODES`; `"exact"` needs `"eigen"`.
+    """
+
+    def __init__(self, count, input_dim, output_dim, dtype, inverse_method, damping_mode):
+        self.count, self.input_dim, self.output_dim, self.dtype = count, input_dim, output_dim, dtype
+        self.inverse_method, self.damping_mode = inverse_method, damping_mode
+
+    def build(self, add_variable):
+        """Creates the state with `add_variable(shape, initializer, dtype, name)`."""
+
+        def identity(shape, dtype=None):
+            return ops.broadcast_to(ops.eye(shape[-1], dtype=dtype), shape)
+
+        suffix = f"{self.input_dim}_{self.output_dim}"
+        self.variables = []
+        for side, size in (("input", self.input_dim), ("output", self.output_dim)):
+            kinds = ("eigenvectors", "eigenvalues") if self.inverse_method == "eigen" else ("inverse",)
+            for kind in kinds:
+                shape = (self.count, size) if kind == "eigenvalues" else (self.count, size, size)
+                initializer = "ones" if kind == "eigenvalues" else identity
+                self.variables.append(add_variable(shape, initializer, self.dtype, f"{side}_{kind}_{suffix}"))
+
+    @property
+    def bytes(self):
+        """Size of the state."""
+        itemsize = 8 if self.dtype == "float64" else 4
+        sizes = self.input_dim**2 + self.output_dim**2
+        if self.inverse_method == "eigen":
+            sizes += self.input_dim + self.output_dim
+        return self.count * sizes * itemsize
+
+    def refresh(self, a, g, damping, state):
+        """New state from the factors `a` and `g`, `[k, d, d]`, and the state in use."""
+        if self.inverse_method == "eigen":
+            return [*self._decompose(a, *state[:2]), *self._decompose(g, *state[2:])]
+        method = self.inverse_method
+        if method == "auto":
+            # Compiled as part of a larger program, XLA's factorizations are slow where LAPACK is not called; products
+            # are fast everywhere. JAX calls LAPACK on the CPU.
+            products = backend.on_accelerator() or (backend.name() == "tensorflow" and backend.under_xla())
+            method = "newton-schulz" if products else "cholesky"
+        damping_a, damping_g = factor_dampings(mean_eigenvalues(a), mean_eigenvalues(g), damping, self.damping_mode)
+        return [
+            inverse.damped_inverse(a, damping_a, state[0], method),
+            inverse.damped_inverse(g, damping_g, state[1], method),
+        ]
+
+    @staticmethod
+    def _decompose(factors, vectors, values):
+        new_values, new_vectors = ops.linalg.eigh(inverse.symmetrize(factors))
+        good = inverse.all_finite(new_vectors) & ops.all(ops.isfinite(new_values), axis=1)
+        return [
+            ops.where(ops.reshape(good, (-1, 1, 1)), new_vectors, vectors),
+            ops.where(ops.reshape(good, (-1, 1)), ops.maximum(new_values, 0.0), values),
+        ]
+
+    def precondition(self, v, damping, state):
+        """`P` of the gradients `v`, `[k, input_dim, output_dim]`."""
+        if self.inverse_method != "eigen":
+            return backend.matmul(backend.matmul(state[0], v), state[1])
+        vectors_a, values_a, vectors_g, values_g = state
+        if self.damping_mode == "exact":
+            scale = values_a[:, :, None] * values_g[:, None, :] + ops.cast(damping, self.dtype)
+        else:
+            damping_a, damping_g = factor_dampings(
+                ops.mean(values_a, axis=1), ops.mean(values_g, axis=1), damping, self.damping_mode
+            )
+            scale = (values_a + damping_a[:, None])[:, :, None] * (values_g + damping_g[:, None])[:, None, :]
+        rotated = backend.matmul(backend.matmul(vectors_a, v, transpose_a=True), vectors_g) / scale
+        return backend.matmul(backend.matmul(vectors_a, rotated), vectors_g, transpose_b=True)

@@ -1,0 +1,60 @@
+"""What all captured layers share: owning statistics, and saving and loading them with the layer."""
+
+import keras
+
+
+class Captured:
+    """Mixin in front of a Keras layer whose pre-activation passes through a probe.
+
+    Subclasses set `plain` (the Keras layer they extend) and define `_rows()`. A captured layer computes what the plain
+    one does; without statistics it *is* the plain one.
+
+    Args:
+        statistics: the layer's `Statistics`, unattached. Default None: `keras_ngd.capture` attaches them. Set when a
+            saved captured model is loaded.
+    """
+
+    plain = None
+
+    def __init__(self, *args, statistics=None, **kwargs):
+        super().__init__(*args, **kwargs)
+        self.statistics = None
+        self._pending_statistics = statistics
+
+    def build(self, input_shape):
+        super().build(input_shape)
+        pending, self._pending_statistics = self._pending_statistics, None
+        if pending is not None:
+            self.attach_statistics(keras.saving.deserialize_keras_object(pending))
+
+    def attach_statistics(self, statistics):
+        """Makes the built layer record `statistics` from the next trace on."""
+        self.detach_statistics()
+        dtype = "float64" if self.variable_dtype == "float64" else "float32"
+        self._tracker.unlock()
+        try:
+            statistics.attach(self, self._rows(), dtype)
+            self.statistics = statistics
+        finally:
+            self._tracker.lock()
+
+    def detach_statistics(self):
+        """Drops the layer's statistics, if it has any."""
+        statistics = getattr(self, "statistics", None)
+        if statistics is not None:
+            self._tracker.unlock()
+            try:
+                self._layers.remove(statistics)
+                self.statistics = None
+            finally:
+                self._tracker.lock()
+
+    def _rows(self):
+        """The layer's `Rows`."""
+        raise NotImplementedError
+
+    def get_config(self):
+        config = super().get_config()
+        if self.statistics is not None:
+            config["statistics"] = keras.saving.serialize_keras_object(self.statistics)
+        return config

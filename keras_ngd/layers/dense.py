@@ -1,0 +1,32 @@
+"""`keras.layers.Dense` with a probe on its pre-activation."""
+
+import keras
+from keras import ops
+
+from keras_ngd.layers.captured import Captured
+from keras_ngd.layers.probe import probe
+from keras_ngd.layers.rows import DenseRows
+
+
+@keras.saving.register_keras_serializable("keras_ngd")
+class Dense(Captured, keras.layers.Dense):
+    """A `keras.layers.Dense` whose inputs and pre-activation gradients natural-gradient methods observe.
+
+    Same arguments, weights and results as `keras.layers.Dense`. `keras_ngd.capture(model, optimizer)` turns plain layers
+    into this class, and must also be called on models written with it. An input mask takes the hidden positions
+    out of the statistics.
+    """
+
+    plain = keras.layers.Dense
+
+    def _rows(self):
+        return DenseRows(*self._kernel.shape, self.use_bias)
+
+    def call(self, inputs, training=None):
+        if self.statistics is None:
+            return super().call(inputs, training=training)
+        x = ops.matmul(inputs, self.kernel)
+        if self.bias is not None:
+            x = ops.add(x, self.bias)
+        x = probe(x, inputs, self.statistics.rows, self.statistics, getattr(inputs, "_keras_mask", None))
+        return x if self.activation is None else self.activation(x)

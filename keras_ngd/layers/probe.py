@@ -1,0 +1,37 @@
+"""The probe: the identity in the forward pass; in the backward pass, where statistics are taken.
+
+Keras trainers differentiate the loss with respect to every trainable weight, a layer's statistics weights included. The
+probe's custom gradient hands the true gradient on unchanged and emits, as the "gradients" of the statistics weights, their
+new values; weights marked `overwrite_with_gradient` are then overwritten with them, by Keras's own convention. Hence no
+hooks, no custom training loop, and a pure function that XLA compiles.
+"""
+
+from keras import ops
+
+
+def probe(s, x, rows, statistics, weights=None):
+    """Returns `s`, and has `statistics` observe `x` and the gradient of `s` in the backward pass.
+
+    Args:
+        s: the layer's pre-activation.
+        x: the layer's input.
+        rows: the layer's `Rows`.
+        statistics: the layer's `Statistics`.
+        weights: optional row weights (a mask), as `rows` takes them.
+    """
+    x = ops.stop_gradient(x)
+    observed = [x] if weights is None else [x, ops.cast(weights, x.dtype)]
+    state = [ops.convert_to_tensor(v) for v in statistics.trainable_variables]
+    statistics.traced_calls += 1
+
+    @ops.custom_gradient
+    def identity(s, *arguments):
+        def gradient(*args, upstream=None):
+            ds = args[0] if upstream is None else upstream
+            inputs, values = arguments[: len(observed)], arguments[len(observed) :]
+            emitted = statistics.emit(rows, inputs[0], ds, inputs[1] if len(observed) > 1 else None, values)
+            return (ds, *(ops.zeros_like(t) for t in inputs), *emitted)
+
+        return s, gradient
+
+    return identity(s, *observed, *state)

@@ -1,0 +1,195 @@
+"""How layers present their rows: `a`, what the kernel multiplies, and `g`, the gradient of what comes out.
+
+A `Rows` object holds a layer's static geometry and answers the questions statistics ask of one batch. Every answer has
+a leading axis of groups (one, but for grouped convolutions). Rows of `a` end in a one where the layer has a bias, so that
+kernel and bias are one matrix `[groups, input_dim, output_dim]`, the bias its last row.
+"""
+
+import math
+
+from keras import ops
+
+from keras_ngd import backend
+from keras_ngd.linalg import patches
+
+
+def _gram(rows):
+    return backend.matmul(rows, rows, transpose_a=True)
+
+
+class Rows:
+    """Base: the geometry shared by all kinds.
+
+    Args:
+        groups: number of independent blocks the kernel consists of.
+        width: inputs per group, the bias not counted.
+        output_dim: outputs per group.
+        use_bias: whether rows of `a` end in a one.
+        kernel_shape: the kernel variable's shape.
+
+    Attributes:
+        input_dim: `width`, and one for the bias.
+    """
+
+    def __init__(self, groups, width, output_dim, use_bias, kernel_shape):
+        self.groups, self.width, self.output_dim, self.use_bias = groups, width, output_dim, use_bias
+        self.input_dim = width + int(use_bias)
+        self.kernel_shape = tuple(kernel_shape)
+
+    def input_second_moment(self, x, weights=None):
+        """Mean of `a a^T` over the rows (weighted by `weights`, if given): `[groups, input_dim, input_dim]`."""
+        raise NotImplementedError
+
+    def input_means(self, x, weights=None):
+        """Mean of `a` over each example's rows: `[groups, examples, input_dim]`."""
+        raise NotImplementedError
+
+    def gradient_second_moment(self, ds):
+        """Sum of `g g^T` over the rows: `[groups, output_dim, output_dim]`."""
+        raise NotImplementedError
+
+    def gradient_sums(self, ds):
+        """Sum of `g` over each example's rows: `[groups, examples, output_dim]`."""
+        raise NotImplementedError
+
+    def matrix(self, kernel, bias):
+        """A kernel and bias (or their gradients) as one matrix `[groups, input_dim, output_dim]`."""
+        kernel = ops.reshape(kernel, (self.width, self.groups, self.output_dim))
+        if self.groups == 1:
+            kernel = ops.reshape(kernel, (1, self.width, self.output_dim))
+        else:
+            kernel = ops.transpose(kernel, (1, 0, 2))
+        if not self.use_bias:
+            return kernel
+        return ops.concatenate([kernel, ops.reshape(bias, (self.groups, 1, self.output_dim))], axis=1)
+
+    def kernel_and_bias(self, matrix):
+        """The inverse of `matrix`; the bias is None where the layer has none."""
+        bias = ops.reshape(matrix[:, -1], (-1,)) if self.use_bias else None
+        kernel = matrix[:, : self.width]
+        if self.groups > 1:
+            kernel = ops.transpose(kernel, (1, 0, 2))
+        return ops.reshape(kernel, self.kernel_shape), bias
+
+    def _with_bias(self, gram, sums, count):
+        """Borders `[groups, width, width]` sums with the sums of the rows and their number."""
+        if not self.use_bias:
+            return gram
+        column = ops.expand_dims(sums, -1)
+        corner = ops.ones((self.groups, 1, 1), gram.dtype) * count
+        top = ops.concatenate([gram, column], axis=2)
+        return ops.concatenate([top, ops.concatenate([ops.transpose(column, (0, 2, 1)), corner], axis=2)], axis=1)
+
+    def _append_ones(self, rows):
+        return ops.concatenate([rows, ops.ones_like(rows[..., :1])], axis=-1) if self.use_bias else rows
+
+
+class DenseRows(Rows):
+    """Rows of a `Dense` layer: one per position of `[examples, ..., features]`.
+
+    `weights`, of shape `[examples, ...]`, is the mask of its input, if it has one.
+    """
+
+    def __init__(self, inputs, outputs, use_bias):
+        super().__init__(1, inputs, outputs, use_bias, (inputs, outputs))
+
+    def input_second_moment(self, x, weights=None):
+        rows = ops.reshape(x, (-1, self.width))
+        if weights is None:
+            count = ops.cast(ops.shape(rows)[0], rows.dtype)
+        else:
+            weights = ops.cast(ops.reshape(weights, (-1, 1)), rows.dtype)
+            count = ops.maximum(ops.sum(weights), 1.0)
+            rows = rows * weights
+        gram = ops.expand_dims(_gram(rows), 0)
+        return self._with_bias(gram, ops.sum(rows, axis=0, keepdims=True), count) / count
+
+    def input_means(self, x, weights=None):
+        x = ops.reshape(x, (ops.shape(x)[0], -1, self.width))
+        if weights is None:
+            mean = ops.mean(x, axis=1)
+        else:
+            weights = ops.cast(ops.reshape(weights, (ops.shape(x)[0], -1, 1)), x.dtype)
+            mean = ops.sum(x * weights, axis=1) / ops.maximum(ops.sum(weights, axis=1), 1.0)
+        return ops.expand_dims(self._append_ones(mean), 0)
+
+    def gradient_second_moment(self, ds):
+        return ops.expand_dims(_gram(ops.reshape(ds, (-1, self.output_dim))), 0)
+
+    def gradient_sums(self, ds):
+        ds = ops.reshape(ds, (ops.shape(ds)[0], -1, self.output_dim))
+        return ops.expand_dims(ops.sum(ds, axis=1), 0)
+
+
+class ConvolutionRows(Rows):
+    """Rows of a convolution: one per example and output position, each the patch that the kernel sees there.
+
+    A grouped convolution is `groups` independent blocks: each sees its own input channels and makes its own outputs.
+    """
+
+    def __init__(self, kernel_shape, groups, use_bias, strides, dilation, padding, data_format):
+        *kernel, channels, filters = kernel_shape
+        super().__init__(groups, math.prod(kernel) * channels, filters // groups, use_bias, kernel_shape)
+        self.kernel, self.channels = tuple(kernel), channels
+        self.strides, self.dilation, self.padding = tuple(strides), tuple(dilation), padding
+        self.channels_first = data_format == "channels_first"
+
+    @property
+    def _window(self):
+        return self.kernel, self.strides, self.dilation, self.padding
+
+    def _channels_last(self, x):
+        if not self.channels_first:
+            return x
+        return ops.transpose(x, (0, *range(2, len(x.shape)), 1))
+
+    def input_second_moment(self, x, weights=None):
+        x = self._channels_last(x)
+        sums, outputs = None, None
+        if self.groups == 1 and patches.prefers_displacements(x, self.kernel, self.strides, self.dilation):
+            gram = ops.expand_dims(patches.patch_gram(x, self.kernel, self.padding), 0)
+            if self.use_bias:
+                total = ops.sum(x, axis=0, keepdims=True)
+                sums, outputs = patches.patch_sums(total, *self._window)
+                sums = ops.reshape(sums, (1, self.width))
+            else:
+                outputs = math.prod(
+                    patches.pad_and_crop_sizes(*axis, self.padding)[2]
+                    for axis in zip(x.shape[1:-1], *self._window[:3], strict=True)
+                )
+            count = ops.cast(ops.shape(x)[0] * outputs, x.dtype)
+        else:
+            rows = self._unfolded(x)
+            gram, count = _gram(rows), ops.cast(ops.shape(rows)[1], rows.dtype)
+            sums = ops.sum(rows, axis=1)
+        return self._with_bias(gram, sums, count) / count
+
+    def _unfolded(self, x):
+        """Rows without the one, `[groups, examples * outputs, width]`."""
+        if max(self.kernel) == 1 and self.groups == 1:
+            window = (slice(None), *(slice(None, None, s) for s in self.strides))
+            return ops.reshape(x[window], (1, -1, self.width))
+        unfolded = patches.unfold(x, *self._window)
+        if self.groups == 1:
+            return ops.reshape(unfolded, (1, -1, self.width))
+        positions = math.prod(self.kernel)
+        unfolded = ops.reshape(unfolded, (-1, positions, self.groups, self.channels))
+        return ops.reshape(ops.transpose(unfolded, (2, 0, 1, 3)), (self.groups, -1, self.width))
+
+    def input_means(self, x, weights=None):
+        sums, outputs = patches.patch_sums(self._channels_last(x), *self._window)
+        mean = sums / ops.cast(outputs, sums.dtype)
+        mean = ops.reshape(mean, (ops.shape(mean)[0], -1, self.groups, self.channels))
+        mean = ops.reshape(ops.transpose(mean, (2, 0, 1, 3)), (self.groups, -1, self.width))
+        return self._append_ones(mean)
+
+    def _split_filters(self, rows):
+        rows = ops.reshape(rows, (-1, self.groups, self.output_dim))
+        return ops.transpose(rows, (1, 0, 2)) if self.groups > 1 else ops.reshape(rows, (1, -1, self.output_dim))
+
+    def gradient_second_moment(self, ds):
+        return _gram(self._split_filters(self._channels_last(ds)))
+
+    def gradient_sums(self, ds):
+        ds = self._channels_last(ds)
+        return self._split_filters(ops.sum(ds, axis=tuple(range(1, len(ds.shape) - 1))))

@@ -1,0 +1,1 @@
+"""Pure tensor functions; nothing here knows layers, optimizers or workers."""

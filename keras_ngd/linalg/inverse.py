@@ -1,0 +1,115 @@
+"""Inverses of batches of symmetric positive definite matrices."""
+
+import numpy as np
+from keras import ops
+
+from keras_ngd import backend
+
+NEWTON_SCHULZ_STEPS = 6
+_GUARD_STEPS = 8
+_GUARD_RADIUS = 0.9
+_CONVERGED = 1e-3
+_ACCEPTED = 1e-2
+_RETRIES = 3
+
+
+def symmetrize(matrices):
+    """`(X + X^T) / 2` over the last two axes."""
+    return (matrices + ops.swapaxes(matrices, -1, -2)) / 2
+
+
+def add_diagonal(matrices, values):
+    """`matrices[i] + values[i] I`."""
+    return matrices + ops.eye(matrices.shape[-1], dtype=matrices.dtype) * ops.reshape(values, (-1, 1, 1))
+
+
+def all_finite(matrices):
+    """Per matrix, whether all its entries are finite."""
+    return ops.all(ops.isfinite(matrices), axis=(1, 2))
+
+
+def cholesky_inverse(matrices):
+    """`[k, d, d]` inverses by Cholesky factorization; NaN where a matrix is not positive definite."""
+    size = matrices.shape[-1]
+    if size == 1:
+        return ops.where(matrices > 0, 1 / matrices, ops.full_like(matrices, float("nan")))
+    lower = ops.cholesky(matrices)
+    identity = ops.broadcast_to(ops.eye(size, dtype=matrices.dtype), ops.shape(matrices))
+    root = ops.solve_triangular(lower, identity, lower=True)
+    return backend.matmul(root, root, transpose_a=True)
+
+
+def newton_schulz_inverse(matrices, start):
+    """Inverses refined from `start` by `X <- X (2I - M X)`, matrix products only.
+
+    `I - M X` squares in every step, so the iteration converges iff its spectral radius is below 1; a few power steps
+    estimate it before the first, and the size of the last step decides in the end.
+
+    Args:
+        matrices: `[k, d, d]`, symmetric positive definite.
+        start: `[k, d, d]`, inverses of similar matrices.
+
+    Returns:
+        `(inverses, accepted)`: `[k, d, d]` and `[k]`; inverses that are not accepted are meaningless.
+    """
+    size = matrices.shape[-1]
+    vector = np.random.default_rng(size).standard_normal((1, size, 1))
+    vector = ops.broadcast_to(ops.cast(vector / np.linalg.norm(vector), matrices.dtype), (matrices.shape[0], size, 1))
+    radius = ops.zeros((matrices.shape[0],), matrices.dtype)
+    for _ in range(_GUARD_STEPS):
+        vector = vector - backend.matmul(matrices, backend.matmul(start, vector))
+        radius = ops.sqrt(ops.sum(ops.square(vector), axis=(1, 2)))
+        vector = vector / ops.maximum(ops.reshape(radius, (-1, 1, 1)), 1e-30)
+    promising = ops.isfinite(radius) & (radius < _GUARD_RADIUS)
+
+    def unfinished(step, inverses, change):
+        return (step < NEWTON_SCHULZ_STEPS) & ops.any(ops.where(promising, change, 0.0) > _CONVERGED)
+
+    def refine(step, inverses, change):
+        new = 2 * inverses - backend.matmul(inverses, backend.matmul(matrices, inverses))
+        new = symmetrize(new)
+        size_of = ops.sqrt(ops.sum(ops.square(inverses), axis=(1, 2)))
+        return step + 1, new, ops.sqrt(ops.sum(ops.square(new - inverses), axis=(1, 2))) / size_of
+
+    unknown = ops.full((matrices.shape[0],), float("inf"), dtype=matrices.dtype)
+    _, inverses, change = ops.while_loop(unfinished, refine, (ops.convert_to_tensor(0), start, unknown))
+    return inverses, promising & all_finite(inverses) & (change < _ACCEPTED)
+
+
+def damped_inverse(factors, damping, previous, method):
+    """`(factor + damping I)^-1`, or the previous inverse where that fails.
+
+    Where Cholesky meets a matrix that is not positive definite in working precision, it is tried again with ten, a
+    hundred and a thousand times the damping.
+
+    Args:
+        factors: `[k, d, d]`, symmetric positive semi-definite.
+        damping: `[k]`, positive.
+        previous: `[k, d, d]`, the inverses in use: the starting point of `"newton-schulz"`, and what is kept on failure.
+        method: `"cholesky"` or `"newton-schulz"`.
+
+    Returns:
+        `[k, d, d]`, finite and symmetric wherever `previous` is.
+    """
+    factors = symmetrize(factors)
+
+    def factorize():
+        inverses = cholesky_inverse(add_diagonal(factors, damping))
+        good = all_finite(inverses)
+        return ops.cond(ops.all(good), lambda: inverses, lambda: retry(inverses, good))
+
+    def retry(inverses, good):
+        for attempt in range(1, _RETRIES + 1):
+            again = cholesky_inverse(add_diagonal(factors, damping * 10.0**attempt))
+            inverses = ops.where(ops.reshape(good, (-1, 1, 1)), inverses, again)
+            good = all_finite(inverses)
+        return ops.where(ops.reshape(good, (-1, 1, 1)), inverses, previous)
+
+    if method == "cholesky":
+        return factorize()
+    refined, accepted = newton_schulz_inverse(add_diagonal(factors, damping), previous)
+    return ops.cond(
+        ops.all(accepted),
+        lambda: refined,
+        lambda: ops.where(ops.reshape(accepted, (-1, 1, 1)), refined, factorize()),
+    )

@@ -1,0 +1,6 @@
+"""Keras optimizers that precondition the gradient with the captured layers' curvature."""
+
+from keras_ngd.optimizers.kfac import KFAC
+from keras_ngd.optimizers.natural_gradient import NaturalGradient
+
+__all__ = ["KFAC", "NaturalGradient"]

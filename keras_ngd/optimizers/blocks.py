@@ -1,0 +1,75 @@
+"""Pairs the variables an optimizer is given into blocks: kernel, bias and the statistics that describe both."""
+
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import Any
+
+
+@dataclass(frozen=True, eq=False)
+class Block:
+    """One captured layer as the optimizer sees it."""
+
+    layer: str
+    kernel: Any
+    bias: Any
+    statistics: Any
+
+    @property
+    def rows(self):
+        return self.statistics.rows
+
+    @property
+    def shape(self):
+        """`(input_dim, output_dim, dtype)`: blocks of one shape share batched computations."""
+        return self.rows.input_dim, self.rows.output_dim, self.statistics.averages[0].dtype
+
+
+@dataclass(eq=False)
+class Group:
+    """All blocks of one shape, and their curvature."""
+
+    blocks: list = field(default_factory=list)
+    curvature: Any = None
+
+    @property
+    def count(self):
+        return sum(block.rows.groups for block in self.blocks)
+
+
+def find_blocks(variables, key):
+    """The blocks among `variables`, in their order; `key` gives a variable's identity.
+
+    Raises:
+        ValueError: where a layer's statistics are among the variables but its kernel or bias is not.
+    """
+    known = {key(v) for v in variables}
+    blocks, seen = [], set()
+    for variable in variables:
+        statistics = getattr(variable, "keras_ngd_statistics", None)
+        if statistics is None or id(statistics) in seen:
+            continue
+        seen.add(id(statistics))
+        layer = statistics.owner
+        block = Block(layer.path, layer._kernel, layer.bias if layer.use_bias else None, statistics)
+        for part in (block.kernel, block.bias):
+            if part is not None and key(part) not in known:
+                raise ValueError(
+                    f"Layer {layer.path!r} was captured, but its variable {part.path!r} is not trainable. Set "
+                    "`trainable` on whole layers, and call `keras_ngd.capture(model, optimizer)` again with a new optimizer."
+                )
+        blocks.append(block)
+    return blocks
+
+
+class Layout:
+    """The blocks of a model, and the same blocks grouped by shape, in order of first appearance."""
+
+    def __init__(self, blocks=()):
+        self.blocks = list(blocks)
+
+    @cached_property
+    def groups(self):
+        groups = {}
+        for block in self.blocks:
+            groups.setdefault(block.shape, Group()).blocks.append(block)
+        return list(groups.values())

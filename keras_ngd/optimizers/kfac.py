@@ -1,0 +1,125 @@
+"""KFAC: Kronecker-factored approximate curvature."""
+
+import keras
+from keras import ops
+
+from keras_ngd.curvature import KroneckerCurvature
+from keras_ngd.curvature.kronecker import DAMPING_MODES, INVERSES
+from keras_ngd.optimizers.natural_gradient import NaturalGradient
+from keras_ngd.statistics import KroneckerStatistics
+
+
+@keras.saving.register_keras_serializable("keras_ngd")
+class KFAC(NaturalGradient):
+    """Kronecker-factored approximate curvature, on top of Keras's SGD with momentum.
+
+    For every captured layer with kernel-and-bias gradient `V` (the bias its last row), input factor `A` and output
+    factor `G` (running averages, see `keras_ngd.statistics.KroneckerStatistics`):
+
+        P  = (A + dA I)^-1 V (G + dG I)^-1
+        P <- nu P,      nu = min(1, sqrt(kl_clip / (learning_rate^2 |sum over layers of <P, V>|)))
+        m <- momentum m - learning_rate P;      W <- W + m
+
+    All other variables take the same step with their plain gradient.
+
+    ```python
+    optimizer = keras_ngd.KFAC(learning_rate=0.05, damping=0.01)
+    keras_ngd.capture(model, optimizer)
+    model.compile(optimizer=optimizer, loss="sparse_categorical_crossentropy")
+    model.fit(x, y)
+    ```
+
+    Args:
+        learning_rate: float, `LearningRateSchedule` or callable. Default 0.05.
+        damping: positive float or `LearningRateSchedule`: what is added to the curvature, in its units (loss per squared
+            weight). Default 0.01.
+        momentum: float in [0, 1). Default 0.9.
+        factor_decay: float in [0, 1): how much of the factors' running average an update keeps. The average has no
+            start-up bias. Default 0.95.
+        factor_interval: int or schedule: steps between updates of the factors. Default 10.
+        inverse_interval: int or schedule: steps between refreshes of the inverses. Default 100.
+        inverse: how the factors are inverted. `"cholesky"`; `"newton-schulz"` (matrix products only, warm-started from
+            the last inverse, falling back to Cholesky where that does not converge); `"eigen"` (eigendecompositions: the
+            damping may change between refreshes; twice the preconditioning cost); `"auto"` (default): `"newton-schulz"`
+            on accelerators and where TensorFlow compiles the step with XLA, `"cholesky"` otherwise.
+        damping_mode: what the damping is added to. `"pi"` (default): `dA = pi sqrt(damping)`, `dG = sqrt(damping) / pi`, with
+            `pi^2` the ratio of the factors' mean eigenvalues; `"sqrt"`: both `sqrt(damping)`; `"factor"`: both `damping`;
+            `"exact"` (with `inverse="eigen"` only): the damping is added to `A (x) G` itself.
+        weight_sharing: `"expand"` (default) or `"reduce"`: how the positions of convolutions and sequences count.
+        losses_per_example: number of loss values an example contributes to the mean. Default 1; the number of
+            positions for a loss averaged over positions.
+        statistics_fraction: in (0, 1]: the share of each batch the factors are estimated from. Default 1.
+        kl_clip: positive float, or None for none. Default 1e-3.
+        **kwargs: all other arguments of `keras.optimizers.SGD` (`weight_decay` is decoupled; `clipnorm` and its
+            kin clip the preconditioned gradient), except `gradient_accumulation_steps`.
+
+    Attributes:
+        skipped_statistics, skipped_steps: how often something was not finite; see `NaturalGradient`.
+
+    Reference:
+        - [Martens & Grosse, 2015](https://arxiv.org/abs/1503.05671)
+        - [Grosse & Martens, 2016](https://arxiv.org/abs/1602.01407) for convolutions
+        - [Ba et al., 2017](https://openreview.net/forum?id=SkkTMpjex) for the KL clip
+    """
+
+    def __init__(
+        self,
+        learning_rate=0.05,
+        damping=0.01,
+        momentum=0.9,
+        factor_decay=0.95,
+        factor_interval=10,
+        inverse_interval=100,
+        inverse="auto",
+        damping_mode="pi",
+        weight_sharing="expand",
+        losses_per_example=1,
+        statistics_fraction=1.0,
+        kl_clip=1e-3,
+        name="kfac",
+        **kwargs,
+    ):
+        if inverse not in INVERSES:
+            raise ValueError(f"`inverse` must be one of {INVERSES}. Received: inverse={inverse!r}")
+        if damping_mode not in DAMPING_MODES:
+            raise ValueError(f"`damping_mode` must be one of {DAMPING_MODES}. Received: damping_mode={damping_mode!r}")
+        if damping_mode == "exact" and inverse != "eigen":
+            raise ValueError(f"`damping_mode='exact'` needs `inverse='eigen'`. Received: inverse={inverse!r}")
+        KroneckerStatistics(weight_sharing, losses_per_example, statistics_fraction)
+        super().__init__(
+            learning_rate=learning_rate,
+            damping=damping,
+            momentum=momentum,
+            factor_decay=factor_decay,
+            factor_interval=factor_interval,
+            inverse_interval=inverse_interval,
+            kl_clip=kl_clip,
+            name=name,
+            **kwargs,
+        )
+        self.inverse, self.damping_mode = inverse, damping_mode
+        self.weight_sharing, self.losses_per_example = weight_sharing, losses_per_example
+        self.statistics_fraction = statistics_fraction
+
+    def make_statistics(self):
+        return KroneckerStatistics(self.weight_sharing, self.losses_per_example, self.statistics_fraction)
+
+    def make_curvature(self, group):
+        return KroneckerCurvature(group.count, *group.blocks[0].shape, self.inverse, self.damping_mode)
+
+    def curvature_input(self, averages, calls):
+        # G is made of squared gradients: a loss scale enters squared. What is averaged is its mean over the calls.
+        a, g = averages
+        scale = self.loss_scale_factor or 1.0
+        return a, g * ops.cast(calls, g.dtype) / scale**2
+
+    def get_config(self):
+        config = super().get_config()
+        config.update(
+            inverse=self.inverse,
+            damping_mode=self.damping_mode,
+            weight_sharing=self.weight_sharing,
+            losses_per_example=self.losses_per_example,
+            statistics_fraction=self.statistics_fraction,
+        )
+        return config

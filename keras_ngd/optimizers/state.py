@@ -1,0 +1,50 @@
+"""Saving and loading of optimizer state without ever losing any of it."""
+
+import numpy as np
+
+
+class StrictState:
+    """Mixin: loading a state that does not match is an error, and one loaded too early waits for `build`.
+
+    Keras matches optimizer variables by position and, where their number differs, warns and goes on with none of them:
+    second-order state would be lost in silence.
+    """
+
+    _pending_state = None
+
+    def load_own_variables(self, store):
+        """Restores the optimizer's variables from a checkpoint.
+
+        Raises:
+            ValueError: if the number or a shape of the variables is not what this optimizer has.
+        """
+        state = {key: np.array(store[key]) for key in store.keys()}
+        if not self.built:
+            self._pending_state = state
+            return
+        self._assign_state(state)
+
+    def _restore_pending(self):
+        state, self._pending_state = self._pending_state, None
+        if state is not None:
+            self._assign_state(state)
+
+    def _assign_state(self, state):
+        variables = self.variables
+        advice = (
+            "The checkpoint was written by another optimizer, with other settings, or for a model captured differently; "
+            "its state cannot be used. Recreate the optimizer and the capture as they were."
+        )
+        if len(state) != len(variables):
+            raise ValueError(
+                f"Optimizer {self.name!r} has {len(variables)} variables but the checkpoint has {len(state)}. {advice}"
+            )
+        for i, variable in enumerate(variables):
+            if str(i) not in state or state[str(i)].shape != tuple(variable.shape):
+                found = state[str(i)].shape if str(i) in state else "nothing"
+                raise ValueError(
+                    f"Optimizer variable {variable.path!r} (number {i}) has shape {tuple(variable.shape)} but the checkpoint "
+                    f"has {found}. {advice}"
+                )
+        for i, variable in enumerate(variables):
+            variable.assign(state[str(i)])

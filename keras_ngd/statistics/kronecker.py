@@ -1,0 +1,79 @@
+"""Kronecker factors of a layer's Fisher block."""
+
+import keras
+from keras import ops
+
+from keras_ngd import backend
+from keras_ngd.statistics.statistics import Statistics
+
+WEIGHT_SHARING = ("expand", "reduce")
+
+
+@keras.saving.register_keras_serializable("keras_ngd")
+class KroneckerStatistics(Statistics):
+    """The factors `A` (inputs) and `G` (gradients) of a layer's Fisher block `F ~ A (x) G`.
+
+    With `a` the rows of the input (a one appended if there is a bias), `g` the gradient of the mean loss with respect to
+    the pre-activation, and `N` the number of loss values averaged:
+
+        expand:  A = mean over rows of a a^T,                  G = N * sum over rows of g g^T
+        reduce:  A = mean over examples of abar abar^T,        G = N * sum over examples of gsum gsum^T
+                 with abar the mean, gsum the sum over an example's positions
+
+    (Martens & Grosse 2015; Grosse & Martens 2016 for convolutions, whose Omega (x) Gamma is `expand`; Eschenhagen et
+    al. 2023 for the two treatments of shared weights.) Rows hidden by a mask do not count in `A`. A layer called
+    several times per step has the mean over the calls of `A` and `N` times the sum of `g g^T`.
+
+    Args:
+        weight_sharing: `"expand"` (default) or `"reduce"`.
+        losses_per_example: `N` is the batch size times this. Default 1, right for one loss value per example; set the
+            number of positions for a loss averaged over positions too.
+        statistics_fraction: in (0, 1], the leading share of each batch's examples that is observed (at least one).
+            Batches are shuffled, so the factors stay unbiased; their cost falls with it. Default 1.
+    """
+
+    def __init__(self, weight_sharing="expand", losses_per_example=1, statistics_fraction=1.0, **kwargs):
+        if weight_sharing not in WEIGHT_SHARING:
+            raise ValueError(f"`weight_sharing` must be one of {WEIGHT_SHARING}. Received: {weight_sharing!r}")
+        if isinstance(losses_per_example, bool) or not losses_per_example > 0:
+            raise ValueError(f"`losses_per_example` must be a number above 0. Received: {losses_per_example!r}")
+        if isinstance(statistics_fraction, bool) or not 0 < statistics_fraction <= 1:
+            raise ValueError(f"`statistics_fraction` must be in (0, 1]. Received: {statistics_fraction!r}")
+        super().__init__(**kwargs)
+        self.weight_sharing = weight_sharing
+        self.losses_per_example = losses_per_example
+        self.statistics_fraction = float(statistics_fraction)
+
+    def create(self, rows, dtype):
+        self.input_factor = self._add("input_factor", (rows.groups, rows.input_dim, rows.input_dim), "zeros", dtype)
+        self.output_factor = self._add("output_factor", (rows.groups, rows.output_dim, rows.output_dim), "zeros", dtype)
+        return [self.input_factor, self.output_factor]
+
+    def observe(self, rows, x, ds, weights):
+        dtype = self.input_factor.dtype
+        examples = ops.cast(ops.shape(x)[0], dtype)
+        divisor = examples * self.losses_per_example
+        if self.statistics_fraction < 1:
+            kept = ops.maximum(ops.cast(ops.floor(examples * self.statistics_fraction), "int32"), 1)
+            kept = kept if x.shape[0] is None else max(int(x.shape[0] * self.statistics_fraction), 1)
+            x, ds = x[:kept], ds[:kept]
+            weights = None if weights is None else weights[:kept]
+            divisor = divisor * examples / ops.cast(kept, dtype)
+        x, ds = ops.cast(x, dtype), ops.cast(ds, dtype)
+        if self.weight_sharing == "expand":
+            a, g = rows.input_second_moment(x, weights), rows.gradient_second_moment(ds)
+        else:
+            means, sums = rows.input_means(x, weights), rows.gradient_sums(ds)
+            a = backend.matmul(means, means, transpose_a=True) / ops.cast(ops.shape(means)[1], dtype)
+            g = backend.matmul(sums, sums, transpose_a=True)
+        g = g * divisor
+        # An entry that is not finite makes a diagonal entry of its row not finite, since these are sums of squares.
+        return (a, g), ops.sum(ops.trace(a, axis1=1, axis2=2)) + ops.sum(ops.trace(g, axis1=1, axis2=2))
+
+    def get_config(self):
+        return {
+            **super().get_config(),
+            "weight_sharing": self.weight_sharing,
+            "losses_per_example": self.losses_per_example,
+            "statistics_fraction": self.statistics_fraction,
+        }

@@ -1,0 +1,110 @@
+"""The sub-layer of a captured layer that owns its statistics weights."""
+
+import weakref
+
+import keras
+from keras import ops
+
+
+class Statistics(keras.layers.Layer):
+    """Running averages of what one layer sees, updated in the backward pass.
+
+    Subclasses add the averaged weights (`create`) and observe one batch (`observe`). The average itself is taken here, in
+    the probe: `average <- (1 - gate) average + gate observed`. That keeps it one chain of in-place updates: a closed
+    gate costs nothing, and nothing of the averages' size but the averages themselves ever lives. Averages are linear,
+    so a mean over calls or workers of what the probe emits is the average of the means.
+
+    Scalar weights:
+        gate: the weight with which the next batch enters the averages, in (0, 1]; 0 closes the probe. Written by
+            the optimizer; a plain optimizer leaves it at 1.
+        calls: how often the layer was called in the last pass.
+        accepted: how many of these calls were observed; fewer than `calls` if some were not finite.
+
+    All weights are marked `overwrite_with_gradient`, so every Keras optimizer overwrites them with what the probe emits.
+    """
+
+    def __init__(self, **kwargs):
+        kwargs.setdefault("name", "statistics")
+        super().__init__(**{"dtype": "float32", **kwargs})
+        self.rows = None
+        self.traced_calls = 0
+
+    @property
+    def owner(self):
+        """The captured layer these statistics belong to."""
+        return self._owner()
+
+    def attach(self, owner, rows, dtype):
+        """Creates the weights for the layer `owner` of this geometry."""
+        self._owner = weakref.ref(owner)
+        self.rows = rows
+        self._averages = self.create(rows, dtype)
+        self.gate = self._add("gate", (), "ones", "float32")
+        self.calls = self._add("calls", (), "ones", "float32")
+        self.accepted = self._add("accepted", (), "zeros", "float32")
+        self.built = True
+
+    def _add(self, name, shape, initializer, dtype):
+        weight = self.add_weight(
+            name=name,
+            shape=shape,
+            initializer=initializer,
+            dtype=dtype,
+            trainable=True,
+            autocast=False,
+            aggregation="mean",
+            overwrite_with_gradient=True,
+        )
+        weight.keras_ngd_statistics = self
+        return weight
+
+    @property
+    def averages(self):
+        """The averaged weights, in the order of `create`."""
+        return list(self._averages)
+
+    @property
+    def scalars(self):
+        """The scalar weights: gate, calls, accepted."""
+        return [self.gate, self.calls, self.accepted]
+
+    def create(self, rows, dtype):
+        """Adds the averaged weights with `self._add` and returns them."""
+        raise NotImplementedError
+
+    def observe(self, rows, x, ds, weights):
+        """This batch's values of the averaged weights, and a scalar that is not finite if any of them is not."""
+        raise NotImplementedError
+
+    def emit(self, rows, x, ds, weights, values):
+        """New values of all weights from their old `values`: what the probe returns as their gradients."""
+        *averages, gate, calls, _ = values
+        rate = ops.minimum(gate, 1.0)
+
+        def opened():
+            observed, witness = self.observe(rows, x, ds, weights)
+            finite = ops.isfinite(witness)
+            new = []
+            for average, value in zip(averages, observed, strict=True):
+                mixing = ops.cast(rate, average.dtype)
+                new.append(ops.where(finite, (1 - mixing) * average + mixing * value, average))
+            return (*new, ops.cast(finite, "float32"))
+
+        def closed():
+            return (*averages, ops.zeros((), "float32"))
+
+        *new, accepted = ops.cond(gate > 0, opened, closed)
+        # Each call emits its share of the gate, so that over all calls it sums to what it was: emitting nothing would
+        # close every gate after one step under an optimizer that only overwrites.
+        return (*new, gate / ops.maximum(calls, 1.0), ops.ones_like(calls), accepted)
+
+    @property
+    def spec(self):
+        """What distinguishes these statistics from others: its class and arguments, without its name."""
+        config = self.get_config()
+        return (type(self).__name__, {k: v for k, v in config.items() if k not in ("name", "dtype", "trainable")})
+
+    def load_own_variables(self, store):
+        # A plain model's checkpoint has no statistics: they start afresh, as after capture.
+        if store.keys():
+            super().load_own_variables(store)
