@@ -39,8 +39,22 @@ def matmul(a, b, transpose_a=False, transpose_b=False):
     return jnp.matmul(a, b, precision="highest")
 
 
+def cholesky(matrices):
+    """Lower Cholesky factors; NaN where a matrix is not positive definite.
+
+    (`keras.ops.cholesky` stops the program there on TensorFlow, unless XLA compiles it.)
+    """
+    if name() == "tensorflow":
+        import tensorflow as tf
+
+        return tf.linalg.cholesky(matrices)
+    import jax.numpy as jnp
+
+    return jnp.linalg.cholesky(matrices)
+
+
 def filter_gradient(inputs, upstream, kernel_size):
-    """Gradient of a `valid`, stride-1, two-dimensional convolution with respect to its kernel.
+    """TensorFlow's gradient of a `valid`, stride-1, two-dimensional convolution with respect to its kernel.
 
     Args:
         inputs: `[n, h + kernel_size[0] - 1, w + kernel_size[1] - 1, c_in]`.
@@ -51,29 +65,44 @@ def filter_gradient(inputs, upstream, kernel_size):
         `[kernel_size[0], kernel_size[1], c_in, c_out]` with
         `result[u, v] = sum over n, y, x of inputs[n, y + u, x + v, :] upstream[n, y, x, :]^T`.
     """
+    import tensorflow as tf
+
     shape = (*kernel_size, inputs.shape[-1], upstream.shape[-1])
+    return tf.raw_ops.Conv2DBackpropFilter(
+        input=inputs, filter_sizes=shape, out_backprop=upstream, strides=[1, 1, 1, 1], padding="VALID"
+    )
+
+
+def identity_with_gradient(gradient):
+    """The function `(s, *arguments) -> s` whose derivative is `gradient`.
+
+    Args:
+        gradient: takes the gradient of the result and `*arguments`, and returns the gradients of `s` and of each argument.
+    """
     if name() == "tensorflow":
         import tensorflow as tf
 
-        return tf.raw_ops.Conv2DBackpropFilter(
-            input=inputs, filter_sizes=shape, out_backprop=upstream, strides=[1, 1, 1, 1], padding="VALID"
-        )
+        @tf.custom_gradient
+        def identity(s, *arguments):
+            return s, lambda ds: gradient(ds, *arguments)
+
+        return identity
     import jax
 
-    def convolve(kernel):
-        return jax.lax.conv_general_dilated(
-            inputs, kernel, (1, 1), "VALID", dimension_numbers=("NHWC", "HWIO", "NHWC"), precision="highest"
-        )
+    @jax.custom_vjp
+    def identity(s, *arguments):
+        return s
 
-    return jax.linear_transpose(convolve, jax.ShapeDtypeStruct(shape, inputs.dtype))(upstream)[0]
+    identity.defvjp(lambda s, *arguments: (s, arguments), lambda arguments, ds: gradient(ds, *arguments))
+    return identity
 
 
 def under_xla():
     """Whether the computation being traced will be compiled by XLA as a whole."""
     if name() == "jax":
         return True
-    from tensorflow.python.ops import control_flow_util
     import tensorflow as tf
+    from tensorflow.python.ops import control_flow_util
 
     if tf.executing_eagerly():
         return False
@@ -91,13 +120,18 @@ def on_accelerator():
     return bool(tf.config.get_visible_devices("GPU") or tf.config.get_visible_devices("TPU"))
 
 
-def compiled(function):
-    """`function` compiled by XLA by itself where the step around it is not."""
-    if name() == "jax" or under_xla():
-        return function
-    import tensorflow as tf
+def traced_once(function):
+    """`function` of tensors, traced once for each combination of their shapes and dtypes however often it is called.
 
-    return tf.function(function, jit_compile=True, autograph=False)
+    The layers of a deep network come in few shapes, and tracing the operations of one takes longer than running them.
+    """
+    if name() == "tensorflow":
+        import tensorflow as tf
+
+        return tf.function(function, autograph=False)
+    import jax
+
+    return jax.jit(function)
 
 
 def zero_unless(ok, function):
@@ -130,6 +164,33 @@ def zero_unless(ok, function):
 def is_sparse(gradient):
     """Whether a gradient is TensorFlow's `IndexedSlices` (an embedding's), which only the update rule may touch."""
     return hasattr(gradient, "indices") and hasattr(gradient, "values") and hasattr(gradient, "dense_shape")
+
+
+def mask_of(tensor):
+    """The mask that Keras attached to a tensor, or None."""
+    # Not an attribute of the tensor on JAX, whose tracers take none; Keras has no public way to ask.
+    from keras.src.backend import get_keras_mask
+
+    return get_keras_mask(tensor)
+
+
+def sparse_zero_unless(ok, gradient):
+    """The sparse `gradient` where the scalar `ok` holds, one with zero values elsewhere."""
+    import tensorflow as tf
+
+    values = tf.where(ok, gradient.values, tf.zeros_like(gradient.values))
+    return tf.IndexedSlices(values, gradient.indices, gradient.dense_shape)
+
+
+def is_sparse_tensor(x):
+    """Whether a layer's input is a sparse tensor: TensorFlow's `SparseTensor` or JAX's `BCOO`."""
+    if name() == "tensorflow":
+        import tensorflow as tf
+
+        return isinstance(x, tf.SparseTensor)
+    from jax.experimental import sparse
+
+    return isinstance(x, sparse.JAXSparse)
 
 
 def parallel_workers():

@@ -1,5 +1,6 @@
 """Turning a model's layers into captured layers and back."""
 
+import contextlib
 import fnmatch
 import math
 
@@ -35,6 +36,16 @@ def capture(model, optimizer, skip=None):
 
     Call it before `model.compile`. Calling it again replaces what was recorded before.
 
+    A saved captured model is loaded captured, and resumes exactly, if its layers are in its config, as those of Functional and
+    Sequential models are. Subclassed models and custom layers make plain sub-layers anew; to resume these:
+
+    ```python
+    model = keras.models.load_model(path, compile=False)
+    keras_ngd.capture(model, optimizer)
+    model.compile(optimizer=optimizer, ...)
+    model.load_weights(path)
+    ```
+
     Args:
         model: a built Functional, Sequential or subclassed `keras.Model`.
         optimizer: a `keras_ngd` optimizer not yet used, or the name of one (`"keras_ngd>KFAC"`).
@@ -55,29 +66,36 @@ def capture(model, optimizer, skip=None):
     if isinstance(optimizer, (str, dict)):
         optimizer = keras.optimizers.get(optimizer)
     if not isinstance(optimizer, NaturalGradient):
-        raise TypeError(f"`optimizer` must be a keras_ngd optimizer, such as keras_ngd.KFAC(...). Received: {optimizer!r}")
+        raise TypeError(
+            f"`optimizer` must be a keras_ngd optimizer, such as keras_ngd.KFAC(...). Received: {optimizer!r}"
+        )
     if optimizer.built:
         raise ValueError(
             f"Optimizer {optimizer.name!r} is already in use: its variables are those of the model before this capture. Capture "
             "with a new optimizer."
         )
     found = list(_layers_with_weights(model))
-    _check_built(model, found)
     skipped = _skipper(skip, [layer for layer, _ in found])
+    _check_built(model, [layer for layer, _ in found if not skipped(layer)])
     owners = _owners(found)
     decisions = [(layer, skipped(layer) or _reason_against(layer, wrapper, owners)) for layer, wrapper in found]
     if all(reason for _, reason in decisions):
-        report = CaptureReport([LayerReport(la.path, type(la).__name__, reason=reason) for la, reason in decisions])
-        raise ValueError(f"No layer of model {model.name!r} can be captured, so {optimizer.name} would be plain SGD:\n{report}")
+        report = CaptureReport([LayerReport(_path(la), type(la).__name__, reason=reason) for la, reason in decisions])
+        raise ValueError(
+            f"No layer of model {model.name!r} can be captured, so {optimizer.name} would be plain SGD:\n{report}"
+        )
     _check_float16(optimizer, [layer for layer, reason in decisions if not reason])
     entries = []
     for layer, reason in decisions:
         if reason:
             _release_layer(layer)
-            entries.append(LayerReport(layer.path, type(layer).__name__, reason=reason))
+            entries.append(LayerReport(_path(layer), type(layer).__name__, reason=reason))
         else:
             layer.__class__ = CAPTURED_KINDS.get(type(layer), type(layer))
-            layer.attach_statistics(optimizer.make_statistics())
+            with contextlib.ExitStack() as scopes:
+                for name in layer.path.split("/"):
+                    scopes.enter_context(keras.name_scope(name))
+                layer.attach_statistics(optimizer.make_statistics())
             entries.append(_describe(layer, optimizer))
     _forget_compiled_functions(model)
     return CaptureReport(entries)
@@ -86,7 +104,8 @@ def capture(model, optimizer, skip=None):
 def release(model):
     """Turns captured layers back into plain Keras layers, in place; weights and results stay.
 
-    Layers written as `keras_ngd.layers` in the first place keep their class and lose their statistics.
+    So do layers written as `keras_ngd.layers` in the first place: what is saved from a released model loads without this
+    package.
     """
     if not isinstance(model, keras.Model):
         raise TypeError(f"`model` must be a keras.Model. Received: {model!r}")
@@ -121,8 +140,12 @@ def _own_weights(layer):
     return layer._trainable_variables + layer._non_trainable_variables
 
 
-def _check_built(model, found):
-    unbuilt = [layer.name for layer, _ in found if not layer.built]
+def _path(layer):
+    return layer.path or layer.name
+
+
+def _check_built(model, needed):
+    unbuilt = [layer.name for layer in needed if not layer.built]
     if not model.built or unbuilt:
         what = f"its layer {unbuilt[0]!r} has" if model.built else "it has"
         raise ValueError(
@@ -132,18 +155,19 @@ def _check_built(model, found):
 
 
 def _skipper(skip, candidates):
-    if callable(skip):
+    if callable(skip) and not isinstance(skip, keras.layers.Layer):
         return lambda layer: "left out by `skip`" if skip(layer) else ""
-    patterns = [skip] if isinstance(skip, str) else list(skip or [])
+    skip = () if skip is None else skip
+    patterns = list(skip) if isinstance(skip, (list, tuple, set, frozenset)) else [skip]
 
     def matches(layer, pattern):
-        return fnmatch.fnmatchcase(layer.name, pattern) or fnmatch.fnmatchcase(layer.path, pattern)
+        return fnmatch.fnmatchcase(layer.name, pattern) or fnmatch.fnmatchcase(_path(layer), pattern)
 
     for pattern in patterns:
         if not isinstance(pattern, str):
             raise TypeError(f"`skip` takes names, patterns or a function of the layer. Received: {pattern!r}")
         if not any(matches(layer, pattern) for layer in candidates):
-            names = ", ".join(layer.path for layer in candidates)
+            names = ", ".join(map(_path, candidates))
             raise ValueError(f"`skip` names {pattern!r}, which matches no layer with weights. There are: {names}")
     return lambda layer: "left out by `skip`" if any(matches(layer, p) for p in patterns) else ""
 

@@ -55,12 +55,16 @@ class CaptureReport:
         rows = [("layer", "kind", "factors, or why not captured", "bytes")]
         for entry in self.layers:
             shapes = ", ".join("x".join(map(str, shape)) for shape in entry.shapes)
-            rows.append((entry.layer, entry.kind, shapes or entry.reason, f"{entry.bytes:,}" if entry.captured else "-"))
+            rows.append(
+                (entry.layer, entry.kind, shapes or entry.reason, f"{entry.bytes:,}" if entry.captured else "-")
+            )
         rows.append((f"{len(self.captured)} of {len(self.layers)} captured", "", "", f"{self.bytes:,}"))
         widths = [max(len(row[i]) for row in rows) for i in range(4)]
 
         def line(row):
-            return f"{row[0]:<{widths[0]}}  {row[1]:<{widths[1]}}  {row[2]:<{widths[2]}}  {row[3]:>{widths[3]}}".rstrip()
+            return (
+                f"{row[0]:<{widths[0]}}  {row[1]:<{widths[1]}}  {row[2]:<{widths[2]}}  {row[3]:>{widths[3]}}".rstrip()
+            )
 
         rule = "-" * (sum(widths) + 6)
         return "\n".join([line(rows[0]), rule, *map(line, rows[1:-1]), rule, line(rows[-1])])

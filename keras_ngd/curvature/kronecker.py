@@ -112,8 +112,11 @@ class KroneckerCurvature:
 
     @staticmethod
     def _decompose(factors, vectors, values):
+        # TensorFlow's decomposition stops the program where a matrix is not finite.
+        finite = inverse.all_finite(factors)
+        factors = ops.where(ops.reshape(finite, (-1, 1, 1)), factors, ops.zeros_like(factors))
         new_values, new_vectors = ops.linalg.eigh(inverse.symmetrize(factors))
-        good = inverse.all_finite(new_vectors) & ops.all(ops.isfinite(new_values), axis=1)
+        good = finite & inverse.all_finite(new_vectors) & ops.all(ops.isfinite(new_values), axis=1)
         return [
             ops.where(ops.reshape(good, (-1, 1, 1)), new_vectors, vectors),
             ops.where(ops.reshape(good, (-1, 1)), ops.maximum(new_values, 0.0), values),
@@ -127,9 +130,9 @@ class KroneckerCurvature:
         if self.damping_mode == "exact":
             scale = values_a[:, :, None] * values_g[:, None, :] + ops.cast(damping, self.dtype)
         else:
-            damping_a, damping_g = factor_dampings(
-                ops.mean(values_a, axis=1), ops.mean(values_g, axis=1), damping, self.damping_mode
-            )
+            # Not `ops.mean`: Keras takes it in float32 on JAX.
+            mean_a, mean_g = (ops.sum(values, axis=1) / values.shape[1] for values in (values_a, values_g))
+            damping_a, damping_g = factor_dampings(mean_a, mean_g, damping, self.damping_mode)
             scale = (values_a + damping_a[:, None])[:, :, None] * (values_g + damping_g[:, None])[:, None, :]
         rotated = backend.matmul(backend.matmul(vectors_a, v, transpose_a=True), vectors_g) / scale
         return backend.matmul(backend.matmul(vectors_a, rotated), vectors_g, transpose_b=True)

@@ -3,6 +3,7 @@
 import keras
 from keras import ops
 
+from keras_ngd import backend
 from keras_ngd.layers.captured import Captured
 from keras_ngd.layers.probe import probe
 from keras_ngd.layers.rows import DenseRows
@@ -28,5 +29,5 @@ class Dense(Captured, keras.layers.Dense):
         x = ops.matmul(inputs, self.kernel)
         if self.bias is not None:
             x = ops.add(x, self.bias)
-        x = probe(x, inputs, self.statistics.rows, self.statistics, getattr(inputs, "_keras_mask", None))
+        x = probe(x, inputs, self.statistics.rows, self.statistics, backend.mask_of(inputs))
         return x if self.activation is None else self.activation(x)

@@ -8,6 +8,8 @@ hooks, no custom training loop, and a pure function that XLA compiles.
 
 from keras import ops
 
+from keras_ngd import backend
+
 
 def probe(s, x, rows, statistics, weights=None):
     """Returns `s`, and has `statistics` observe `x` and the gradient of `s` in the backward pass.
@@ -19,19 +21,22 @@ def probe(s, x, rows, statistics, weights=None):
         statistics: the layer's `Statistics`.
         weights: optional row weights (a mask), as `rows` takes them.
     """
+    if backend.is_sparse_tensor(x):
+        path = statistics.owner().path
+        raise ValueError(
+            f"Layer {path!r} was captured, but its input is a sparse tensor, of which no statistics are taken. Leave it out: "
+            f"`keras_ngd.capture(model, optimizer, skip=[{path!r}])`."
+        )
+    if not statistics.trainable:
+        return s
     x = ops.stop_gradient(x)
     observed = [x] if weights is None else [x, ops.cast(weights, x.dtype)]
     state = [ops.convert_to_tensor(v) for v in statistics.trainable_variables]
-    statistics.traced_calls += 1
 
-    @ops.custom_gradient
-    def identity(s, *arguments):
-        def gradient(*args, upstream=None):
-            ds = args[0] if upstream is None else upstream
-            inputs, values = arguments[: len(observed)], arguments[len(observed) :]
-            emitted = statistics.emit(rows, inputs[0], ds, inputs[1] if len(observed) > 1 else None, values)
-            return (ds, *(ops.zeros_like(t) for t in inputs), *emitted)
+    def gradient(ds, *arguments):
+        statistics.reached = True
+        inputs, values = arguments[: len(observed)], arguments[len(observed) :]
+        emitted = statistics.emit(rows, inputs[0], ds, inputs[1] if len(observed) > 1 else None, values)
+        return (ds, *(ops.zeros_like(t) for t in inputs), *emitted)
 
-        return s, gradient
-
-    return identity(s, *observed, *state)
+    return backend.identity_with_gradient(gradient)(s, *observed, *state)

@@ -36,6 +36,11 @@ class Rows:
         self.input_dim = width + int(use_bias)
         self.kernel_shape = tuple(kernel_shape)
 
+    @property
+    def key(self):
+        """Equal for rows of the same geometry."""
+        return (type(self).__name__, *sorted((k, str(v)) for k, v in vars(self).items()))
+
     def input_second_moment(self, x, weights=None):
         """Mean of `a a^T` over the rows (weighted by `weights`, if given): `[groups, input_dim, input_dim]`."""
         raise NotImplementedError
@@ -107,7 +112,8 @@ class DenseRows(Rows):
     def input_means(self, x, weights=None):
         x = ops.reshape(x, (ops.shape(x)[0], -1, self.width))
         if weights is None:
-            mean = ops.mean(x, axis=1)
+            # Not `ops.mean`: Keras takes it in float32 on JAX.
+            mean = ops.sum(x, axis=1) / ops.cast(ops.shape(x)[1], x.dtype)
         else:
             weights = ops.cast(ops.reshape(weights, (ops.shape(x)[0], -1, 1)), x.dtype)
             mean = ops.sum(x * weights, axis=1) / ops.maximum(ops.sum(weights, axis=1), 1.0)

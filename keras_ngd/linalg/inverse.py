@@ -5,7 +5,7 @@ from keras import ops
 
 from keras_ngd import backend
 
-NEWTON_SCHULZ_STEPS = 6
+NEWTON_SCHULZ_STEPS = 7  # 0.9 ** 2**7 is 1e-6
 _GUARD_STEPS = 8
 _GUARD_RADIUS = 0.9
 _CONVERGED = 1e-3
@@ -33,7 +33,7 @@ def cholesky_inverse(matrices):
     size = matrices.shape[-1]
     if size == 1:
         return ops.where(matrices > 0, 1 / matrices, ops.full_like(matrices, float("nan")))
-    lower = ops.cholesky(matrices)
+    lower = backend.cholesky(matrices)
     identity = ops.broadcast_to(ops.eye(size, dtype=matrices.dtype), ops.shape(matrices))
     root = ops.solve_triangular(lower, identity, lower=True)
     return backend.matmul(root, root, transpose_a=True)

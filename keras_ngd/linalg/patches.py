@@ -4,6 +4,7 @@ Patches are ordered as Keras kernels are: `kernel.reshape(-1, filters)`, the ker
 fastest among them), the channel fastest of all.
 """
 
+import functools
 import itertools
 import math
 
@@ -80,10 +81,11 @@ def prefers_displacements(x, kernel, strides, dilation):
 def patch_gram(x, kernel, padding):
     """`sum over outputs of patch patch^T` of a stride-1 convolution, from displacements, no patch stored.
 
-    Were the input infinitely extended by zeros, entry `(p, q)` would depend on the displacement `q - p` alone, and all
-    displacements together are one convolution's kernel gradient, of the input with itself. What that counts too much
-    lies at output positions beyond the border, where patches see only the outermost rows and columns; it is the same
-    sum in one dimension fewer, and is subtracted, so that the result is exact.
+    Were every output position at which a patch sees any data counted, the block of kernel positions `p` and `q` would
+    depend on the displacement `q - p` alone, and all displacements together are one convolution's kernel gradient, of
+    the input with itself. The positions counted too much lie beyond the border, in rows and columns where patches see
+    only the outermost data: they are displacements along one axis, less what a row and a column have in common.
+    All these sums stand in one table of `c x c` blocks, and one constant matrix of 1, 0 and -1 makes the result of it.
 
     Args:
         x: `[n, w, c]` or `[n, h, w, c]`, each axis at least as long as the kernel's.
@@ -95,79 +97,118 @@ def patch_gram(x, kernel, padding):
     """
     borders = [pad_and_crop_sizes(s, k, 1, 1, padding)[:2] for s, k in zip(x.shape[1:-1], kernel, strict=True)]
     if len(kernel) == 1:
-        gram = _line_gram(x, kernel[0], *borders[0])
-    else:
-        gram = _plane_gram(x, kernel, borders)
-    width = math.prod(kernel) * x.shape[-1]
-    return ops.reshape(gram, (width, width))
+        x, kernel, borders = ops.expand_dims(x, 1), (1, *kernel), [(0, 0), *borders]
+    (kh, kw), c = kernel, x.shape[-1]
+    rows, columns = (list(_frames(*axis)) for axis in zip(x.shape[1:-1], kernel, borders, strict=True))
+
+    seen = ops.reshape(_displacements(x, kh - 1, kw - 1), (-1, c, c))
+    table = [seen, ops.transpose(seen, (0, 2, 1))]
+    lines = [(_stack([x[:, i] for i in data]), kw) for *_, data in rows]
+    lines += [(_stack([x[:, :, i] for i in data]), kh) for *_, data in columns]
+    table += [_blocks(_displacements(ops.expand_dims(line, 1), 0, size - 1), c) for line, size in lines]
+    for *_, row_data in rows:
+        for *_, column_data in columns:
+            corner = _stack([x[:, i, j] for i in row_data for j in column_data])
+            table.append(_blocks(backend.matmul(corner, corner, transpose_a=True), c))
+    table = ops.reshape(ops.concatenate(table), (-1, c * c))
+    combination = ops.convert_to_tensor(_combination(kernel, rows, columns), table.dtype)
+    gram = ops.reshape(backend.matmul(combination, table), (kh * kw, kh * kw, c, c))
+    return ops.reshape(ops.transpose(gram, (0, 2, 1, 3)), (kh * kw * c, kh * kw * c))
 
 
-def _frames(kernel, before, after):
+def _stack(lines):
+    return lines[0] if len(lines) == 1 else ops.concatenate(lines, axis=-1)
+
+
+# Columns of the products that displacements are read off under XLA: fewer run below a processor's rate, more waste it.
+_PRODUCT_WIDTH = 128
+
+
+def _displacements(x, down, aside):
+    """`result[u, v + aside] = sum over n, y, z of x[n, y + u, z + v] x[n, y, z]^T`, `0 <= u <= down`, `|v| <= aside`.
+
+    This is the kernel gradient of a convolution of `x` with itself, and TensorFlow's runtime has a fast one. XLA's CPU
+    compiler has not, least of all inside conditionals, where it leaves all but plain forward convolutions as naive
+    loops (a hundred times slower); there, runs of neighbouring pixels are multiplied with themselves and their
+    surroundings, and the displacements summed from the products' blocks.
+    """
+    if not backend.under_xla():
+        padded = ops.pad(x, [(0, 0), (0, down), (aside, aside), (0, 0)])
+        return backend.filter_gradient(padded, x, (down + 1, 2 * aside + 1))
+    _, height, width, c = x.shape
+    run = min(max(_PRODUCT_WIDTH // c, 1), width)
+    seen, runs = run + 2 * aside, -(-width // run)
+    spare = runs * run - width
+    center = ops.reshape(ops.pad(x, [(0, 0), (0, 0), (0, spare), (0, 0)]), (-1, run * c))
+    padded = ops.pad(x, [(0, 0), (0, down), (aside, aside + spare), (0, 0)])
+    surroundings = ops.stack([padded[:, :, i * run : i * run + seen] for i in range(runs)], axis=2)
+    products = ops.stack(
+        [
+            backend.matmul(
+                ops.reshape(surroundings[:, u : u + height], (-1, seen * c)),
+                center,
+                transpose_a=True,
+            )
+            for u in range(down + 1)
+        ]
+    )
+    products = ops.transpose(ops.reshape(products, (down + 1, seen, c, run, c)), (0, 1, 3, 2, 4))
+    products = ops.reshape(products, (down + 1, seen * run, c * c))
+    offsets = np.arange(seen)[:, None] - np.arange(run)[None, :]
+    selection = (offsets[None] == np.arange(2 * aside + 1)[:, None, None]).reshape(2 * aside + 1, -1)
+    sums = backend.matmul(ops.convert_to_tensor(selection.astype("float32"), products.dtype), products)
+    return ops.reshape(sums, (down + 1, 2 * aside + 1, c, c))
+
+
+def _blocks(products, c):
+    """`[..., p * c, q * c]` as a list of blocks `[-1, c, c]`, in the order `(..., p, q)`."""
+    count = products.shape[-1] // c
+    products = ops.reshape(products, (-1, count, c, count, c))
+    return ops.reshape(ops.transpose(products, (0, 1, 3, 2, 4)), (-1, c, c))
+
+
+def _frames(size, kernel, border):
     """For each output beyond the border of one axis: the kernel positions that see data, and which data.
 
-    Yields `(first, last, rows)`: positions `first .. last` see the rows `rows`, counted from the end if negative.
+    Yields `(first, last, data)`: positions `first .. last` see the entries `data`.
     """
+    before, after = border
     for y in range(-(kernel - 1), -before):
         yield -y, kernel - 1, [y + p for p in range(-y, kernel)]
     for beyond in range(kernel - 1 - after):
-        yield 0, beyond, [-1 - beyond + p for p in range(beyond + 1)]
+        yield 0, beyond, [size - 1 - beyond + p for p in range(beyond + 1)]
 
 
-def _table_index(kernel):
-    """Row of `(q - p) + (kernel - 1)` in a table of displacements, for all `p`, `q` of one axis."""
-    return np.arange(kernel)[None, :] - np.arange(kernel)[:, None] + kernel - 1
+@functools.cache
+def _combination_of(kernel, rows, columns):
+    (kh, kw), (span_y, span_x) = kernel, (2 * kernel[0] - 1, 2 * kernel[1] - 1)
+    sizes = [kh * span_x] * 2
+    sizes += [span_x * (last - first + 1) ** 2 for first, last in rows]
+    sizes += [span_y * (last - first + 1) ** 2 for first, last in columns]
+    sizes += [((r[1] - r[0] + 1) * (c[1] - c[0] + 1)) ** 2 for r in rows for c in columns]
+    starts = np.concatenate([[0], np.cumsum(sizes)])
+    result = np.zeros((kh, kw, kh, kw, starts[-1]), "float32")
+    for py, px, qy, qx in np.ndindex(kh, kw, kh, kw):
+        dy, dx = qy - py, qx - px
+        row = result[py, px, qy, qx]
+        # The table holds displacements downwards, of the later position with the earlier one, and their transposes.
+        row[-dy * span_x - dx + kw - 1 if dy <= 0 else starts[1] + dy * span_x + dx + kw - 1] += 1
+        inside_rows = [(i, r) for i, r in enumerate(rows) if r[0] <= min(py, qy) and max(py, qy) <= r[1]]
+        inside_columns = [(i, r) for i, r in enumerate(columns) if r[0] <= min(px, qx) and max(px, qx) <= r[1]]
+        for i, (first, last) in inside_rows:
+            count = last - first + 1
+            row[starts[2 + i] + ((kw - 1 - dx) * count + py - first) * count + qy - first] -= 1
+        for i, (first, last) in inside_columns:
+            count = last - first + 1
+            row[starts[2 + len(rows) + i] + ((kh - 1 - dy) * count + px - first) * count + qx - first] -= 1
+        for i, (top, bottom) in inside_rows:
+            for j, (left, right) in inside_columns:
+                width = right - left + 1
+                count = (bottom - top + 1) * width
+                start = starts[2 + len(rows) + len(columns) + i * len(columns) + j]
+                row[start + ((py - top) * width + px - left) * count + (qy - top) * width + qx - left] += 1
+    return result.reshape(-1, starts[-1])
 
 
-def _plane_gram(x, kernel, borders):
-    (kh, kw), c = kernel, x.shape[-1]
-    extended = ops.pad(x, [(0, 0), (0, kh - 1), (kw - 1, kw - 1), (0, 0)])
-    seen = backend.filter_gradient(extended, x, (kh, 2 * kw - 1))
-    table = ops.concatenate([ops.flip(seen[1:], (0, 1)), ops.transpose(seen, (0, 1, 3, 2))], axis=0)
-    rows, columns = _table_index(kh), _table_index(kw)
-    index = rows[:, None, :, None] * (2 * kw - 1) + columns[None, :, None, :]
-    blocks = ops.take(ops.reshape(table, (-1, c, c)), index.reshape(-1), axis=0)
-    gram = ops.transpose(ops.reshape(blocks, (kh * kw, kh * kw, c, c)), (0, 2, 1, 3))
-    gram = ops.reshape(gram, (kh, kw, c, kh, kw, c))
-    for first, last, seen_rows in _frames(kh, *borders[0]):
-        count = last - first + 1
-        line = _stack_lines([x[:, r] for r in seen_rows])
-        excess = ops.reshape(_line_gram(line, kw, kw - 1, kw - 1), (kw, count, c, kw, count, c))
-        excess = ops.transpose(excess, (1, 0, 2, 4, 3, 5))
-        edge = (first, kh - 1 - last)
-        gram = gram - ops.pad(excess, [edge, (0, 0), (0, 0), edge, (0, 0), (0, 0)])
-    for first, last, seen_columns in _frames(kw, *borders[1]):
-        count = last - first + 1
-        line = _stack_lines([x[:, :, r] for r in seen_columns])
-        excess = ops.reshape(_line_gram(line, kh, *borders[0]), (kh, count, c, kh, count, c))
-        edge = (first, kw - 1 - last)
-        gram = gram - ops.pad(excess, [(0, 0), edge, (0, 0), (0, 0), edge, (0, 0)])
-    return gram
-
-
-def _stack_lines(lines):
-    if len(lines) == 1:
-        return lines[0]
-    return ops.concatenate(lines, axis=-1)
-
-
-def _line_gram(x, kernel, before, after):
-    """`patch_gram` of a `[n, w, c]` line padded by `before` and `after`: `[kernel, c, kernel, c]`."""
-    size, c = x.shape[1], x.shape[-1]
-
-    def flat(t):
-        return ops.reshape(t, (-1, c))
-
-    ahead = [
-        backend.matmul(flat(x[:, : size - d]), flat(x[:, d:]), transpose_a=True) for d in range(min(kernel, size))
-    ]
-    ahead += [ops.zeros_like(ahead[0])] * (kernel - len(ahead))
-    table = ops.stack([ops.transpose(m) for m in ahead[:0:-1]] + ahead)
-    blocks = ops.take(table, _table_index(kernel).reshape(-1), axis=0)
-    gram = ops.transpose(ops.reshape(blocks, (kernel, kernel, c, c)), (0, 2, 1, 3))
-    for first, last, rows in _frames(kernel, before, after):
-        patch = _stack_lines([x[:, r] for r in rows])
-        count = last - first + 1
-        excess = ops.reshape(backend.matmul(patch, patch, transpose_a=True), (count, c, count, c))
-        edge = (first, kernel - 1 - last)
-        gram = gram - ops.pad(excess, [edge, (0, 0), edge, (0, 0)])
-    return gram
+def _combination(kernel, rows, columns):
+    return _combination_of(tuple(kernel), tuple(r[:2] for r in rows), tuple(c[:2] for c in columns))

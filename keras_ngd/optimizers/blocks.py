@@ -49,7 +49,7 @@ def find_blocks(variables, key):
         if statistics is None or id(statistics) in seen:
             continue
         seen.add(id(statistics))
-        layer = statistics.owner
+        layer = statistics.owner()
         block = Block(layer.path, layer._kernel, layer.bias if layer.use_bias else None, statistics)
         for part in (block.kernel, block.bias):
             if part is not None and key(part) not in known:

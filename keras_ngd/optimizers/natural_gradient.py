@@ -112,9 +112,10 @@ class NaturalGradient(StrictState, keras.optimizers.SGD):
         self._inverse_updates = self.add_variable((), dtype="int", name="inverse_updates")
         self._skipped_statistics = self.add_variable((), dtype="int", name="skipped_statistics")
         self._skipped_steps = self.add_variable((), dtype="int", name="skipped_steps")
-        for block in layout.blocks:
-            block.statistics.gate.assign(1.0)
-        self._restore_pending()
+        if not self._restore_pending():
+            # A checkpoint restored here has brought its own gates, with the statistics.
+            for block in layout.blocks:
+                block.statistics.gate.assign(1.0)
 
     def _add_state(self, shape, initializer, dtype, name):
         return self.add_variable(shape, initializer=initializer, dtype=dtype, name=name)
@@ -124,7 +125,8 @@ class NaturalGradient(StrictState, keras.optimizers.SGD):
         if not blocks:
             raise ValueError(
                 f"{name} found no captured layers, so it would train as plain SGD. Call "
-                "`keras_ngd.capture(model, optimizer)` before `model.compile` (or after unfreezing layers)."
+                "`keras_ngd.capture(model, optimizer)` before `model.compile` (or after unfreezing layers). A saved model that makes "
+                "its own layers: load it with `compile=False`, capture, compile, then `model.load_weights`."
             )
         expected = self.make_statistics().spec
         for block in blocks:
@@ -232,7 +234,7 @@ class NaturalGradient(StrictState, keras.optimizers.SGD):
             self._fail_on_changed_variables(len(variables))
         missing = {self._var_key(v) for g, v in zip(grads, variables, strict=True) if g is None}
         for block in self.layout.blocks:
-            if block.statistics.traced_calls == 0 or self._var_key(block.statistics.gate) in missing:
+            if not block.statistics.reached or self._var_key(block.statistics.gate) in missing:
                 raise ValueError(
                     f"Layer {block.layer!r} was captured, but the training step does not call it (it takes no part in the "
                     "loss, or its kernel is used without it), so its statistics never arrive. Leave it out: "
@@ -258,6 +260,9 @@ class NaturalGradient(StrictState, keras.optimizers.SGD):
             lambda: [p * ops.cast(nu, p.dtype) for p in preconditioned.values()] + [grads[i] for i in plain],
         )
         new = dict(zip([*preconditioned, *plain], steps, strict=True))
+        for i, gradient in enumerate(grads):
+            if backend.is_sparse(gradient):
+                new[i] = backend.sparse_zero_unless(finite, gradient)
         gate = self._next_gate(step)
         for block in self.layout.blocks:
             new[index(block.statistics.gate)] = gate

@@ -15,25 +15,40 @@ class StrictState:
     def load_own_variables(self, store):
         """Restores the optimizer's variables from a checkpoint.
 
+        A checkpoint without optimizer state (one of weights only), or with that of an optimizer that has not made a step, has
+        nothing to restore.
+
         Raises:
             ValueError: if the number or a shape of the variables is not what this optimizer has.
         """
         state = {key: np.array(store[key]) for key in store.keys()}
+        if not state or self._is_untouched(state):
+            return
         if not self.built:
             self._pending_state = state
             return
         self._assign_state(state)
 
+    @staticmethod
+    def _is_untouched(state):
+        """Whether a state is that of an optimizer compiled but never built: step 0 and perhaps a learning rate."""
+        return len(state) <= 2 and all(v.shape == () for v in state.values()) and state.get("0") == 0
+
     def _restore_pending(self):
+        """Restores what was loaded before `build`; whether there was anything."""
         state, self._pending_state = self._pending_state, None
-        if state is not None:
-            self._assign_state(state)
+        if state is None:
+            return False
+        self._assign_state(state)
+        return True
 
     def _assign_state(self, state):
         variables = self.variables
         advice = (
             "The checkpoint was written by another optimizer, with other settings, or for a model captured differently; "
-            "its state cannot be used. Recreate the optimizer and the capture as they were."
+            "its state cannot be used. Recreate the optimizer and the capture as they were (for a saved model that makes its own "
+            "layers: load it with `compile=False`, capture, compile, then `model.load_weights`), or load the weights alone: "
+            "`model.load_weights` before `model.compile`."
         )
         if len(state) != len(variables):
             raise ValueError(

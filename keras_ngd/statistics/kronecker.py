@@ -49,8 +49,7 @@ class KroneckerStatistics(Statistics):
         self.output_factor = self._add("output_factor", (rows.groups, rows.output_dim, rows.output_dim), "zeros", dtype)
         return [self.input_factor, self.output_factor]
 
-    def observe(self, rows, x, ds, weights):
-        dtype = self.input_factor.dtype
+    def observe(self, rows, x, ds, weights, dtype):
         examples = ops.cast(ops.shape(x)[0], dtype)
         divisor = examples * self.losses_per_example
         if self.statistics_fraction < 1:

@@ -1,9 +1,37 @@
 """The sub-layer of a captured layer that owns its statistics weights."""
 
+import functools
 import weakref
 
 import keras
 from keras import ops
+
+from keras_ngd import backend
+
+# Functions of a geometry and a kind of statistics, shared by all layers that have both.
+_EMISSIONS = {}
+
+
+def _emission(observer, rows, x, ds, weights=None, *, values):
+    *averages, gate, calls, _ = values
+    rate = ops.minimum(gate, 1.0)
+
+    def opened():
+        observed, witness = observer.observe(rows, x, ds, weights, averages[0].dtype)
+        finite = ops.isfinite(witness)
+        new = []
+        for average, value in zip(averages, observed, strict=True):
+            mixing = ops.cast(rate, average.dtype)
+            new.append(ops.where(finite, (1 - mixing) * average + mixing * value, average))
+        return (*new, ops.cast(finite, "float32"))
+
+    def closed():
+        return (*averages, ops.zeros((), "float32"))
+
+    *new, accepted = ops.cond(gate > 0, opened, closed)
+    # Each call emits its share of the gate, so that over all calls it sums to what it was: emitting nothing would close
+    # every gate after one step under an optimizer that only overwrites.
+    return (*new, gate / ops.maximum(calls, 1.0), ops.ones_like(calls), accepted)
 
 
 class Statistics(keras.layers.Layer):
@@ -20,6 +48,8 @@ class Statistics(keras.layers.Layer):
         calls: how often the layer was called in the last pass.
         accepted: how many of these calls were observed; fewer than `calls` if some were not finite.
 
+    `reached` tells whether a backward pass was ever traced through the probe.
+
     All weights are marked `overwrite_with_gradient`, so every Keras optimizer overwrites them with what the probe emits.
     """
 
@@ -27,11 +57,10 @@ class Statistics(keras.layers.Layer):
         kwargs.setdefault("name", "statistics")
         super().__init__(**{"dtype": "float32", **kwargs})
         self.rows = None
-        self.traced_calls = 0
+        self.reached = False
 
-    @property
     def owner(self):
-        """The captured layer these statistics belong to."""
+        """The captured layer these statistics belong to. Not a property: Keras saves and loads what those return."""
         return self._owner()
 
     def attach(self, owner, rows, dtype):
@@ -72,31 +101,21 @@ class Statistics(keras.layers.Layer):
         """Adds the averaged weights with `self._add` and returns them."""
         raise NotImplementedError
 
-    def observe(self, rows, x, ds, weights):
-        """This batch's values of the averaged weights, and a scalar that is not finite if any of them is not."""
+    def observe(self, rows, x, ds, weights, dtype):
+        """This batch's values of the averaged weights, and a scalar that is not finite if any of them is not.
+
+        A function of its arguments and of the statistics' own arguments; the weights are not looked at.
+        """
         raise NotImplementedError
 
     def emit(self, rows, x, ds, weights, values):
         """New values of all weights from their old `values`: what the probe returns as their gradients."""
-        *averages, gate, calls, _ = values
-        rate = ops.minimum(gate, 1.0)
-
-        def opened():
-            observed, witness = self.observe(rows, x, ds, weights)
-            finite = ops.isfinite(witness)
-            new = []
-            for average, value in zip(averages, observed, strict=True):
-                mixing = ops.cast(rate, average.dtype)
-                new.append(ops.where(finite, (1 - mixing) * average + mixing * value, average))
-            return (*new, ops.cast(finite, "float32"))
-
-        def closed():
-            return (*averages, ops.zeros((), "float32"))
-
-        *new, accepted = ops.cond(gate > 0, opened, closed)
-        # Each call emits its share of the gate, so that over all calls it sums to what it was: emitting nothing would
-        # close every gate after one step under an optimizer that only overwrites.
-        return (*new, gate / ops.maximum(calls, 1.0), ops.ones_like(calls), accepted)
+        key = (type(self), repr(self.spec), rows.key, weights is None, backend.under_xla())
+        if key not in _EMISSIONS:
+            # Not `self`: a cache that outlives the layer must not keep its weights alive.
+            observer = type(self).from_config(self.get_config())
+            _EMISSIONS[key] = backend.traced_once(functools.partial(_emission, observer, rows))
+        return _EMISSIONS[key](x, ds, *([] if weights is None else [weights]), values=list(values))
 
     @property
     def spec(self):

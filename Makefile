@@ -1,0 +1,60 @@
+# The demonstration, the tests and the benchmarks, each in a virtual environment made on first use.
+
+VENV ?= .venv
+JOBS ?= 2
+BIN := $(VENV)/bin
+INSTALL := $(BIN)/pip install --quiet --disable-pip-version-check --constraint constraints.txt
+
+# Python 3.11 by name, or whatever newer one python3 is. Set PYTHON=... for another.
+PYTHON ?= $(shell command -v python3.11 >/dev/null && python3.11 --version >/dev/null 2>&1 && echo python3.11 || echo python3)
+
+# Each set-up leaves a stamp, and is repeated only when what it installs has changed.
+DEMO := $(VENV)/.installed-demo
+TEST := $(VENV)/.installed-test
+
+.PHONY: help demo test lint benchmark-step-cost benchmark-convergence clean distclean
+
+help:
+	@echo "make demo                   train a small network with SGD and with KFAC, offline"
+	@echo "make test                   lint, then all tests on the TensorFlow and on the JAX backend"
+	@echo "make lint                   ruff: rules and format"
+	@echo "make benchmark-step-cost    what a KFAC step costs, in steps of SGD"
+	@echo "make benchmark-convergence  what a KFAC step is worth"
+	@echo "make clean                  remove caches and build outputs (distclean: $(VENV), too)"
+
+demo: $(DEMO)
+	$(BIN)/python examples/quickstart.py
+
+test: lint
+	KERAS_BACKEND=tensorflow $(BIN)/pytest -m "" -n $(JOBS)
+	KERAS_BACKEND=jax $(BIN)/pytest -m "" -n $(JOBS)
+
+lint: $(TEST)
+	$(BIN)/ruff check
+	$(BIN)/ruff format --check
+
+benchmark-step-cost: $(TEST)
+	$(BIN)/python -m benchmarks.step_cost
+
+benchmark-convergence: $(TEST)
+	$(BIN)/python -m benchmarks.convergence
+
+clean:
+	rm -rf build dist keras_ngd.egg-info .pytest_cache .ruff_cache .hypothesis
+	find keras_ngd tf_tests examples benchmarks -name __pycache__ -type d -prune -exec rm -rf {} +
+
+distclean: clean
+	rm -rf $(VENV)
+
+$(BIN)/pip:
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
+	  { echo "keras_ngd needs Python 3.11 or newer, but $(PYTHON) is not. Name one: make ... PYTHON=/path/to/python" >&2; exit 1; }
+	$(PYTHON) -m venv $(VENV)
+
+$(DEMO): setup.py pyproject.toml constraints.txt | $(BIN)/pip
+	$(INSTALL) --editable ".[datasets,plots]"
+	@touch $@
+
+$(TEST): setup.py pyproject.toml constraints.txt | $(DEMO)
+	$(INSTALL) --editable ".[test]"
+	@touch $@

@@ -1,0 +1,56 @@
+"""Where benchmark results go, and what they must say about where they came from."""
+
+import datetime
+import importlib.metadata
+import json
+import os
+import pathlib
+import platform
+
+DIRECTORY = pathlib.Path(__file__).parent / "results"
+PACKAGES = ("keras", "tensorflow", "tensorflow-cpu", "jax", "jaxlib", "numpy", "scikit-learn")
+
+
+def _processor():
+    """`platform.processor()` is empty or a bare architecture on Linux."""
+    try:
+        for line in pathlib.Path("/proc/cpuinfo").read_text().splitlines():
+            if line.startswith("model name"):
+                return line.split(":", 1)[1].strip()
+    except OSError:
+        pass
+    return platform.processor() or platform.machine()
+
+
+def _version(package):
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
+def environment():
+    """The machine and the versions a result holds for."""
+    versions = {package: _version(package) for package in PACKAGES}
+    return {
+        "date": datetime.date.today().isoformat(),
+        "machine": platform.machine(),
+        "processor": _processor(),
+        "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
+        "system": platform.system(),
+        "python": platform.python_version(),
+        "versions": {package: version for package, version in versions.items() if version},
+    }
+
+
+def save(name, payload):
+    """Writes `payload` and the environment to `results/<name>.json`; returns the path."""
+    DIRECTORY.mkdir(parents=True, exist_ok=True)
+    path = DIRECTORY / f"{name}.json"
+    path.write_text(json.dumps({"environment": environment(), **payload}, indent=1) + "\n")
+    return path
+
+
+def load(name):
+    """What `save` wrote."""
+    return json.loads((DIRECTORY / f"{name}.json").read_text())

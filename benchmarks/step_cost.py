@@ -1,0 +1,179 @@
+"""What a KFAC step costs, in steps of SGD on the same network, backend and batch, all in one run.
+
+Three kinds of KFAC step are timed apart, turn by turn with SGD's and with those of a captured model whose gates are closed:
+one on which nothing is due, one that updates the factors, and one that updates the factors and refreshes the inverses. What
+a pair of intervals costs is their average over a whole refresh cycle.
+
+    python -m benchmarks.step_cost                                  # all networks and modes
+    python -m benchmarks.step_cost --network resnet32 --mode jax    # one
+"""
+
+import json
+import os
+import statistics
+import subprocess
+import sys
+import time
+
+from absl import app, flags
+
+MODES = ("tensorflow", "tensorflow-jit", "jax")
+INTERVALS = ((1, 1), (1, 10), (10, 100))
+
+FLAGS = flags.FLAGS
+flags.DEFINE_enum(
+    "network",
+    "all",
+    ["all", "resnet32", "resnet50", "resnet50-224"],
+    "Network to measure; all means those small enough for a CPU.",
+)
+flags.DEFINE_enum("mode", "all", ["all", *MODES], "Backend, and whether TensorFlow compiles the step with XLA.")
+flags.DEFINE_integer("rounds", 7, "Timed steps of each kind.")
+flags.DEFINE_float("statistics_fraction", 1.0, "KFAC's argument of this name.")
+flags.DEFINE_string("inverse", "auto", "KFAC's argument of this name.")
+flags.DEFINE_string("output", "step_cost", "Name of the result.")
+flags.DEFINE_boolean("worker", False, "Measure in this process and print JSON (used by the benchmark itself).")
+
+
+def measure(network, mode):
+    """Medians and spreads in milliseconds of each kind of step."""
+    import keras
+    import numpy as np
+
+    import keras_ngd
+    from benchmarks.networks import NETWORKS
+
+    settings = NETWORKS[network]
+    rng = np.random.default_rng(0)
+    x = rng.normal(size=(settings["batch"], settings["size"], settings["size"], 3)).astype("float32")
+    y = rng.integers(0, 10, settings["batch"])
+
+    def compiled(optimizer, captured):
+        keras.utils.set_random_seed(0)
+        model = settings["make"]()
+        if captured is not None:
+            keras_ngd.capture(model, captured)
+        loss = keras.losses.SparseCategoricalCrossentropy(from_logits=True)
+        model.compile(optimizer=optimizer, loss=loss, jit_compile=mode != "tensorflow")
+        return model
+
+    def kfac():
+        return keras_ngd.KFAC(
+            1e-3,
+            0.1,
+            factor_interval=1,
+            inverse_interval=10,
+            inverse=FLAGS.inverse,
+            statistics_fraction=FLAGS.statistics_fraction,
+        )
+
+    optimizer = kfac()
+    models = {
+        "sgd": compiled(keras.optimizers.SGD(1e-3, 0.9), None),
+        "closed": compiled(keras.optimizers.SGD(1e-3, 0.9), kfac()),
+        "kfac": compiled(optimizer, optimizer),
+    }
+    statistics_of = {
+        name: [la.statistics for la in model._flatten_layers() if getattr(la, "statistics", None) is not None]
+        for name, model in models.items()
+    }
+
+    def prepare(name, factors, inverses):
+        for s in statistics_of[name]:
+            s.gate.assign(float(factors) * 0.05)
+        if name == "kfac" and optimizer.built:
+            optimizer._next_inverses.assign(0 if inverses else 2**30)
+
+    kinds = {
+        "sgd": ("sgd", False, False),
+        "closed": ("closed", False, False),
+        "plain": ("kfac", False, False),
+        "factors": ("kfac", True, False),
+        "inverses": ("kfac", True, True),
+    }
+    times = {kind: [] for kind in kinds}
+    first = {}
+    for turn in range(FLAGS.rounds + 2):
+        for kind, (name, *due) in kinds.items():
+            if turn or name != "kfac":
+                prepare(name, *due)
+            start = time.perf_counter()
+            models[name].train_on_batch(x, y)
+            seconds = time.perf_counter() - start
+            first.setdefault(name, seconds)
+            if turn > 1:
+                times[kind].append(seconds * 1e3)
+    return {
+        "milliseconds": {kind: statistics.median(values) for kind, values in times.items()},
+        "spread": {kind: [min(values), max(values)] for kind, values in times.items()},
+        "first_step_seconds": first,
+        "refreshes": optimizer.inverse_updates,
+        "device": keras.distribution.list_devices()[0],
+        "second_order_bytes": sum(
+            8 * s.rows.groups * (s.rows.input_dim**2 + s.rows.output_dim**2) for s in statistics_of["kfac"]
+        ),
+    }
+
+
+def ratios(result):
+    """Costs in SGD steps: gates closed, and KFAC at each pair of intervals."""
+    ms = result["milliseconds"]
+    costs = {"gates closed": ms["closed"] / ms["sgd"]}
+    for factors, inverses in INTERVALS:
+        updates = inverses // factors
+        total = ms["inverses"] + (updates - 1) * ms["factors"] + (inverses - updates) * ms["plain"]
+        costs[f"({factors},{inverses})"] = total / inverses / ms["sgd"]
+    return costs
+
+
+def table(results):
+    """A Markdown table of all results."""
+    columns = ["gates closed", *(f"({f},{i})" for f, i in INTERVALS)]
+    lines = [
+        "| network | mode | SGD step, ms | "
+        + " | ".join(columns)
+        + " | one refresh, ms: factors, inverses, preconditioning |",
+        "|---" * (len(columns) + 4) + "|",
+    ]
+    for result in results:
+        ms, costs = result["milliseconds"], ratios(result)
+        shares = (ms["factors"] - ms["plain"], ms["inverses"] - ms["factors"], ms["plain"] - ms["closed"])
+        cells = [result["network"], result["mode"], f"{ms['sgd']:.0f}", *(f"{costs[c]:.2f}x" for c in columns)]
+        lines.append("| " + " | ".join(cells) + " | " + ", ".join(f"{s:.0f}" for s in shares) + " |")
+    return "\n".join(lines)
+
+
+def run_worker(network, mode):
+    """Measures in a process of its own: a backend cannot be changed after Keras is imported."""
+    environment = {**os.environ, "KERAS_BACKEND": mode.split("-")[0], "TF_CPP_MIN_LOG_LEVEL": "3"}
+    arguments = ["--worker", f"--network={network}", f"--mode={mode}", f"--rounds={FLAGS.rounds}"]
+    arguments += [f"--statistics_fraction={FLAGS.statistics_fraction}", f"--inverse={FLAGS.inverse}"]
+    command = [sys.executable, "-m", "benchmarks.step_cost", *arguments]
+    process = subprocess.run(command, env=environment, capture_output=True, text=True)
+    if process.returncode:
+        raise RuntimeError(f"{network} on {mode} failed:\n{process.stderr[-3000:]}")
+    return json.loads(process.stdout.splitlines()[-1])
+
+
+def main(_):
+    if FLAGS.worker:
+        print(json.dumps(measure(FLAGS.network, FLAGS.mode)))
+        return
+    from tqdm import tqdm
+
+    from benchmarks import results
+
+    networks = ["resnet32", "resnet50"] if FLAGS.network == "all" else [FLAGS.network]
+    modes = MODES if FLAGS.mode == "all" else [FLAGS.mode]
+    measured = []
+    for network, mode in tqdm([(n, m) for n in networks for m in modes], unit="mode"):
+        result = run_worker(network, mode)
+        measured.append({"network": network, "mode": mode, **result, "ratios": ratios(result)})
+        tqdm.write(table(measured[-1:]))
+    arguments = {"rounds": FLAGS.rounds, "statistics_fraction": FLAGS.statistics_fraction, "inverse": FLAGS.inverse}
+    path = results.save(FLAGS.output, {"arguments": arguments, "results": measured})
+    print(f"\n{table(measured)}\n\nwritten to {path}")
+
+
+if __name__ == "__main__":
+    app.run(main)

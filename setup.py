@@ -1,0 +1,42 @@
+"""Packaging of keras_ngd."""
+
+import re
+from pathlib import Path
+
+from setuptools import find_packages, setup
+
+ROOT = Path(__file__).parent
+VERSION = re.search(r'^__version__ = "(.+)"$', (ROOT / "keras_ngd" / "__init__.py").read_text(), re.MULTILINE)[1]
+
+# The digits and other embedded data sets come from scikit-learn, through tensorflow-datasets.
+DATASETS = ["tensorflow-datasets", "scikit-learn"]
+PLOTS = ["matplotlib"]
+JAX = ["jax"]
+BENCHMARKS = [*DATASETS, *PLOTS, *JAX, "tqdm"]
+
+setup(
+    name="keras_ngd",
+    version=VERSION,
+    description="Natural-gradient training for any Keras model, through plain compile and fit",
+    long_description=(ROOT / "README.md").read_text(),
+    long_description_content_type="text/markdown",
+    license="Apache-2.0",
+    python_requires=">=3.11",
+    packages=find_packages(include=["keras_ngd", "keras_ngd.*"]),
+    install_requires=["keras>=3.15", "tensorflow>=2.21", "absl-py", "numpy"],
+    extras_require={
+        "datasets": DATASETS,
+        "plots": PLOTS,
+        "jax": JAX,
+        "horovod": ["horovod"],
+        "benchmarks": BENCHMARKS,
+        "test": [*BENCHMARKS, "hypothesis", "pytest", "pytest-xdist", "ruff"],
+    },
+    classifiers=[
+        "Development Status :: 3 - Alpha",
+        "Intended Audience :: Science/Research",
+        "Programming Language :: Python :: 3",
+        "Programming Language :: Python :: 3.11",
+        "Topic :: Scientific/Engineering :: Artificial Intelligence",
+    ],
+)

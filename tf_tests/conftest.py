@@ -1,0 +1,45 @@
+"""Set-up shared by all tests; they run under whichever backend KERAS_BACKEND names."""
+
+import os
+
+os.environ.setdefault("KERAS_BACKEND", "tensorflow")
+os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
+
+import keras
+import pytest
+from hypothesis import settings
+
+settings.register_profile("repeatable", derandomize=True, deadline=None, max_examples=25, database=None)
+settings.load_profile("repeatable")
+
+
+def pytest_configure(config):
+    """Drops what TensorFlow logged while it was imported: pytest would print it after its summary."""
+    capture = config.pluginmanager.getplugin("capturemanager")
+    if capture is not None and config.getoption("capture") != "no":
+        capture.read_global_capture()
+
+
+@pytest.fixture(autouse=True)
+def fresh_session():
+    """Every test starts from the same seeds and leaves no Keras state behind."""
+    keras.utils.set_random_seed(0)
+    yield
+    keras.backend.clear_session(free_memory=False)
+
+
+@pytest.fixture
+def float64():
+    """Everything in double precision, for as long as the test runs."""
+    floatx, policy = keras.config.floatx(), keras.config.dtype_policy()
+    keras.config.set_floatx("float64")
+    keras.config.set_dtype_policy("float64")
+    if keras.backend.backend() == "jax":
+        import jax
+
+        jax.config.update("jax_enable_x64", True)
+    yield
+    keras.config.set_floatx(floatx)
+    keras.config.set_dtype_policy(policy)
+    if keras.backend.backend() == "jax":
+        jax.config.update("jax_enable_x64", False)

@@ -1,0 +1,107 @@
+"""Sums over patches, against patches extracted one by one."""
+
+import keras
+import numpy as np
+import pytest
+from hypothesis import example, given, settings
+from hypothesis import strategies as st
+
+from keras_ngd.linalg import patches
+from tf_tests.reference import rows as reference
+from tf_tests.reference.running import close, run
+
+PADDINGS = {1: ("valid", "same", "causal"), 2: ("valid", "same"), 3: ("valid", "same")}
+
+
+def draw(shape, seed=0):
+    """Inputs whose mean is not zero, so that sums with a wrong border cannot cancel."""
+    return (np.random.default_rng(seed).standard_normal(shape) + 1).astype("float32")
+
+
+@st.composite
+def gram_cases(draw):
+    rank = draw(st.integers(1, 2))
+    kernel = tuple(draw(st.integers(1, 6 if rank == 1 else 4)) for _ in range(rank))
+    sizes = tuple(draw(st.integers(k, k + 4)) for k in kernel)
+    shape = (draw(st.integers(1, 3)), *sizes, draw(st.integers(1, 3)))
+    return shape, kernel, draw(st.sampled_from(PADDINGS[rank])), draw(st.integers(0, 9))
+
+
+@given(gram_cases())
+@example(((2, 7, 7, 2), (7, 7), "same", 0))
+@example(((2, 4, 5, 1), (4, 5), "valid", 0))
+@example(((2, 3, 6, 2), (3, 1), "same", 0))
+@example(((2, 6, 3, 2), (1, 3), "same", 0))
+@example(((1, 5, 2), (5,), "causal", 0))
+def test_patch_gram_is_the_gram_of_the_patches(case):
+    shape, kernel, padding, seed = case
+    x = draw(shape, seed)
+    ones = (1,) * len(kernel)
+    rows = reference.convolution_rows(x, kernel, ones, ones, padding).reshape(-1, np.prod(kernel) * shape[-1])
+    gram = run(lambda x: patches.patch_gram(x, kernel, padding), x)
+    close(gram, rows.T @ rows, 1e-5)
+
+
+@pytest.mark.parametrize("padding", ["valid", "same"])
+def test_patch_gram_of_many_positions(padding):
+    """Subtracting what lies beyond the border costs no accuracy that matters."""
+    x = draw((24, 16, 14, 4))
+    rows = reference.convolution_rows(x, (3, 3), (1, 1), (1, 1), padding).reshape(-1, 36)
+    close(run(lambda x: patches.patch_gram(x, (3, 3), padding), x), rows.T @ rows, 1e-5)
+
+
+@st.composite
+def window_cases(draw):
+    rank = draw(st.integers(1, 3))
+    kernel = tuple(draw(st.integers(1, 4 if rank < 3 else 2)) for _ in range(rank))
+    strides = tuple(draw(st.integers(1, 3)) for _ in range(rank))
+    dilation = tuple(draw(st.integers(1, 2)) for _ in range(rank))
+    padding = draw(st.sampled_from(PADDINGS[rank]))
+    reach = [(k - 1) * d + 1 for k, d in zip(kernel, dilation, strict=True)]
+    sizes = [draw(st.integers(r if padding == "valid" else 1, r + 4)) for r in reach]
+    shape = (draw(st.integers(1, 2)), *sizes, draw(st.integers(1, 3)))
+    return shape, (kernel, strides, dilation, padding), draw(st.integers(0, 9))
+
+
+@given(window_cases())
+@settings(max_examples=20)
+def test_unfold_and_patch_sums(case):
+    shape, window, seed = case
+    x = draw(shape, seed)
+    rows = reference.convolution_rows(x, *window)[0]
+    rows = rows.reshape(*rows.shape[:2], -1, shape[-1])
+    unfolded, sums, outputs = run(lambda x: (patches.unfold(x, *window), *patches.patch_sums(x, *window)), x)
+    assert unfolded.shape[0] == shape[0]
+    np.testing.assert_array_equal(unfolded.reshape(rows.shape), rows.astype("float32"))
+    close(sums, rows.sum(axis=1), 1e-5)
+    assert int(outputs) == rows.shape[1]
+    for axis in zip(shape[1:-1], *window[:3], strict=True):
+        seen = reference.visible_inputs(*axis, window[3])
+        before, _, count = patches.pad_and_crop_sizes(*axis, window[3])
+        assert (before, count) == (-seen[0][0], len(seen))
+
+
+@pytest.mark.parametrize(
+    ("kernel", "strides", "dilation", "padding"),
+    [((3, 2), 1, 1, "same"), ((2, 3), 2, 1, "same"), ((2, 2), 1, 2, "valid"), ((3, 3), (2, 1), 1, "valid")],
+)
+def test_unfold_orders_patches_as_keras_does(kernel, strides, dilation, padding):
+    x = draw((2, 6, 7, 3))
+    expected = run(lambda x: keras.ops.image.extract_patches(x, kernel, strides, dilation, padding), x)
+    steps = strides if isinstance(strides, tuple) else (strides, strides)
+    unfolded = run(lambda x: patches.unfold(x, kernel, steps, (dilation, dilation), padding), x)
+    np.testing.assert_array_equal(unfolded.reshape(expected.shape), expected)
+
+
+def test_displacements_only_where_they_apply():
+    def prefers(shape, kernel, strides=1, dilation=1):
+        rank = len(kernel)
+        return patches.prefers_displacements(np.zeros(shape), kernel, (strides,) * rank, (dilation,) * rank)
+
+    assert prefers((2, 5, 5, 3), (3, 3))
+    assert prefers((2, 5, 3), (5,))
+    assert not prefers((2, 5, 2, 3), (3, 3))
+    assert not prefers((2, 5, 5, 3), (3, 3), strides=2)
+    assert not prefers((2, 5, 5, 3), (3, 3), dilation=2)
+    assert not prefers((2, 5, 5, 5, 3), (3, 3, 3))
+    assert not prefers((2, 5, 5, 3), (1, 1))
