@@ -101,16 +101,19 @@ def patch_gram(x, kernel, padding):
     (kh, kw), c = kernel, x.shape[-1]
     rows, columns = (list(_frames(*axis)) for axis in zip(x.shape[1:-1], kernel, borders, strict=True))
 
-    seen = ops.reshape(_displacements(x, kh - 1, kw - 1), (-1, c, c))
-    table = [seen, ops.transpose(seen, (0, 2, 1))]
+    # A displacement upwards, or in the same row to the left, is the transpose of its opposite.
+    table = [ops.reshape(_displacements(x, (0, 0), (0, kw - 1)), (-1, c, c))]
+    if kh > 1:
+        table.append(ops.reshape(_displacements(x, (1, kh - 1), (1 - kw, kw - 1)), (-1, c, c)))
     lines = [(_stack([x[:, i] for i in data]), kw) for *_, data in rows]
     lines += [(_stack([x[:, :, i] for i in data]), kh) for *_, data in columns]
-    table += [_blocks(_displacements(ops.expand_dims(line, 1), 0, size - 1), c) for line, size in lines]
+    table += [_blocks(_displacements(ops.expand_dims(line, 1), (0, 0), (0, size - 1)), c) for line, size in lines]
     for *_, row_data in rows:
         for *_, column_data in columns:
             corner = _stack([x[:, i, j] for i in row_data for j in column_data])
             table.append(_blocks(backend.matmul(corner, corner, transpose_a=True), c))
-    table = ops.reshape(ops.concatenate(table), (-1, c * c))
+    table = ops.concatenate(table)
+    table = ops.reshape(ops.concatenate([table, ops.transpose(table, (0, 2, 1))]), (-1, c * c))
     combination = ops.convert_to_tensor(_combination(kernel, rows, columns), table.dtype)
     gram = ops.reshape(backend.matmul(combination, table), (kh * kw, kh * kw, c, c))
     return ops.reshape(ops.transpose(gram, (0, 2, 1, 3)), (kh * kw * c, kh * kw * c))
@@ -124,40 +127,40 @@ def _stack(lines):
 _PRODUCT_WIDTH = 128
 
 
-def _displacements(x, down, aside):
-    """`result[u, v + aside] = sum over n, y, z of x[n, y + u, z + v] x[n, y, z]^T`, `0 <= u <= down`, `|v| <= aside`.
+def _displacements(x, rows, columns):
+    """`sum over n, y, z of x[n, y + u, z + v] x[n, y, z]^T` for `u` and `v` in two ranges, the last included.
 
     This is the kernel gradient of a convolution of `x` with itself, and TensorFlow's runtime has a fast one. XLA's CPU
     compiler has not, least of all inside conditionals, where it leaves all but plain forward convolutions as naive
     loops (a hundred times slower); there, runs of neighbouring pixels are multiplied with themselves and their
     surroundings, and the displacements summed from the products' blocks.
+
+    Returns:
+        `[number of u, number of v, c, c]`.
     """
-    if not backend.under_xla():
-        padded = ops.pad(x, [(0, 0), (0, down), (aside, aside), (0, 0)])
-        return backend.filter_gradient(padded, x, (down + 1, 2 * aside + 1))
+    (up, down), (left, right) = rows, columns
+    count, span = down - up + 1, right - left + 1
     _, height, width, c = x.shape
+    if not backend.under_xla():
+        padded = ops.pad(x[:, up:], [(0, 0), (0, down), (-left, right), (0, 0)])
+        return backend.filter_gradient(padded, x, (count, span))
     run = min(max(_PRODUCT_WIDTH // c, 1), width)
-    seen, runs = run + 2 * aside, -(-width // run)
+    seen, runs = run + span - 1, -(-width // run)
     spare = runs * run - width
     center = ops.reshape(ops.pad(x, [(0, 0), (0, 0), (0, spare), (0, 0)]), (-1, run * c))
-    padded = ops.pad(x, [(0, 0), (0, down), (aside, aside + spare), (0, 0)])
+    padded = ops.pad(x[:, up:], [(0, 0), (0, down), (-left, right + spare), (0, 0)])
     surroundings = ops.stack([padded[:, :, i * run : i * run + seen] for i in range(runs)], axis=2)
     products = ops.stack(
         [
-            backend.matmul(
-                ops.reshape(surroundings[:, u : u + height], (-1, seen * c)),
-                center,
-                transpose_a=True,
-            )
-            for u in range(down + 1)
+            backend.matmul(ops.reshape(surroundings[:, u : u + height], (-1, seen * c)), center, transpose_a=True)
+            for u in range(count)
         ]
     )
-    products = ops.transpose(ops.reshape(products, (down + 1, seen, c, run, c)), (0, 1, 3, 2, 4))
-    products = ops.reshape(products, (down + 1, seen * run, c * c))
+    products = ops.transpose(ops.reshape(products, (count, seen, c, run, c)), (0, 1, 3, 2, 4))
     offsets = np.arange(seen)[:, None] - np.arange(run)[None, :]
-    selection = (offsets[None] == np.arange(2 * aside + 1)[:, None, None]).reshape(2 * aside + 1, -1)
-    sums = backend.matmul(ops.convert_to_tensor(selection.astype("float32"), products.dtype), products)
-    return ops.reshape(sums, (down + 1, 2 * aside + 1, c, c))
+    selection = (offsets[None] == np.arange(span)[:, None, None]).reshape(span, -1).astype("float32")
+    sums = backend.matmul(ops.convert_to_tensor(selection, x.dtype), ops.reshape(products, (count, -1, c * c)))
+    return ops.reshape(sums, (count, span, c, c))
 
 
 def _blocks(products, c):
@@ -181,33 +184,41 @@ def _frames(size, kernel, border):
 
 @functools.cache
 def _combination_of(kernel, rows, columns):
-    (kh, kw), (span_y, span_x) = kernel, (2 * kernel[0] - 1, 2 * kernel[1] - 1)
-    sizes = [kh * span_x] * 2
-    sizes += [span_x * (last - first + 1) ** 2 for first, last in rows]
-    sizes += [span_y * (last - first + 1) ** 2 for first, last in columns]
-    sizes += [((r[1] - r[0] + 1) * (c[1] - c[0] + 1)) ** 2 for r in rows for c in columns]
-    starts = np.concatenate([[0], np.cumsum(sizes)])
-    result = np.zeros((kh, kw, kh, kw, starts[-1]), "float32")
+    (kh, kw), span = kernel, 2 * kernel[1] - 1
+    parts = [("same row", kw), ("below", (kh - 1) * span)]
+    parts += [(("row", r), kw * (r[1] - r[0] + 1) ** 2) for r in rows]
+    parts += [(("column", r), kh * (r[1] - r[0] + 1) ** 2) for r in columns]
+    parts += [((r, s), ((r[1] - r[0] + 1) * (s[1] - s[0] + 1)) ** 2) for r in rows for s in columns]
+    ends = np.cumsum([size for _, size in parts])
+    start = {part: end - size for (part, size), end in zip(parts, ends, strict=True)}
+    transposed = ends[-1]
+    result = np.zeros((kh, kw, kh, kw, 2 * transposed), "float32")
+
+    def line(part, positions, p, q):
+        """Where the table has the displacement from `p` to `q` of a line's channels."""
+        first, last = positions
+        count, flip = last - first + 1, q[0] > p[0]
+        (p, i), (q, j) = (q, p) if flip else (p, q)
+        return start[part] + ((p - q) * count + i - first) * count + j - first + flip * transposed
+
     for py, px, qy, qx in np.ndindex(kh, kw, kh, kw):
-        dy, dx = qy - py, qx - px
         row = result[py, px, qy, qx]
-        # The table holds displacements downwards, of the later position with the earlier one, and their transposes.
-        row[-dy * span_x - dx + kw - 1 if dy <= 0 else starts[1] + dy * span_x + dx + kw - 1] += 1
-        inside_rows = [(i, r) for i, r in enumerate(rows) if r[0] <= min(py, qy) and max(py, qy) <= r[1]]
-        inside_columns = [(i, r) for i, r in enumerate(columns) if r[0] <= min(px, qx) and max(px, qx) <= r[1]]
-        for i, (first, last) in inside_rows:
-            count = last - first + 1
-            row[starts[2 + i] + ((kw - 1 - dx) * count + py - first) * count + qy - first] -= 1
-        for i, (first, last) in inside_columns:
-            count = last - first + 1
-            row[starts[2 + len(rows) + i] + ((kh - 1 - dy) * count + px - first) * count + qx - first] -= 1
-        for i, (top, bottom) in inside_rows:
-            for j, (left, right) in inside_columns:
-                width = right - left + 1
-                count = (bottom - top + 1) * width
-                start = starts[2 + len(rows) + len(columns) + i * len(columns) + j]
-                row[start + ((py - top) * width + px - left) * count + (qy - top) * width + qx - left] += 1
-    return result.reshape(-1, starts[-1])
+        flip = (py, px) < (qy, qx)
+        dy, dx = (qy - py, qx - px) if flip else (py - qy, px - qx)
+        main = start["same row"] + dx if dy == 0 else start["below"] + (dy - 1) * span + dx + kw - 1
+        row[main + flip * transposed] += 1
+        inside_rows = [r for r in rows if r[0] <= min(py, qy) and max(py, qy) <= r[1]]
+        inside_columns = [r for r in columns if r[0] <= min(px, qx) and max(px, qx) <= r[1]]
+        for r in inside_rows:
+            row[line(("row", r), r, (px, py), (qx, qy))] -= 1
+        for r in inside_columns:
+            row[line(("column", r), r, (py, px), (qy, qx))] -= 1
+        for r in inside_rows:
+            for s in inside_columns:
+                width = s[1] - s[0] + 1
+                i, j = (py - r[0]) * width + px - s[0], (qy - r[0]) * width + qx - s[0]
+                row[start[r, s] + i * (r[1] - r[0] + 1) * width + j] += 1
+    return result.reshape(-1, 2 * transposed)
 
 
 def _combination(kernel, rows, columns):

@@ -200,6 +200,10 @@ class NaturalGradient(StrictState, keras.optimizers.SGD):
         if self.use_ema:
             with self._averaged_variables_only():
                 super().finalize_variable_values(self._trainable_variables)
+            # On JAX a variable and its average are now one buffer, which the next `fit` could not donate twice.
+            for average in self._model_variables_moving_average:
+                if average is not None:
+                    average.assign(ops.copy(average))
 
     # The step
 
