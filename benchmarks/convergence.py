@@ -45,6 +45,7 @@ FLAGS = flags.FLAGS
 flags.DEFINE_enum("task", "all", ["all", "cnn", "autoencoder"], "Task to run.")
 flags.DEFINE_integer("seeds", 5, "Runs of each tuned optimizer.", lower_bound=1)
 flags.DEFINE_boolean("quick", False, "Three epochs and two trials, and nothing written.")
+flags.DEFINE_boolean("render", False, "Write the table and the plot of the results that are there, and run nothing.")
 flags.DEFINE_string("data_dir", None, "Where tensorflow-datasets keeps prepared data. Default: its own choice.")
 flags.DEFINE_string("output", "convergence", "Name of the results.")
 
@@ -152,7 +153,12 @@ class Clock(keras.callbacks.Callback):
         self.start = time.perf_counter()
 
     def on_test_begin(self, logs=None):
+        # JAX returns before it has computed; reading a variable waits.
+        ops.convert_to_numpy(self.model.optimizer.iterations)
         self.seconds.append(time.perf_counter() - self.start)
+
+    def on_epoch_end(self, epoch, logs=None):
+        float(logs["val_loss"])
 
 
 class Training:
@@ -196,7 +202,7 @@ class Training:
         ).history
         # The figures are what JSON can hold: divergence is a very large loss.
         losses = np.nan_to_num(np.array(history["val_loss"]), nan=1e30, posinf=1e30)
-        return {"loss": losses.tolist(), "seconds": clock.seconds}
+        return {"loss": [float(f"{x:.6g}") for x in losses], "seconds": [round(s, 6) for s in clock.seconds]}
 
 
 class Tuned:
@@ -323,7 +329,7 @@ def summary(payload):
 
 
 def plot(payload, path):
-    """Mean and range over the seeds of the loss, by epoch and by second."""
+    """Median and range over the seeds of the loss, by epoch and by second."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -338,22 +344,34 @@ def plot(payload, path):
             epochs = np.arange(1, losses.shape[1] + 1)
             seconds = np.median([np.cumsum(run["seconds"]) for run in entry["runs"]], axis=0)
             for axis, x in zip(row, (epochs, seconds), strict=True):
-                axis.plot(x, losses.mean(axis=0), color=colours[optimizer], linewidth=1.8, label=optimizer)
+                axis.plot(x, np.median(losses, axis=0), color=colours[optimizer], linewidth=1.8, label=optimizer)
                 axis.fill_between(x, losses.min(axis=0), losses.max(axis=0), color=colours[optimizer], alpha=0.2, lw=0)
         for axis, label in zip(row, ("epoch", "seconds of training, after compiling"), strict=True):
             axis.axhline(task["target"], color="black", linestyle=":", linewidth=1)
             axis.set(yscale="log", xlabel=label, ylabel=f"{name}: training loss")
-            axis.grid(alpha=0.3, which="both")
+            axis.grid(alpha=0.3)
             axis.spines[["top", "right"]].set_visible(False)
-        if name == "autoencoder":
-            row[0].set_ylim(top=0.6)
-            row[1].set_ylim(top=0.6)
+            if name == "autoencoder":
+                axis.set(yscale="linear", ylim=(None, 0.45))
+            else:
+                axis.set_ylim(bottom=1e-6)
         row[0].legend(fontsize="small")
     figure.savefig(path, dpi=80)
     plt.close(figure)
 
 
+def render(payload):
+    """Writes the table and the plot beside the results; returns the text."""
+    text = f"{table(payload)}\n\n{summary(payload)}\n"
+    (results.DIRECTORY / f"{FLAGS.output}.md").write_text(text)
+    plot(payload, results.DIRECTORY / f"{FLAGS.output}.png")
+    return text
+
+
 def main(_):
+    if FLAGS.render:
+        print(render(results.load(FLAGS.output)))
+        return
     names = list(TASKS) if FLAGS.task == "all" else [FLAGS.task]
     budget = {n: {o: len(g[1]) * len(g[2]) for o, g in TASKS[n].grids.items()} for n in names}
     if FLAGS.quick:
@@ -365,13 +383,11 @@ def main(_):
         for name in names:
             payload["tasks"][name] = measure(name, TASKS[name], bar)
     payload["seconds"] = time.perf_counter() - start
-    print(f"\n{table(payload)}\n\n{summary(payload)}\n")
     if FLAGS.quick:
+        print(f"\n{table(payload)}\n\n{summary(payload)}")
         return
     path = results.save(FLAGS.output, payload)
-    plot(payload, path.with_suffix(".png"))
-    path.with_suffix(".md").write_text(f"{table(payload)}\n\n{summary(payload)}\n")
-    print(f"written to {path}, .md and .png, after {payload['seconds']:.0f} seconds")
+    print(f"\n{render(payload)}\nwritten to {path}, .md and .png, after {payload['seconds']:.0f} seconds")
 
 
 if __name__ == "__main__":

@@ -6,6 +6,7 @@ import json
 import os
 import pathlib
 import platform
+import re
 
 DIRECTORY = pathlib.Path(__file__).parent / "results"
 PACKAGES = ("keras", "tensorflow", "tensorflow-cpu", "jax", "jaxlib", "numpy", "scikit-learn")
@@ -47,7 +48,10 @@ def save(name, payload):
     """Writes `payload` and the environment to `results/<name>.json`; returns the path."""
     DIRECTORY.mkdir(parents=True, exist_ok=True)
     path = DIRECTORY / f"{name}.json"
-    path.write_text(json.dumps({"environment": environment(), **payload}, indent=1) + "\n")
+    text = json.dumps({"environment": environment(), **payload}, indent=1)
+    # A list of numbers on one line: curves are long.
+    text = re.sub(r"\[([^\[\]{}]*)\]", lambda match: "[" + " ".join(match[1].split()) + "]", text)
+    path.write_text(text + "\n")
     return path
 
 

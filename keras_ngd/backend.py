@@ -3,6 +3,7 @@
 Everything else in the package is written with `keras.ops`, so this is the only module that asks which backend runs.
 """
 
+import contextlib
 import sys
 
 import keras
@@ -118,6 +119,15 @@ def on_accelerator():
     import tensorflow as tf
 
     return bool(tf.config.get_visible_devices("GPU") or tf.config.get_visible_devices("TPU"))
+
+
+def outside_trace():
+    """A context for assignments that are to happen once and now, though a function may be being traced."""
+    if name() == "jax":
+        return contextlib.nullcontext()
+    import tensorflow as tf
+
+    return tf.init_scope()
 
 
 def traced_once(function):

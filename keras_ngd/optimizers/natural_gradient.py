@@ -112,10 +112,12 @@ class NaturalGradient(StrictState, keras.optimizers.SGD):
         self._inverse_updates = self.add_variable((), dtype="int", name="inverse_updates")
         self._skipped_statistics = self.add_variable((), dtype="int", name="skipped_statistics")
         self._skipped_steps = self.add_variable((), dtype="int", name="skipped_steps")
-        if not self._restore_pending():
-            # A checkpoint restored here has brought its own gates, with the statistics.
-            for block in layout.blocks:
-                block.statistics.gate.assign(1.0)
+        # TensorFlow's trainer builds the optimizer of a built model while it traces the first step.
+        with backend.outside_trace():
+            if not self._restore_pending():
+                # A checkpoint restored here has brought its own gates, with the statistics.
+                for block in layout.blocks:
+                    block.statistics.gate.assign(1.0)
 
     def _add_state(self, shape, initializer, dtype, name):
         return self.add_variable(shape, initializer=initializer, dtype=dtype, name=name)
@@ -125,8 +127,8 @@ class NaturalGradient(StrictState, keras.optimizers.SGD):
         if not blocks:
             raise ValueError(
                 f"{name} found no captured layers, so it would train as plain SGD. Call "
-                "`keras_ngd.capture(model, optimizer)` before `model.compile` (or after unfreezing layers). A saved model that makes "
-                "its own layers: load it with `compile=False`, capture, compile, then `model.load_weights`."
+                "`keras_ngd.capture(model, optimizer)` before `model.compile` (or after unfreezing layers). A saved model "
+                "that makes its own layers: load it with `compile=False`, capture, compile, then `model.load_weights`."
             )
         expected = self.make_statistics().spec
         for block in blocks:
@@ -136,26 +138,20 @@ class NaturalGradient(StrictState, keras.optimizers.SGD):
                     f"{name} needs {expected}. Call `keras_ngd.capture(model, optimizer)` with this optimizer."
                 )
 
-    @property
-    def loss_scale_factor(self):
-        """Static factor the loss is multiplied with, or None."""
-        return self._loss_scale_factor
-
-    @loss_scale_factor.setter
-    def loss_scale_factor(self, value):
+    def __setattr__(self, name, value):
         # Keras's LossScaleOptimizer announces itself to the optimizer it wraps by resetting this attribute.
-        if hasattr(self, "_loss_scale_factor"):
+        if name == "loss_scale_factor" and name in self.__dict__:
             raise ValueError(
                 f"{type(self).__name__} cannot be wrapped in a LossScaleOptimizer (Keras does so under `mixed_float16`): "
                 "its statistics would carry the square of a loss scale it is not told. Use the `mixed_bfloat16` policy, or "
                 f"{type(self).__name__}(..., loss_scale_factor=1024.0) with model.compile(..., auto_scale_loss=False)."
             )
-        self._loss_scale_factor = value
+        super().__setattr__(name, value)
 
     # Reading
 
     def _read(self, counter):
-        return int(ops.convert_to_numpy(getattr(self, counter))) if self.built else 0
+        return int(ops.convert_to_numpy(ops.convert_to_tensor(getattr(self, counter)))) if self.built else 0
 
     @property
     def skipped_statistics(self):
@@ -233,6 +229,8 @@ class NaturalGradient(StrictState, keras.optimizers.SGD):
         )
 
     def _check_step(self, grads, variables):
+        with backend.outside_trace():
+            self._restore_pending()  # raises again what `build` raised
         known = self._trainable_variables_indices
         if len(variables) != len(known) or any(self._var_key(v) not in known for v in variables):
             self._fail_on_changed_variables(len(variables))

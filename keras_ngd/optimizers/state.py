@@ -36,10 +36,9 @@ class StrictState:
 
     def _restore_pending(self):
         """Restores what was loaded before `build`; whether there was anything."""
-        state, self._pending_state = self._pending_state, None
-        if state is None:
+        if self._pending_state is None:
             return False
-        self._assign_state(state)
+        self._assign_state(self._pending_state)
         return True
 
     def _assign_state(self, state):
@@ -63,3 +62,4 @@ class StrictState:
                 )
         for i, variable in enumerate(variables):
             variable.assign(state[str(i)])
+        self._pending_state = None

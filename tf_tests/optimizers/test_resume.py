@@ -29,7 +29,6 @@ def build():
             keras.Input((6, 6, 2)),
             layers.Conv2D(4, 3, activation="relu"),
             layers.BatchNormalization(),
-            layers.Dropout(0.2, seed=1),
             layers.Flatten(),
             layers.Dense(4),
         ]
@@ -137,15 +136,17 @@ def checkpoint(tmp_path):
     return model, tmp_path / "saved.weights.h5"
 
 
-def test_state_loaded_before_the_optimizer_is_built_waits_for_it(checkpoint):
+@pytest.mark.parametrize("explicitly", [True, False], ids=["built", "built by fit"])
+def test_state_loaded_before_the_optimizer_is_built_waits_for_it(explicitly, checkpoint):
     model, path = checkpoint
     resumed = captured(mlp(), kfac(factor_interval=3, inverse_interval=3))
     resumed.load_weights(path)
     assert not resumed.optimizer.built
     assert resumed.optimizer.factor_updates == 0
-    resumed.optimizer.build(resumed.trainable_variables)
-    assert resumed.optimizer.factor_updates == 2
-    assert_same(everything(resumed), everything(model))
+    if explicitly:
+        resumed.optimizer.build(resumed.trainable_variables)
+        assert resumed.optimizer.factor_updates == 2
+        assert_same(everything(resumed), everything(model))
     for each in (resumed, model):
         small.fit(each, *small.regression(40))
     assert_same(everything(resumed), everything(model))
@@ -164,9 +165,9 @@ def test_state_waiting_for_build_may_be_replaced(checkpoint, tmp_path):
 
 
 MISMATCHES = {
-    "inverse": (lambda: captured(mlp(), kfac(inverse="eigen")), "has 20 variables but the checkpoint has 16"),
-    "momentum": (lambda: captured(mlp(), kfac(momentum=0.0)), "has 12 variables but the checkpoint has 16"),
-    "average": (lambda: captured(mlp(), kfac(use_ema=True)), "has 20 variables but the checkpoint has 16"),
+    "inverse": (lambda: captured(mlp(), kfac(inverse="eigen")), "has 16 variables but the checkpoint has 14"),
+    "momentum": (lambda: captured(mlp(), kfac(momentum=0.0)), "has 10 variables but the checkpoint has 14"),
+    "average": (lambda: captured(mlp(), kfac(use_ema=True)), "has 18 variables but the checkpoint has 14"),
     "missing layer": (lambda: captured(mlp(), skip="hidden"), "has shape .* but the checkpoint has"),
 }
 
@@ -188,6 +189,14 @@ def test_state_that_does_not_match_is_an_error(difference, built, checkpoint):
         small.fit(model, *small.regression())
 
 
+def test_state_that_does_not_match_is_not_forgotten(checkpoint):
+    model = captured(mlp(), kfac(momentum=0.0))
+    model.load_weights(checkpoint[1])
+    for _ in range(2):
+        with pytest.raises(ValueError, match="has 10 variables but the checkpoint has 14"):
+            small.fit(compiled(model, model.optimizer), *small.regression())
+
+
 def test_backup_of_another_optimizer_is_an_error(tmp_path):
     x, y = small.regression()
     backup = keras.callbacks.BackupAndRestore(str(tmp_path / "backup"), delete_checkpoint=False)
@@ -199,7 +208,7 @@ def test_backup_of_another_optimizer_is_an_error(tmp_path):
 def test_mismatch_may_be_skipped_when_asked_for(checkpoint):
     model = captured(mlp(), kfac(momentum=0.0))
     model.optimizer.build(model.trainable_variables)
-    with pytest.warns(UserWarning, match="has 12 variables but the checkpoint has 16"):
+    with pytest.warns(UserWarning, match="has 10 variables but the checkpoint has 14"):
         model.load_weights(checkpoint[1], skip_mismatch=True)
     assert_same(weights(model), weights(checkpoint[0]))
     assert model.optimizer.factor_updates == 0

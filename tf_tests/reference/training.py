@@ -88,7 +88,8 @@ class NaturalGradientTraining:
 
     def averages(self, name):
         """The running averages `(A, G)` of a block."""
-        return [kronecker.running_average(list(series), self.factor_decay) for series in zip(*self.history[name])]
+        pairs = zip(*self.history[name], strict=True)
+        return [kronecker.running_average(list(series), self.factor_decay) for series in pairs]
 
     def apply(self, weights, gradients, observed, count):
         """Changes `weights` by one step; `observed` holds `(a, ghat)` of each block, from a batch of `count`."""

@@ -1,0 +1,45 @@
+"""Puts the tables of the results into the README, between their markers: `python -m benchmarks.readme`."""
+
+import pathlib
+import re
+
+from benchmarks import convergence, results, step_cost
+
+README = pathlib.Path(__file__).parent.parent / "README.md"
+
+
+def machine(payload):
+    """One line on where and with what a result was measured."""
+    environment = payload["environment"]
+    versions = ", ".join(f"{package} {version}" for package, version in environment["versions"].items())
+    return f"{environment['processor']}, {environment['cores']} cores, {environment['date']}; {versions}."
+
+
+def section(name, render):
+    """The table of a result with its source and machine."""
+    payload = results.load(name)
+    return f"{render(payload)}\n\nFrom `benchmarks/results/{name}.json`: {machine(payload)}"
+
+
+def insert(text, marker, content):
+    """`text` with what stands between `<!-- marker -->` and `<!-- /marker -->` replaced."""
+    pattern = re.compile(f"(<!-- {marker} -->).*?(<!-- /{marker} -->)", re.DOTALL)
+    if not pattern.search(text):
+        raise ValueError(f"README.md has no markers <!-- {marker} --> ... <!-- /{marker} -->.")
+    return pattern.sub(lambda match: f"{match[1]}\n{content}\n{match[2]}", text)
+
+
+def main():
+    sections = {
+        "step-cost": section("step_cost", lambda payload: step_cost.table(payload["results"])),
+        "step-cost-quarter": section("step_cost_quarter", lambda payload: step_cost.table(payload["results"])),
+        "convergence": section("convergence", convergence.table),
+    }
+    text = README.read_text()
+    for marker, content in sections.items():
+        text = insert(text, marker, content)
+    README.write_text(text)
+
+
+if __name__ == "__main__":
+    main()
