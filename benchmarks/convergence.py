@@ -177,7 +177,7 @@ class Training:
         )
         optimizer.build(self.model.trainable_variables)
         self.variables = self.model.variables + optimizer.variables
-        self.start = [ops.convert_to_numpy(v) for v in self.variables]
+        self.start = [np.array(v) for v in self.variables]
 
     def run(self, learning_rate, seed, epochs, trial=0):
         """Losses and seconds by epoch, from scratch."""

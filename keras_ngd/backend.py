@@ -54,6 +54,25 @@ def cholesky(matrices):
     return jnp.linalg.cholesky(matrices)
 
 
+def triangular_inverse(lower):
+    """Inverses of the lower triangular matrices `[k, d, d]`."""
+    if name() == "tensorflow":
+        import tensorflow as tf
+
+        return tf.linalg.triangular_solve(
+            lower, tf.eye(lower.shape[-1], dtype=lower.dtype)[None] + tf.zeros_like(lower)
+        )
+    import jax
+
+    identity = jax.numpy.eye(lower.shape[-1], dtype=lower.dtype)
+
+    def inverse(matrix):
+        return jax.scipy.linalg.solve_triangular(matrix, identity, lower=True)
+
+    # On the CPU JAX calls LAPACK for one matrix but has XLA write out a batch's solution, which takes minutes to compile.
+    return inverse(lower) if lower.ndim == 2 else jax.lax.map(inverse, lower)
+
+
 def filter_gradient(inputs, upstream, kernel_size):
     """TensorFlow's gradient of a `valid`, stride-1, two-dimensional convolution with respect to its kernel.
 

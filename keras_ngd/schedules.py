@@ -1,15 +1,22 @@
 """Values that may change during training: dampings and update intervals."""
 
+import numbers
+
 import keras
 from keras import ops
 from keras.optimizers.schedules import LearningRateSchedule
+
+
+def is_number(value):
+    """Whether a value is a real number, of Python or of NumPy."""
+    return isinstance(value, numbers.Real) and not isinstance(value, bool)
 
 
 def check_positive(name, value):
     """Returns a damping as a float or a `LearningRateSchedule`; a `ValueError` names what is wrong."""
     if isinstance(value, LearningRateSchedule):
         return value
-    if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 < value < float("inf"):
+    if not is_number(value) or not 0 < value < float("inf"):
         raise ValueError(
             f"`{name}` must be a positive float or a `keras.optimizers.schedules.LearningRateSchedule`. "
             f"Received: {name}={value!r}"
@@ -21,12 +28,12 @@ def check_interval(name, value):
     """Returns an interval as an int or a `LearningRateSchedule`; a `ValueError` names what is wrong."""
     if isinstance(value, LearningRateSchedule):
         return value
-    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+    if isinstance(value, bool) or not isinstance(value, numbers.Integral) or value < 1:
         raise ValueError(
             f"`{name}` must be an int of at least 1, in training steps, or a "
             f"`keras.optimizers.schedules.LearningRateSchedule` of such values. Received: {name}={value!r}"
         )
-    return value
+    return int(value)
 
 
 def value_at(value, step):

@@ -51,7 +51,7 @@ def fit(model, x, y, batch_size=8, epochs=1, **kwargs):
 
 def array(variable):
     """A copy of a variable's value."""
-    return np.array(ops.convert_to_numpy(variable))
+    return np.array(ops.convert_to_numpy(ops.convert_to_tensor(variable)))
 
 
 def weights(model):

@@ -1,187 +1,310 @@
-"""Every kind of bad input has an error of its own that says what to do."""
+"""Every misuse has its own error, which says what is wrong and what to do."""
 
+import os
 import subprocess
 import sys
-import textwrap
 
 import keras
 import numpy as np
 import pytest
+from keras import layers, ops
 
 import keras_ngd
+from tf_tests import small
+from tf_tests.small import captured, compiled, fit, kfac, mlp, policy, regression
 
-X = np.random.default_rng(0).normal(size=(8, 4)).astype("float32")
-Y = np.arange(8) % 3
-
-
-def make_model():
-    return keras.Sequential(
-        [keras.Input((4,)), keras.layers.Dense(5, "tanh", name="first"), keras.layers.Dense(3, name="last")]
-    )
-
-
-def compile_and_fit(model, optimizer, **kwargs):
-    loss = keras.losses.SparseCategoricalCrossentropy(from_logits=True)
-    model.compile(optimizer=optimizer, loss=loss, **kwargs)
-    model.fit(X, Y, batch_size=8, verbose=0)
+# Arguments
 
 
 @pytest.mark.parametrize(
-    ("arguments", "message"),
+    ("argument", "values", "message"),
     [
-        ({"damping": -0.1}, "`damping` must be a positive float"),
-        ({"damping": 0}, "`damping` must be a positive float"),
-        ({"damping": float("nan")}, "`damping` must be a positive float"),
-        ({"damping": "small"}, "`damping` must be a positive float"),
-        ({"factor_interval": 0}, "`factor_interval` must be an int of at least 1"),
-        ({"factor_interval": 1.5}, "`factor_interval` must be an int of at least 1"),
-        ({"factor_interval": True}, "`factor_interval` must be an int of at least 1"),
-        ({"inverse_interval": -3}, "`inverse_interval` must be an int of at least 1"),
-        ({"inverse": "lu"}, "`inverse` must be one of"),
-        ({"damping_mode": "tikhonov"}, "`damping_mode` must be one of"),
-        ({"damping_mode": "exact", "inverse": "cholesky"}, "`damping_mode='exact'` needs `inverse='eigen'`"),
-        ({"weight_sharing": "both"}, "`weight_sharing` must be one of"),
-        ({"losses_per_example": 0}, "`losses_per_example` must be a number above 0"),
-        ({"statistics_fraction": 0}, r"`statistics_fraction` must be in \(0, 1\]"),
-        ({"statistics_fraction": 1.5}, r"`statistics_fraction` must be in \(0, 1\]"),
-        ({"factor_decay": 1.0}, r"`factor_decay` must be in \[0, 1\)"),
-        ({"factor_decay": -0.1}, r"`factor_decay` must be in \[0, 1\)"),
-        ({"kl_clip": 0}, "`kl_clip` must be a positive float or None"),
-        ({"momentum": 2.0}, "momentum"),
-        ({"gradient_accumulation_steps": 2}, "does not support `gradient_accumulation_steps`"),
-        ({"learning_rates": 0.1}, "not recognized"),
+        (
+            "damping",
+            [0, 0.0, -1e-3, float("nan"), float("inf"), True, "0.1", None],
+            "`damping` must be a positive float",
+        ),
+        ("factor_interval", [0, -1, 2.0, 1.5, True, "10", None], "`factor_interval` must be an int of at least 1"),
+        ("inverse_interval", [0, -1, 2.0, 1.5, True, "10", None], "`inverse_interval` must be an int of at least 1"),
+        ("factor_decay", [1, 1.0, -0.1, float("nan"), True, "0.9", None], r"`factor_decay` must be in \[0, 1\)"),
+        ("kl_clip", [0, -1.0, float("nan"), float("inf"), True, "1"], "`kl_clip` must be a positive float or None"),
+        ("inverse", ["qr", None, 1], "`inverse` must be one of .*'cholesky'"),
+        ("damping_mode", ["tikhonov", None, 1], "`damping_mode` must be one of .*'pi'"),
+        ("weight_sharing", ["sum", None, True], "`weight_sharing` must be one of .*'expand'"),
+        ("losses_per_example", [0, -1, float("nan"), True, "3", None], "`losses_per_example` must be a number above 0"),
+        ("statistics_fraction", [0, -0.5, 1.01, True, "1", None], r"`statistics_fraction` must be in \(0, 1\]"),
+        ("gradient_accumulation_steps", [2, 8], "KFAC does not support `gradient_accumulation_steps`"),
+        ("momentum", [-0.1, 1.1], "`momentum` must be a float between"),
     ],
 )
-def test_optimizer_arguments(arguments, message):
-    with pytest.raises(ValueError, match=message):
-        keras_ngd.KFAC(**arguments)
+def test_argument_out_of_range(argument, values, message):
+    for value in values:
+        with pytest.raises(ValueError, match=message) as caught:
+            keras_ngd.KFAC(**{argument: value})
+        if argument != "momentum":
+            assert f"{value}" in str(caught.value).split("Received:")[1]
 
 
-def test_compiled_without_capture():
-    with pytest.raises(ValueError, match="found no captured layers, so it would train as plain SGD"):
-        compile_and_fit(make_model(), keras_ngd.KFAC())
+def test_exact_damping_needs_eigenvalues():
+    with pytest.raises(
+        ValueError, match="`damping_mode='exact'` needs `inverse='eigen'`. Received: inverse='cholesky'"
+    ):
+        keras_ngd.KFAC(damping_mode="exact", inverse="cholesky")
+    assert keras_ngd.KFAC(damping_mode="exact", inverse="eigen").damping_mode == "exact"
 
 
-def test_captured_for_another_optimizer():
-    model = make_model()
-    keras_ngd.capture(model, keras_ngd.KFAC(weight_sharing="reduce"))
-    with pytest.raises(ValueError, match="first' was captured for another optimizer"):
-        compile_and_fit(model, keras_ngd.KFAC())
+def test_arguments_in_range_are_accepted():
+    """Numbers of NumPy, ends of the ranges, schedules and their configs."""
+    constant = keras.optimizers.schedules.PiecewiseConstantDecay([10], [0.1, 0.01])
+    optimizer = keras_ngd.KFAC(
+        damping=np.float32(0.5),
+        factor_interval=np.int64(3),
+        inverse_interval=constant,
+        factor_decay=0,
+        kl_clip=None,
+        statistics_fraction=1,
+        gradient_accumulation_steps=None,
+    )
+    assert (optimizer.damping, optimizer.factor_interval, optimizer.kl_clip) == (0.5, 3, None)
+    assert type(optimizer.damping) is float
+    assert type(optimizer.factor_interval) is int
+    assert optimizer.inverse_interval is constant
+    again = keras_ngd.KFAC(damping=keras.saving.serialize_keras_object(constant))
+    assert again.damping.get_config() == constant.get_config()
 
 
-def test_capture_of_an_unbuilt_model():
-    model = keras.Sequential([keras.layers.Dense(3)])
-    with pytest.raises(ValueError, match="is not built"):
-        keras_ngd.capture(model, keras_ngd.KFAC())
+# Capture and release
 
 
-def test_capture_of_what_is_no_model():
-    with pytest.raises(TypeError, match="`model` must be a keras.Model"):
-        keras_ngd.capture(keras.layers.Dense(3), keras_ngd.KFAC())
-    with pytest.raises(TypeError, match="`model` must be a keras.Model"):
-        keras_ngd.release("model")
+def test_model_and_optimizer_of_the_wrong_kind():
+    with pytest.raises(TypeError, match=r"`model` must be a keras.Model. Received: <Dense"):
+        keras_ngd.capture(layers.Dense(3), kfac())
+    with pytest.raises(TypeError, match=r"`model` must be a keras.Model. Received: None"):
+        keras_ngd.release(None)
+    for optimizer in (keras.optimizers.Adam(), "adam", None, keras_ngd.KFAC):
+        with pytest.raises(
+            TypeError, match=r"`optimizer` must be a keras_ngd optimizer, such as keras_ngd.KFAC\(...\)"
+        ):
+            keras_ngd.capture(mlp(), optimizer)
+    with pytest.raises(ValueError, match="keras_ngd>KFOC"):
+        keras_ngd.capture(mlp(), "keras_ngd>KFOC")
 
 
-def test_capture_for_an_optimizer_of_another_kind():
-    with pytest.raises(TypeError, match="`optimizer` must be a keras_ngd optimizer"):
-        keras_ngd.capture(make_model(), keras.optimizers.Adam())
+class Unbuilt(keras.Model):
+    def __init__(self):
+        super().__init__(name="unbuilt")
+        self.dense = layers.Dense(3)
+
+    def call(self, inputs):
+        return self.dense(inputs)
 
 
-def test_capture_with_an_optimizer_in_use():
-    model, optimizer = make_model(), keras_ngd.KFAC()
-    keras_ngd.capture(model, optimizer)
-    compile_and_fit(model, optimizer)
-    with pytest.raises(ValueError, match="is already in use"):
-        keras_ngd.capture(model, optimizer)
+@pytest.mark.parametrize("make", [Unbuilt, lambda: keras.Sequential([layers.Dense(3)], name="unbuilt")])
+def test_unbuilt_model(make):
+    model = make()
+    with pytest.raises(ValueError, match="Model 'unbuilt' is not built .it has no weights yet.*Call it on a batch"):
+        keras_ngd.capture(model, kfac())
+    model(np.zeros((1, 4), "float32"))
+    assert len(keras_ngd.capture(model, kfac()).captured) == 1
 
 
 def test_nothing_to_capture():
-    model = keras.Sequential([keras.Input((4,)), keras.layers.BatchNormalization()])
-    with pytest.raises(ValueError, match="No layer of model .* can be captured"):
-        keras_ngd.capture(model, keras_ngd.KFAC())
+    x = keras.Input((4,), dtype="int32")
+    model = keras.Model(x, layers.LSTM(2)(layers.Embedding(5, 3, name="table")(x)), name="recurrent")
+    with pytest.raises(
+        ValueError, match="(?s)No layer of model 'recurrent' can be captured.*table +Embedding +not a captured"
+    ):
+        keras_ngd.capture(model, kfac())
+    with pytest.raises(
+        ValueError, match="(?s)No layer of model 'mlp' can be captured.*hidden +Dense +left out by `skip`"
+    ):
+        keras_ngd.capture(mlp(), kfac(), skip="*")
 
 
-def test_skip_that_matches_nothing():
-    with pytest.raises(ValueError, match="'frist', which matches no layer"):
-        keras_ngd.capture(make_model(), keras_ngd.KFAC(), skip="frist")
-    with pytest.raises(TypeError, match="`skip` takes names, patterns or a function"):
-        keras_ngd.capture(make_model(), keras_ngd.KFAC(), skip=[3])
+def test_optimizer_in_use():
+    model = captured(mlp())
+    model.optimizer.build(model.trainable_variables)
+    for target in (model, mlp()):
+        with pytest.raises(ValueError, match="Optimizer 'kfac' is already in use.*Capture with a new optimizer"):
+            keras_ngd.capture(target, model.optimizer)
 
 
-def test_layer_frozen_after_the_optimizer_was_built():
-    model, optimizer = make_model(), keras_ngd.KFAC()
-    keras_ngd.capture(model, optimizer)
-    compile_and_fit(model, optimizer)
-    model.get_layer("first").trainable = False
-    with pytest.raises(ValueError, match="layers were frozen, unfrozen, captured or released since"):
-        compile_and_fit(model, optimizer)
+def test_a_failed_capture_changes_nothing():
+    model = mlp()
+    count = len(model.weights)
+    with pytest.raises(ValueError, match="matches no layer"):
+        keras_ngd.capture(model, kfac(), skip="nothing")
+    assert len(model.weights) == count
+    assert type(model.get_layer("hidden")) is layers.Dense
 
 
-def test_bias_frozen_alone():
-    model, optimizer = make_model(), keras_ngd.KFAC()
-    keras_ngd.capture(model, optimizer)
-    model.get_layer("first").bias.trainable = False
-    with pytest.raises(ValueError, match="is not trainable. Set `trainable` on whole layers"):
-        compile_and_fit(model, optimizer)
+# Training
 
 
-def test_kernel_trained_without_its_layer_being_called():
-    @keras.saving.register_keras_serializable("keras_ngd_tests")
-    class Bypass(keras.layers.Layer):
-        def __init__(self):
-            super().__init__()
-            self.inner = keras.layers.Dense(3, name="inner")
-
-        def build(self, shape):
-            self.inner.build(shape)
-
-        def call(self, x):
-            return keras.ops.matmul(x, self.inner.kernel) + self.inner.bias
-
-    model = keras.Sequential([keras.Input((4,)), keras.layers.Dense(4), Bypass()])
-    optimizer = keras_ngd.KFAC()
-    keras_ngd.capture(model, optimizer)
-    with pytest.raises(ValueError, match="its statistics never arrive. Leave it out"):
-        compile_and_fit(model, optimizer)
+def test_optimizer_without_capture():
+    with pytest.raises(
+        ValueError, match=r"KFAC found no captured layers.*`keras_ngd.capture\(model, optimizer\)` before"
+    ):
+        fit(compiled(mlp(), kfac()), *regression())
 
 
-@pytest.fixture
-def float16_policy():
-    before = keras.config.dtype_policy()
-    keras.config.set_dtype_policy("mixed_float16")
-    yield
-    keras.config.set_dtype_policy(before)
+def test_captured_for_another_optimizer():
+    model = mlp()
+    keras_ngd.capture(model, kfac(weight_sharing="reduce"))
+    with pytest.raises(
+        ValueError, match="Layer 'hidden' was captured for another optimizer: it records .*'reduce'.*'expand'"
+    ):
+        fit(compiled(model, kfac()), *regression())
 
 
-def test_dynamic_loss_scale(float16_policy):
-    inputs = keras.Input((4,))
-    model = keras.Model(inputs, keras.layers.Dense(3)(inputs))
-    with pytest.raises(ValueError, match="computes in float16"):
-        keras_ngd.capture(model, keras_ngd.KFAC())
-    optimizer = keras_ngd.KFAC(loss_scale_factor=1024.0)
-    keras_ngd.capture(model, optimizer)
-    with pytest.raises(ValueError, match="cannot be wrapped in a LossScaleOptimizer"):
-        model.compile(optimizer=optimizer, loss="mse")
-    with pytest.raises(ValueError, match="cannot be wrapped in a LossScaleOptimizer"):
-        keras.optimizers.LossScaleOptimizer(keras_ngd.KFAC())
+@pytest.mark.parametrize("change", ["freeze", "unfreeze", "release", "capture"])
+def test_variables_changed_since_the_optimizer_was_built(change):
+    model, data = mlp(), regression()
+    hidden = model.get_layer("hidden")
+    hidden.trainable = change != "unfreeze"
+    optimizer = kfac()
+    fit(captured(model, optimizer, skip="hidden" if change == "capture" else None), *data)
+    if change in ("freeze", "unfreeze"):
+        hidden.trainable = not hidden.trainable
+    elif change == "release":
+        keras_ngd.release(model)
+    else:
+        keras_ngd.capture(model, kfac())
+    with pytest.raises(
+        ValueError, match=r"KFAC was built on \d+ variables but is given \d+: layers were frozen, unfrozen"
+    ):
+        fit(compiled(model, optimizer), *data)
 
 
-@pytest.mark.skipif(keras.backend.backend() != "tensorflow", reason="tf.distribute needs the TensorFlow backend")
-def test_several_replicas():
-    script = """
+def test_captured_kernel_frozen_by_itself():
+    model = captured(mlp())
+    model.get_layer("hidden").kernel.trainable = False
+    with pytest.raises(
+        ValueError, match="Layer 'hidden' was captured, but its variable 'hidden/kernel' is not trainable"
+    ):
+        fit(model, *regression())
+
+
+class Borrowing(keras.Model):
+    """Multiplies with the kernel of a layer it never calls."""
+
+    def __init__(self):
+        super().__init__()
+        self.lender, self.last = layers.Dense(4, name="lender"), layers.Dense(4, name="last")
+
+    def build(self, input_shape):
+        self.lender.build(input_shape)
+        self.last.build((None, 4))
+
+    def call(self, inputs):
+        return self.last(ops.tanh(inputs @ self.lender.kernel))
+
+
+def test_captured_layer_that_is_never_called():
+    model, (x, y) = Borrowing(), regression()
+    model(x)
+    captured(model)
+    model.predict(x, verbose=0)
+    with pytest.raises(
+        ValueError, match="Layer 'borrowing/lender' was captured, but the training step does not call it.*skip="
+    ):
+        fit(model, x, y)
+
+
+def test_skip_of_the_layer_that_is_never_called():
+    model, (x, y) = Borrowing(), regression()
+    model(x)
+    captured(model, skip="borrowing/lender")
+    fit(model, x, y)
+    assert model.optimizer.factor_updates == 4
+
+
+def test_captured_layer_that_takes_no_part_in_the_loss():
+    x = keras.Input((4,))
+    outputs = {"used": layers.Dense(4, name="used")(x), "idle": layers.Dense(4, name="idle")(x)}
+    model, (x, y) = keras.Model(x, outputs), regression()
+    captured(model, loss={"used": "mse"})
+    model.predict(x, verbose=0)
+    with pytest.raises(ValueError, match="Layer 'idle' was captured, but the training step does not call it"):
+        fit(model, x, {"used": y})
+
+
+def test_sparse_input():
+    x = keras.Input((4,), sparse=True)
+    model, (values, y) = keras.Model(x, layers.Dense(4, name="first")(x)), regression(8)
+    if keras.backend.backend() == "tensorflow":
         import tensorflow as tf
-        cpu = tf.config.list_physical_devices("CPU")[0]
-        tf.config.set_logical_device_configuration(cpu, [tf.config.LogicalDeviceConfiguration()] * 2)
-        import keras, keras_ngd, numpy as np
-        with tf.distribute.MirroredStrategy(["CPU:0", "CPU:1"]).scope():
-            model = keras.Sequential([keras.Input((4,)), keras.layers.Dense(3)])
-            optimizer = keras_ngd.KFAC()
-            keras_ngd.capture(model, optimizer)
-            model.compile(optimizer=optimizer, loss="mse", jit_compile=False)
-        try:
-            model.fit(np.zeros((8, 4)), np.zeros((8, 3)), verbose=0)
-        except RuntimeError as error:
-            print("refused:", error)
-    """
-    process = subprocess.run([sys.executable, "-c", textwrap.dedent(script)], capture_output=True, text=True)
-    assert "refused: KFAC runs on one worker so far, but found MirroredStrategy with 2 replicas" in process.stdout
+
+        values = tf.sparse.from_dense(values)
+    else:
+        from jax.experimental import sparse
+
+        values = sparse.BCOO.fromdense(values)
+    with pytest.raises(ValueError, match="Layer 'first' was captured, but its input is a sparse tensor.*skip="):
+        fit(captured(model), values, y)
+
+
+# Precision
+
+
+@pytest.mark.parametrize("name", ["mixed_float16", "float16"])
+def test_float16_without_a_static_loss_scale(name):
+    with policy(name):
+        model = mlp()
+    with pytest.raises(ValueError, match="Layer 'hidden' computes in float16.*Use the `mixed_bfloat16` policy, or"):
+        keras_ngd.capture(model, kfac())
+    keras_ngd.capture(model, kfac(loss_scale_factor=1024.0))
+
+
+def test_dynamic_loss_scale():
+    message = "KFAC cannot be wrapped in a LossScaleOptimizer.*square of a loss scale.*auto_scale_loss=False"
+    with pytest.raises(ValueError, match=message):
+        keras.optimizers.LossScaleOptimizer(kfac())
+    with policy("mixed_float16"):
+        model = mlp()
+    with pytest.raises(ValueError, match=message):
+        captured(model, kfac(loss_scale_factor=1024.0))
+
+
+# Workers and backends
+
+
+def test_horovod(monkeypatch):
+    class Horovod:
+        is_initialized = staticmethod(lambda: True)
+        size = staticmethod(lambda: 4)
+
+    monkeypatch.setitem(sys.modules, "horovod.tensorflow", Horovod)
+    with pytest.raises(RuntimeError, match="KFAC runs on one worker so far, but found Horovod with 4 processes"):
+        fit(captured(mlp()), *regression())
+
+
+MIRRORED = """
+import tensorflow as tf
+cpu = tf.config.list_physical_devices("CPU")[0]
+tf.config.set_logical_device_configuration(cpu, [tf.config.LogicalDeviceConfiguration()] * 2)
+from tf_tests.small import captured, fit, mlp, regression
+with tf.distribute.MirroredStrategy(["CPU:0", "CPU:1"]).scope():
+    model = captured(mlp())
+try:
+    fit(model, *regression())
+except RuntimeError as error:
+    print("raised", error)
+"""
+
+
+@pytest.mark.skipif(keras.backend.backend() != "tensorflow", reason="tf.distribute is TensorFlow's")
+def test_distribution_strategy():
+    root = os.path.dirname(os.path.dirname(os.path.abspath(small.__file__)))
+    environment = {**os.environ, "KERAS_BACKEND": "tensorflow", "PYTHONPATH": root, "CUDA_VISIBLE_DEVICES": ""}
+    command = [sys.executable, "-c", MIRRORED]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert "raised KFAC runs on one worker so far, but found MirroredStrategy with 2 replicas" in done.stdout
+
+
+def test_unsupported_backend(monkeypatch):
+    model = mlp()
+    monkeypatch.setattr(keras.backend, "backend", lambda: "torch")
+    with pytest.raises(RuntimeError, match="keras_ngd runs on the Keras backends .*, but KERAS_BACKEND='torch'"):
+        keras_ngd.capture(model, kfac())

@@ -34,8 +34,7 @@ def cholesky_inverse(matrices):
     if size == 1:
         return ops.where(matrices > 0, 1 / matrices, ops.full_like(matrices, float("nan")))
     lower = backend.cholesky(matrices)
-    identity = ops.broadcast_to(ops.eye(size, dtype=matrices.dtype), ops.shape(matrices))
-    root = ops.solve_triangular(lower, identity, lower=True)
+    root = backend.triangular_inverse(lower)
     return backend.matmul(root, root, transpose_a=True)
 
 
@@ -92,24 +91,20 @@ def damped_inverse(factors, damping, previous, method):
         `[k, d, d]`, finite and symmetric wherever `previous` is.
     """
     factors = symmetrize(factors)
+    inverses, good = previous, ops.zeros((factors.shape[0],), "bool")
+    if method == "newton-schulz":
+        refined, good = newton_schulz_inverse(add_diagonal(factors, damping), previous)
+        inverses = ops.where(ops.reshape(good, (-1, 1, 1)), refined, previous)
 
-    def factorize():
-        inverses = cholesky_inverse(add_diagonal(factors, damping))
-        good = all_finite(inverses)
-        return ops.cond(ops.all(good), lambda: inverses, lambda: retry(inverses, good))
+    def unfinished(attempt, inverses, good):
+        return (attempt <= _RETRIES) & ops.logical_not(ops.all(good))
 
-    def retry(inverses, good):
-        for attempt in range(1, _RETRIES + 1):
-            again = cholesky_inverse(add_diagonal(factors, damping * 10.0**attempt))
-            inverses = ops.where(ops.reshape(good, (-1, 1, 1)), inverses, again)
-            good = all_finite(inverses)
-        return ops.where(ops.reshape(good, (-1, 1, 1)), inverses, previous)
+    def factorize(attempt, inverses, good):
+        raised = damping * ops.power(ops.cast(10.0, damping.dtype), ops.cast(attempt, damping.dtype))
+        new = cholesky_inverse(add_diagonal(factors, raised))
+        succeeded = all_finite(new)
+        taken = succeeded & ops.logical_not(good)
+        return attempt + 1, ops.where(ops.reshape(taken, (-1, 1, 1)), new, inverses), good | succeeded
 
-    if method == "cholesky":
-        return factorize()
-    refined, accepted = newton_schulz_inverse(add_diagonal(factors, damping), previous)
-    return ops.cond(
-        ops.all(accepted),
-        lambda: refined,
-        lambda: ops.where(ops.reshape(accepted, (-1, 1, 1)), refined, factorize()),
-    )
+    # A loop rather than attempts written out: compilers expand each factorization into hundreds of operations.
+    return ops.while_loop(unfinished, factorize, (ops.convert_to_tensor(0), inverses, good))[1]

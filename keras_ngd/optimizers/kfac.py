@@ -85,7 +85,7 @@ class KFAC(NaturalGradient):
             raise ValueError(f"`damping_mode` must be one of {DAMPING_MODES}. Received: damping_mode={damping_mode!r}")
         if damping_mode == "exact" and inverse != "eigen":
             raise ValueError(f"`damping_mode='exact'` needs `inverse='eigen'`. Received: inverse={inverse!r}")
-        KroneckerStatistics(weight_sharing, losses_per_example, statistics_fraction)
+        statistics = KroneckerStatistics(weight_sharing, losses_per_example, statistics_fraction)
         super().__init__(
             learning_rate=learning_rate,
             damping=damping,
@@ -98,8 +98,9 @@ class KFAC(NaturalGradient):
             **kwargs,
         )
         self.inverse, self.damping_mode = inverse, damping_mode
-        self.weight_sharing, self.losses_per_example = weight_sharing, losses_per_example
-        self.statistics_fraction = statistics_fraction
+        self.weight_sharing = statistics.weight_sharing
+        self.losses_per_example = statistics.losses_per_example
+        self.statistics_fraction = statistics.statistics_fraction
 
     def make_statistics(self):
         return KroneckerStatistics(self.weight_sharing, self.losses_per_example, self.statistics_fraction)

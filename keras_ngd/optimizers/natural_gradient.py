@@ -61,15 +61,16 @@ class NaturalGradient(StrictState, keras.optimizers.SGD):
                 "different batches. Use a larger batch. Received: gradient_accumulation_steps="
                 f"{kwargs['gradient_accumulation_steps']}"
             )
-        if isinstance(factor_decay, bool) or not isinstance(factor_decay, (int, float)) or not 0 <= factor_decay < 1:
+        if not schedules.is_number(factor_decay) or not 0 <= factor_decay < 1:
             raise ValueError(f"`factor_decay` must be in [0, 1). Received: factor_decay={factor_decay!r}")
-        if kl_clip is not None and (isinstance(kl_clip, bool) or not 0 < kl_clip < float("inf")):
+        if kl_clip is not None and not (schedules.is_number(kl_clip) and 0 < kl_clip < float("inf")):
             raise ValueError(f"`kl_clip` must be a positive float or None. Received: kl_clip={kl_clip!r}")
         damping = schedules.check_positive("damping", schedules.deserialize(damping))
         factor_interval = schedules.check_interval("factor_interval", schedules.deserialize(factor_interval))
         inverse_interval = schedules.check_interval("inverse_interval", schedules.deserialize(inverse_interval))
         super().__init__(learning_rate=learning_rate, momentum=momentum, **kwargs)
-        self.damping, self.factor_decay, self.kl_clip = damping, float(factor_decay), kl_clip
+        self.damping, self.factor_decay = damping, float(factor_decay)
+        self.kl_clip = None if kl_clip is None else float(kl_clip)
         self.factor_interval, self.inverse_interval = factor_interval, inverse_interval
         self.layout = Layout()
 
@@ -151,7 +152,7 @@ class NaturalGradient(StrictState, keras.optimizers.SGD):
     # Reading
 
     def _read(self, counter):
-        return int(ops.convert_to_numpy(ops.convert_to_tensor(getattr(self, counter)))) if self.built else 0
+        return int(getattr(self, counter)) if self.built else 0
 
     @property
     def skipped_statistics(self):

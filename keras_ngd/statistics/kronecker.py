@@ -3,7 +3,7 @@
 import keras
 from keras import ops
 
-from keras_ngd import backend
+from keras_ngd import backend, schedules
 from keras_ngd.statistics.statistics import Statistics
 
 WEIGHT_SHARING = ("expand", "reduce")
@@ -35,13 +35,13 @@ class KroneckerStatistics(Statistics):
     def __init__(self, weight_sharing="expand", losses_per_example=1, statistics_fraction=1.0, **kwargs):
         if weight_sharing not in WEIGHT_SHARING:
             raise ValueError(f"`weight_sharing` must be one of {WEIGHT_SHARING}. Received: {weight_sharing!r}")
-        if isinstance(losses_per_example, bool) or not losses_per_example > 0:
+        if not schedules.is_number(losses_per_example) or not 0 < losses_per_example < float("inf"):
             raise ValueError(f"`losses_per_example` must be a number above 0. Received: {losses_per_example!r}")
-        if isinstance(statistics_fraction, bool) or not 0 < statistics_fraction <= 1:
+        if not schedules.is_number(statistics_fraction) or not 0 < statistics_fraction <= 1:
             raise ValueError(f"`statistics_fraction` must be in (0, 1]. Received: {statistics_fraction!r}")
         super().__init__(**kwargs)
         self.weight_sharing = weight_sharing
-        self.losses_per_example = losses_per_example
+        self.losses_per_example = float(losses_per_example)
         self.statistics_fraction = float(statistics_fraction)
 
     def create(self, rows, dtype):

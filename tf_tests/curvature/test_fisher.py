@@ -12,6 +12,9 @@ from tf_tests.reference import fisher, kronecker
 from tf_tests.reference import rows as reference
 from tf_tests.reference.running import close, drawn, error
 
+# TensorFlow takes much longer to compile such a step than to run it once.
+ON_JAX = keras.backend.backend() == "jax"
+
 
 @pytest.fixture(autouse=True)
 def double_precision(float64):
@@ -39,7 +42,7 @@ def linear_loss(coefficients, outputs):
 def blocks_after_a_step(model, x, y, loss, sharing="expand"):
     """`A (x) G` of every captured layer, from the factors that one training step leaves."""
     keras_ngd.capture(model, keras_ngd.KFAC(weight_sharing=sharing))
-    model.compile(optimizer=keras.optimizers.SGD(0.0), loss=loss, jit_compile=True)
+    model.compile(optimizer=keras.optimizers.SGD(0.0), loss=loss, jit_compile=ON_JAX)
     model.train_on_batch(x, y)
     captured = [layer for layer in model.layers if isinstance(layer, keras_ngd.layers.captured.Captured)]
     factors = [[np.asarray(v)[0] for v in layer.statistics.averages] for layer in captured]
@@ -184,8 +187,7 @@ def test_preconditioning_with_an_exact_block_is_the_natural_gradient():
     before = reference.layer_matrix(layer)[0]
     optimizer = keras_ngd.KFAC(1.0, damping, momentum=0.0, inverse="eigen", damping_mode="exact", kl_clip=None)
     keras_ngd.capture(model, optimizer)
-    model.compile(optimizer=optimizer, loss=linear_loss, jit_compile=True)
+    model.compile(optimizer=optimizer, loss=linear_loss, jit_compile=ON_JAX)
     model.train_on_batch(x, gradients)
-    # XLA's own eigendecomposition, on TensorFlow, iterates to a tolerance.
-    close(before - reference.layer_matrix(layer)[0], expected, 1e-8)
+    close(before - reference.layer_matrix(layer)[0], expected, 1e-10)
     assert error(kronecker.dense_preconditioned(np.eye(6), np.eye(3), gradient, damping), expected) > 0.05
