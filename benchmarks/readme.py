@@ -29,15 +29,18 @@ def insert(text, marker, content):
     return pattern.sub(lambda match: f"{match[1]}\n{content}\n{match[2]}", text)
 
 
+SECTIONS = {
+    "step-cost": ("step_cost", lambda payload: step_cost.table(payload["results"])),
+    "step-cost-quarter": ("step_cost_quarter", lambda payload: step_cost.table(payload["results"])),
+    "convergence": ("convergence", convergence.table),
+}
+
+
 def main():
-    sections = {
-        "step-cost": section("step_cost", lambda payload: step_cost.table(payload["results"])),
-        "step-cost-quarter": section("step_cost_quarter", lambda payload: step_cost.table(payload["results"])),
-        "convergence": section("convergence", convergence.table),
-    }
     text = README.read_text()
-    for marker, content in sections.items():
-        text = insert(text, marker, content)
+    for marker, (name, render) in SECTIONS.items():
+        measured = (results.DIRECTORY / f"{name}.json").exists()
+        text = insert(text, marker, section(name, render) if measured else "Not measured yet.")
     README.write_text(text)
 
 

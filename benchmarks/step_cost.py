@@ -31,7 +31,7 @@ flags.DEFINE_enum("mode", "all", ["all", *MODES], "Backend, and whether TensorFl
 flags.DEFINE_integer("rounds", 7, "Timed steps of each kind.")
 flags.DEFINE_float("statistics_fraction", 1.0, "KFAC's argument of this name.")
 flags.DEFINE_string("inverse", "auto", "KFAC's argument of this name.")
-flags.DEFINE_string("output", "step_cost", "Name of the result.")
+flags.DEFINE_string("result", "step_cost", "Name of the result.")
 flags.DEFINE_boolean("worker", False, "Measure in this process and print JSON (used by the benchmark itself).")
 
 
@@ -171,7 +171,7 @@ def main(_):
         measured.append({"network": network, "mode": mode, **result, "ratios": ratios(result)})
         tqdm.write(table(measured[-1:]))
     arguments = {"rounds": FLAGS.rounds, "statistics_fraction": FLAGS.statistics_fraction, "inverse": FLAGS.inverse}
-    path = results.save(FLAGS.output, {"arguments": arguments, "results": measured})
+    path = results.save(FLAGS.result, {"arguments": arguments, "results": measured})
     print(f"\n{table(measured)}\n\nwritten to {path}")
 
 

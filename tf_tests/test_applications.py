@@ -1,60 +1,43 @@
-"""The networks of `keras.applications`, small images: captured, trained for a step, released."""
+"""Whole networks of `keras.applications`: captured, trained for a step, released, and what they were."""
 
 import keras
 import numpy as np
 import pytest
+from keras import ops
 
 import keras_ngd
-from tf_tests.small import compiled, weights
+from tf_tests.small import JIT
 
-applications = keras.applications
-
-# Model, size of its images, number of captured layers, number of layers with weights that are not captured.
+# XLA needs minutes to compile some of these; the layers they are made of are the same on both backends.
 NETWORKS = {
-    "mobilenet": (applications.MobileNetV3Small, 32, 0, 0),
-    "efficientnet": (applications.EfficientNetV2B0, 32, 0, 0),
-    "resnet": (applications.ResNet50, 32, 0, 0),
-    "convnext": (applications.ConvNeXtTiny, 32, 0, 0),
-    "densenet": (applications.DenseNet121, 32, 0, 0),
+    "tensorflow": ("MobileNetV3Small", "EfficientNetV2B0", "ResNet50", "ConvNeXtTiny", "DenseNet121"),
+    "jax": ("MobileNetV3Small",),
 }
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", NETWORKS)
-def test_application(name):
-    make, size, count, others = NETWORKS[name]
-    model = make(weights=None, input_shape=(size, size, 3), classes=5)
-    rng = np.random.default_rng(0)
-    x, y = rng.uniform(0, 255, size=(2, size, size, 3)).astype("float32"), np.array([1, 3])
-    predicted, before = model.predict_on_batch(x), weights(model)
-    classes = [type(layer) for layer in model._flatten_layers()]
-    optimizer = keras_ngd.KFAC()
-
+@pytest.mark.parametrize("name", NETWORKS[keras.backend.backend()])
+def test_captures_trains_and_releases(name):
+    model = getattr(keras.applications, name)(weights=None, input_shape=(32, 32, 3), classes=5)
+    kinds = [type(layer) for layer in model._flatten_layers()]
+    layers = [la for la in model._flatten_layers() if type(la) in (keras.layers.Dense, keras.layers.Conv2D)]
+    optimizer = keras_ngd.KFAC(0.01, damping=0.1)
     report = keras_ngd.capture(model, optimizer)
-    print(len(report.captured), len(report.not_captured), report.bytes)
-    import collections
+    assert len(report.captured) == len(layers)
+    assert set(report.not_captured.values()) <= {"not a captured kind"}
 
-    print(collections.Counter(l.kind for l in report.layers if not l.captured))
-    np.testing.assert_array_equal(model.predict_on_batch(x), predicted)
-    import time
-
-    t = time.time()
-    compiled(model, optimizer, loss="sparse_categorical_crossentropy")
-    optimizer.build(model.trainable_variables)
-    loss = model.train_on_batch(x, y)
-    print("step", time.time() - t)
-    t = time.time()
+    model.compile(optimizer=optimizer, loss="sparse_categorical_crossentropy", jit_compile=JIT)
+    rng = np.random.default_rng(0)
+    x, y = rng.uniform(0, 255, (4, 32, 32, 3)).astype("float32"), np.array([0, 3, 1, 2])
+    before = [np.array(ops.convert_to_numpy(layer._kernel)) for layer in layers]
     model.train_on_batch(x, y)
-    print("step 2", time.time() - t)
-
-    assert np.isfinite(loss)
+    after = [ops.convert_to_numpy(layer._kernel) for layer in layers]
     assert optimizer.factor_updates == optimizer.inverse_updates == 1
-    assert optimizer.skipped_statistics == optimizer.skipped_steps == 0
-    trained = weights(model)
-    assert all(np.all(np.isfinite(v)) for v in trained.values())
-    unchanged = [path for path in trained if np.array_equal(trained[path], before[path])]
-    print("unchanged", unchanged)
-    predicted = model.predict_on_batch(x)
+    assert optimizer.skipped_steps == 0
+    assert all(np.isfinite(kernel).all() for kernel in after)
+    assert any(not np.array_equal(a, b) for a, b in zip(before, after, strict=True))
+
+    expected = ops.convert_to_numpy(model(x, training=False))
     keras_ngd.release(model)
-    assert [type(layer) for layer in model._flatten_layers()] == classes
-    np.testing.assert_array_equal(model.predict_on_batch(x), predicted)
+    assert [type(layer) for layer in model._flatten_layers()] == kinds
+    np.testing.assert_array_equal(ops.convert_to_numpy(model(x, training=False)), expected)
