@@ -10,8 +10,8 @@ from tf_tests.small import JIT
 
 # XLA needs minutes to compile some of these; the layers they are made of are the same on both backends.
 NETWORKS = {
-    "tensorflow": ("MobileNetV3Small", "ResNet50", "DenseNet121"),
-    "jax": (),
+    "tensorflow": ("MobileNetV3Small", "EfficientNetV2B0", "ResNet50", "ConvNeXtTiny", "DenseNet121"),
+    "jax": ("MobileNetV3Small",),
 }
 
 
