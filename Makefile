@@ -26,8 +26,8 @@ demo: $(DEMO)
 	$(BIN)/python examples/quickstart.py
 
 test: lint
-	KERAS_BACKEND=tensorflow $(BIN)/pytest -m "" -n $(JOBS)
-	KERAS_BACKEND=jax $(BIN)/pytest -m "" -n $(JOBS)
+	KERAS_BACKEND=tensorflow $(BIN)/pytest -m "" -n $(JOBS) --durations=12
+	KERAS_BACKEND=jax $(BIN)/pytest -m "" -n $(JOBS) --durations=12
 
 lint: $(TEST)
 	$(BIN)/ruff check

@@ -27,10 +27,11 @@ setup(
     extras_require={
         "datasets": DATASETS,
         "plots": PLOTS,
+        "tensorboard": ["tensorboard"],
         "jax": JAX,
         "horovod": ["horovod"],
         "benchmarks": BENCHMARKS,
-        "test": [*BENCHMARKS, "hypothesis", "pytest", "pytest-xdist", "ruff"],
+        "test": [*BENCHMARKS, "hypothesis", "pytest", "pytest-xdist", "ruff", "tensorboard"],
     },
     classifiers=[
         "Development Status :: 3 - Alpha",

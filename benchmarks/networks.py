@@ -3,6 +3,8 @@
 import keras
 from keras import layers
 
+from examples.networks import resnet18
+
 
 def resnet32(classes=10):
     """The CIFAR ResNet-32 of He et al. (2016), with projection shortcuts, for 32x32x3 images."""
@@ -33,6 +35,7 @@ def resnet50(size=64, classes=10):
 
 
 NETWORKS = {
+    "resnet18": {"make": lambda: resnet18(width=16), "size": 32, "batch": 128},
     "resnet32": {"make": resnet32, "size": 32, "batch": 128},
     "resnet50": {"make": resnet50, "size": 64, "batch": 16},
     "resnet50-224": {"make": lambda: resnet50(224, 1000), "size": 224, "batch": 64},

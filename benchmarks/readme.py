@@ -3,7 +3,7 @@
 import pathlib
 import re
 
-from benchmarks import convergence, results, step_cost
+from benchmarks import convergence, results, step_cost, update_cost
 
 README = pathlib.Path(__file__).parent.parent / "README.md"
 
@@ -31,7 +31,8 @@ def insert(text, marker, content):
 
 SECTIONS = {
     "step-cost": ("step_cost", lambda payload: step_cost.table(payload["results"])),
-    "step-cost-quarter": ("step_cost_quarter", lambda payload: step_cost.table(payload["results"])),
+    "step-cost-thor": ("step_cost_thor", lambda payload: step_cost.table(payload["results"])),
+    "update-cost": ("update_cost", update_cost.table),
     "convergence": ("convergence", convergence.table),
 }
 

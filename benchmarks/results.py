@@ -11,6 +11,10 @@ import re
 DIRECTORY = pathlib.Path(__file__).parent / "results"
 PACKAGES = ("keras", "tensorflow", "tensorflow-cpu", "jax", "jaxlib", "numpy", "scikit-learn")
 
+# Set where times are taken, for all that is compared: glibc keeps freed memory, so that page faults do not add to times
+# at random.
+KEEP_MEMORY = {"MALLOC_MMAP_MAX_": "0", "MALLOC_TRIM_THRESHOLD_": str(2**40)}
+
 
 def _processor():
     """`platform.processor()` is empty or a bare architecture on Linux."""

@@ -1,11 +1,12 @@
-"""What a KFAC step costs, in steps of SGD on the same network, backend and batch, all in one run.
+"""What a natural-gradient step costs, in steps of SGD on the same network, backend and batch, all in one run.
 
-Three kinds of KFAC step are timed apart, turn by turn with SGD's and with those of a captured model whose gates are closed:
+Three kinds of step are timed apart, turn by turn with SGD's and with those of a captured model whose gates are closed:
 one on which nothing is due, one that updates the factors, and one that updates the factors and refreshes the inverses. What
 a pair of intervals costs is their average over a whole refresh cycle.
 
     python -m benchmarks.step_cost                                  # all networks and modes
     python -m benchmarks.step_cost --network resnet32 --mode jax    # one
+    python -m benchmarks.step_cost --method thor --split 16 --result step_cost_thor
 """
 
 import json
@@ -17,6 +18,8 @@ import time
 
 from absl import app, flags
 
+from benchmarks import results
+
 MODES = ("tensorflow", "tensorflow-jit", "jax")
 INTERVALS = ((1, 1), (1, 10), (10, 100))
 
@@ -24,13 +27,15 @@ FLAGS = flags.FLAGS
 flags.DEFINE_enum(
     "network",
     "all",
-    ["all", "resnet32", "resnet50", "resnet50-224"],
-    "Network to measure; all means those small enough for a CPU.",
+    ["all", "resnet18", "resnet32", "resnet50", "resnet50-224"],
+    "Network to measure; all means resnet32 and resnet50.",
 )
+flags.DEFINE_enum("method", "kfac", ["kfac", "thor"], "Optimizer to measure.")
+flags.DEFINE_integer("split", 128, "THOR's argument of this name.")
 flags.DEFINE_enum("mode", "all", ["all", *MODES], "Backend, and whether TensorFlow compiles the step with XLA.")
 flags.DEFINE_integer("rounds", 7, "Timed steps of each kind.")
-flags.DEFINE_float("statistics_fraction", 1.0, "KFAC's argument of this name.")
-flags.DEFINE_string("inverse", "auto", "KFAC's argument of this name.")
+flags.DEFINE_float("statistics_fraction", 1.0, "The optimizer's argument of this name.")
+flags.DEFINE_string("inverse", "auto", "The optimizer's argument of this name.")
 flags.DEFINE_string("result", "step_cost", "Name of the result.")
 flags.DEFINE_boolean("worker", False, "Measure in this process and print JSON (used by the benchmark itself).")
 
@@ -52,26 +57,30 @@ def measure(network, mode):
         keras.utils.set_random_seed(0)
         model = settings["make"]()
         if captured is not None:
-            keras_ngd.capture(model, captured)
+            reports[captured] = keras_ngd.capture(model, captured)
         loss = keras.losses.SparseCategoricalCrossentropy(from_logits=True)
         model.compile(optimizer=optimizer, loss=loss, jit_compile=mode != "tensorflow")
         return model
 
-    def kfac():
-        return keras_ngd.KFAC(
-            1e-3,
-            0.1,
-            factor_interval=1,
-            inverse_interval=10,
-            inverse=FLAGS.inverse,
-            statistics_fraction=FLAGS.statistics_fraction,
-        )
+    def natural_gradient():
+        arguments = {
+            "learning_rate": 1e-3,
+            "damping": 0.1,
+            "factor_interval": 1,
+            "inverse_interval": 10,
+            "inverse": FLAGS.inverse,
+            "statistics_fraction": FLAGS.statistics_fraction,
+        }
+        if FLAGS.method == "kfac":
+            return keras_ngd.KFAC(**arguments)
+        # Every layer renews its inverses at every refresh: the whole price.
+        return keras_ngd.THOR(**arguments, split=FLAGS.split, omega=(0, 0))
 
-    optimizer = kfac()
+    optimizer, reports = natural_gradient(), {}
     models = {
         "sgd": compiled(keras.optimizers.SGD(1e-3, 0.9), None),
-        "closed": compiled(keras.optimizers.SGD(1e-3, 0.9), kfac()),
-        "kfac": compiled(optimizer, optimizer),
+        "closed": compiled(keras.optimizers.SGD(1e-3, 0.9), natural_gradient()),
+        FLAGS.method: compiled(optimizer, optimizer),
     }
     statistics_of = {
         name: [la.statistics for la in model._flatten_layers() if getattr(la, "statistics", None) is not None]
@@ -81,21 +90,21 @@ def measure(network, mode):
     def prepare(name, factors, inverses):
         for s in statistics_of[name]:
             s.gate.assign(float(factors) * 0.05)
-        if name == "kfac" and optimizer.built:
+        if name == FLAGS.method and optimizer.built:
             optimizer._next_inverses.assign(0 if inverses else 2**30)
 
     kinds = {
         "sgd": ("sgd", False, False),
         "closed": ("closed", False, False),
-        "plain": ("kfac", False, False),
-        "factors": ("kfac", True, False),
-        "inverses": ("kfac", True, True),
+        "plain": (FLAGS.method, False, False),
+        "factors": (FLAGS.method, True, False),
+        "inverses": (FLAGS.method, True, True),
     }
     times = {kind: [] for kind in kinds}
     first = {}
     for turn in range(FLAGS.rounds + 2):
         for kind, (name, *due) in kinds.items():
-            if turn or name != "kfac":
+            if turn or name != FLAGS.method:
                 prepare(name, *due)
             start = time.perf_counter()
             models[name].train_on_batch(x, y)
@@ -109,9 +118,7 @@ def measure(network, mode):
         "first_step_seconds": first,
         "refreshes": optimizer.inverse_updates,
         "device": keras.distribution.list_devices()[0],
-        "second_order_bytes": sum(
-            8 * s.rows.groups * (s.rows.input_dim**2 + s.rows.output_dim**2) for s in statistics_of["kfac"]
-        ),
+        "second_order_bytes": reports[optimizer].bytes,
     }
 
 
@@ -143,11 +150,22 @@ def table(results):
     return "\n".join(lines)
 
 
+def settings():
+    """The flags that say what is measured."""
+    names = ["method", "statistics_fraction", "inverse"] + (["split"] if FLAGS.method == "thor" else [])
+    return {name: getattr(FLAGS, name) for name in names}
+
+
 def run_worker(network, mode):
     """Measures in a process of its own: a backend cannot be changed after Keras is imported."""
-    environment = {**os.environ, "KERAS_BACKEND": mode.split("-")[0], "TF_CPP_MIN_LOG_LEVEL": "3"}
+    environment = {
+        **os.environ,
+        "KERAS_BACKEND": mode.split("-")[0],
+        "TF_CPP_MIN_LOG_LEVEL": "3",
+        **results.KEEP_MEMORY,
+    }
     arguments = ["--worker", f"--network={network}", f"--mode={mode}", f"--rounds={FLAGS.rounds}"]
-    arguments += [f"--statistics_fraction={FLAGS.statistics_fraction}", f"--inverse={FLAGS.inverse}"]
+    arguments += [f"--{name}={value}" for name, value in settings().items()]
     command = [sys.executable, "-m", "benchmarks.step_cost", *arguments]
     process = subprocess.run(command, env=environment, capture_output=True, text=True)
     if process.returncode:
@@ -161,17 +179,15 @@ def main(_):
         return
     from tqdm import tqdm
 
-    from benchmarks import results
-
     networks = ["resnet32", "resnet50"] if FLAGS.network == "all" else [FLAGS.network]
     modes = MODES if FLAGS.mode == "all" else [FLAGS.mode]
     measured = []
+    arguments = {"rounds": FLAGS.rounds, **settings()}
     for network, mode in tqdm([(n, m) for n in networks for m in modes], unit="mode"):
         result = run_worker(network, mode)
         measured.append({"network": network, "mode": mode, **result, "ratios": ratios(result)})
         tqdm.write(table(measured[-1:]))
-    arguments = {"rounds": FLAGS.rounds, "statistics_fraction": FLAGS.statistics_fraction, "inverse": FLAGS.inverse}
-    path = results.save(FLAGS.result, {"arguments": arguments, "results": measured})
+        path = results.save(FLAGS.result, {"arguments": arguments, "results": measured})
     print(f"\n{table(measured)}\n\nwritten to {path}")
 
 

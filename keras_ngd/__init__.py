@@ -1,10 +1,21 @@
 """Natural-gradient training for any Keras model, through plain `compile` and `fit`."""
 
-from keras_ngd import layers
+from keras_ngd import analysis, callbacks, layers, schedules
 from keras_ngd.capture import capture, release
-from keras_ngd.optimizers import KFAC
+from keras_ngd.optimizers import KFAC, THOR
 from keras_ngd.report import CaptureReport, LayerReport
 
 __version__ = "0.1.0"
 
-__all__ = ["KFAC", "CaptureReport", "LayerReport", "capture", "layers", "release"]
+__all__ = [
+    "KFAC",
+    "THOR",
+    "CaptureReport",
+    "LayerReport",
+    "analysis",
+    "callbacks",
+    "capture",
+    "layers",
+    "release",
+    "schedules",
+]

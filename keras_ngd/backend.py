@@ -163,6 +163,17 @@ def traced_once(function):
     return jax.jit(function)
 
 
+def compiled(function):
+    """`function` of tensors, compiled as a training step is: by XLA on JAX, as a graph on TensorFlow."""
+    if name() == "tensorflow":
+        import tensorflow as tf
+
+        return tf.function(function, autograph=False)
+    import jax
+
+    return jax.jit(function)
+
+
 def zero_unless(ok, function):
     """The tensors of `function()` where the scalar `ok` holds, zeros of their shapes elsewhere.
 

@@ -17,7 +17,7 @@ CAPTURED_KINDS = {kind.plain: kind for kind in (layers.Dense, layers.Conv1D, lay
 WRAPPERS = (keras.layers.Wrapper, keras.layers.Bidirectional, keras.layers.RNN)
 
 
-def capture(model, optimizer, skip=None):
+def capture(model, optimizer, skip=None, data=None):
     """Makes a model's layers record what a natural-gradient optimizer needs, in place.
 
     `Dense`, `Conv1D`, `Conv2D` and `Conv3D` layers, at any depth of nested models and layers, become their
@@ -51,6 +51,7 @@ def capture(model, optimizer, skip=None):
         optimizer: a `keras_ngd` optimizer not yet used, or the name of one (`"keras_ngd>KFAC"`).
         skip: layers to leave out: a name, a path or a pattern (`"block1_*"`), a list of these, or a function of the layer
             that returns True for layers to leave out. Default None.
+        data: a batch of the model's inputs, for settings that are measured: `THOR(split="auto")`. Default None.
 
     Returns:
         A `CaptureReport`.
@@ -85,6 +86,7 @@ def capture(model, optimizer, skip=None):
             f"No layer of model {model.name!r} can be captured, so {optimizer.name} would be plain SGD:\n{report}"
         )
     _check_float16(optimizer, [layer for layer, reason in decisions if not reason])
+    optimizer.measure(model, data)
     entries = []
     for layer, reason in decisions:
         if reason:
@@ -95,7 +97,7 @@ def capture(model, optimizer, skip=None):
             with contextlib.ExitStack() as scopes:
                 for name in layer.path.split("/"):
                     scopes.enter_context(keras.name_scope(name))
-                layer.attach_statistics(optimizer.make_statistics())
+                layer.attach_statistics(optimizer.make_statistics(layer))
             entries.append(_describe(layer, optimizer))
     _forget_compiled_functions(model)
     return CaptureReport(entries)

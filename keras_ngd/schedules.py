@@ -1,5 +1,7 @@
-"""Values that may change during training: dampings and update intervals."""
+"""Values that may change during training: learning rates, dampings and update intervals."""
 
+import fractions
+import math
 import numbers
 
 import keras
@@ -27,11 +29,36 @@ def check_positive(name, value):
 def check_interval(name, value):
     """Returns an interval as an int or a `LearningRateSchedule`; a `ValueError` names what is wrong."""
     if isinstance(value, LearningRateSchedule):
+        for step in (0, 1, *(10**k for k in range(1, 7))):
+            interval = float(ops.convert_to_numpy(value(step)))
+            if not interval >= 0.5:
+                raise ValueError(
+                    f"`{name}` must be a schedule of intervals of at least 1 step. Received: {name}={value!r}, which is "
+                    f"{interval} at step {step}"
+                )
         return value
     if isinstance(value, bool) or not isinstance(value, numbers.Integral) or value < 1:
         raise ValueError(
             f"`{name}` must be an int of at least 1, in training steps, or a "
             f"`keras.optimizers.schedules.LearningRateSchedule` of such values. Received: {name}={value!r}"
+        )
+    return int(value)
+
+
+def check_count(name, value):
+    """Returns an int of at least 1; a `ValueError` names what is wrong."""
+    if isinstance(value, bool) or not isinstance(value, numbers.Integral) or value < 1:
+        raise ValueError(f"`{name}` must be an int of at least 1. Received: {name}={value!r}")
+    return int(value)
+
+
+def check_split(name, value):
+    """Returns a block size as an int, or None; a `ValueError` names what is wrong."""
+    if value is None:
+        return None
+    if isinstance(value, bool) or not isinstance(value, numbers.Integral) or value < 1:
+        raise ValueError(
+            f"`{name}` must be an int of at least 1, the size of the blocks, or None. Received: {name}={value!r}"
         )
     return int(value)
 
@@ -59,3 +86,167 @@ def serialize(value):
 def deserialize(value):
     """The inverse of `serialize`."""
     return keras.saving.deserialize_keras_object(value) if isinstance(value, dict) else value
+
+
+@keras.saving.register_keras_serializable("keras_ngd")
+class GrowingInterval(LearningRateSchedule):
+    """An update interval that grows: the Fisher matrix settles during training (THOR, "Update with Trace Constraint").
+
+    Geometric, from one update to the next, `interval <- min(maximum, ceil(growth * interval))`, or piecewise constant in
+    the step. Give one of them.
+
+    ```python
+    keras_ngd.THOR(factor_interval=GrowingInterval(5, growth=1.2, maximum=100), ...)
+    keras_ngd.THOR(inverse_interval=GrowingInterval(boundaries=[1000, 5000], values=[50, 200, 800]), ...)
+    ```
+
+    Args:
+        initial: int of at least 1, the first interval, in steps.
+        growth: float of at least 1. Default 1.1.
+        maximum: int, no less than `initial`.
+        boundaries: increasing ints; the interval changes at these steps.
+        values: ints of at least 1, one more than `boundaries`.
+        name: optional.
+    """
+
+    def __init__(self, initial=None, growth=1.1, maximum=None, boundaries=None, values=None, name="growing_interval"):
+        super().__init__()
+        if (initial is None) == (values is None):
+            raise ValueError(
+                "Give either `initial`, `growth` and `maximum`, or `boundaries` and `values`. "
+                f"Received: initial={initial!r}, values={values!r}"
+            )
+        self.initial, self.growth, self.maximum = initial, growth, maximum
+        self.boundaries, self.values, self.name = boundaries, values, name
+        self._starts, self._intervals = self._geometric() if values is None else self._piecewise()
+
+    def _geometric(self):
+        interval, maximum = check_count("initial", self.initial), check_count("maximum", self.maximum)
+        if maximum < interval:
+            raise ValueError(f"`maximum` must be no less than `initial`. Received: {maximum} and {interval}")
+        if not is_number(self.growth) or not 1 <= self.growth < float("inf"):
+            raise ValueError(f"`growth` must be a number of at least 1. Received: growth={self.growth!r}")
+        starts, intervals = [0], [interval]
+        # Exactly, so that 1.1 * 10 is 11 and not a little more.
+        growth = fractions.Fraction(str(float(self.growth)))
+        while interval < maximum and growth > 1:
+            starts.append(starts[-1] + interval)
+            interval = min(maximum, math.ceil(growth * interval))
+            intervals.append(interval)
+        return starts, intervals
+
+    def _piecewise(self):
+        boundaries = [check_count("boundaries", b) for b in self.boundaries or ()]
+        values = [check_count("values", v) for v in self.values]
+        if len(values) != len(boundaries) + 1 or boundaries != sorted(set(boundaries)):
+            raise ValueError(
+                "`boundaries` must increase and `values` have one entry more. Received: "
+                f"boundaries={self.boundaries!r}, values={self.values!r}"
+            )
+        return [0, *boundaries], values
+
+    def __call__(self, step):
+        step = ops.cast(step, "int32")
+        reached = ops.sum(
+            ops.cast(ops.expand_dims(step, -1) >= ops.convert_to_tensor(self._starts, "int32"), "int32"), -1
+        )
+        return ops.cast(ops.take(ops.convert_to_tensor(self._intervals, "int32"), reached - 1), "float32")
+
+    def get_config(self):
+        return {
+            "initial": self.initial,
+            "growth": self.growth,
+            "maximum": self.maximum,
+            "boundaries": self.boundaries,
+            "values": self.values,
+            "name": self.name,
+        }
+
+
+@keras.saving.register_keras_serializable("keras_ngd")
+class WarmupPolynomialDecay(LearningRateSchedule):
+    """A linear rise, then a polynomial decay to zero (THOR, eq. 15).
+
+        rate = initial + (target - initial) step / warmup_steps                     up to warmup_steps
+        rate = target max(0, 1 - (step - warmup_steps) / decay_steps) ^ power       after it
+
+    Args:
+        initial: float, the rate at step 0.
+        target: float, the rate at the end of the warm-up.
+        warmup_steps: int of at least 1.
+        decay_steps: int of at least 1, counted from the end of the warm-up.
+        power: positive float.
+        name: optional.
+    """
+
+    def __init__(self, initial, target, warmup_steps, decay_steps, power, name="warmup_polynomial_decay"):
+        super().__init__()
+        self.initial, self.target = initial, target
+        self.warmup_steps = check_count("warmup_steps", warmup_steps)
+        self.decay_steps = check_count("decay_steps", decay_steps)
+        if not is_number(power) or not power > 0:
+            raise ValueError(f"`power` must be a positive number. Received: power={power!r}")
+        self.power, self.name = power, name
+
+    def __call__(self, step):
+        step = ops.cast(step, "float32")
+        rising = self.initial + (self.target - self.initial) * step / self.warmup_steps
+        left = ops.maximum(0.0, 1 - (step - self.warmup_steps) / self.decay_steps)
+        falling = self.target * ops.power(ops.minimum(left, 1.0), self.power)
+        return ops.where(step <= self.warmup_steps, rising, falling)
+
+    def get_config(self):
+        return {
+            "initial": self.initial,
+            "target": self.target,
+            "warmup_steps": self.warmup_steps,
+            "decay_steps": self.decay_steps,
+            "power": self.power,
+            "name": self.name,
+        }
+
+
+# THOR, Table 3: learning rates (initial, target, epochs of warm-up, epochs of decay, power), and dampings (initial, factor
+# in 10 epochs).
+_IMAGENET = {
+    "imagenet-256": (None, 0.045, None, 70, 6, 0.03, 0.87),
+    "imagenet-256-stop": (None, 0.050, None, 70, 6, 0.03, 0.87),
+    "imagenet-256-nt": (None, 0.045, None, 72, 6, 0.03, 0.87),
+    "imagenet-4096": (0.005, 0.45, 5, 55, 6, 0.3, 0.2),
+    "imagenet-8192": (0.01, 0.8, 5, 48, 6, 0.6, 0.3),
+}
+THOR_PRESETS = ("cifar10", *_IMAGENET)
+
+
+def thor_schedules(preset, steps_per_epoch):
+    """The learning rate and damping schedules of the THOR paper, as Keras schedules.
+
+    `"cifar10"` is eq. 13: both fall tenfold every 30 epochs, from 0.1 and 0.3. The others are ResNet-50's on ImageNet by
+    batch size (eq. 14 to 16, Table 3), `-stop` and `-nt` those of the paper's variants.
+
+    ```python
+    keras_ngd.THOR(**keras_ngd.schedules.thor_schedules("cifar10", steps_per_epoch=391), split=72)
+    ```
+
+    Args:
+        preset: one of `THOR_PRESETS`.
+        steps_per_epoch: int of at least 1.
+
+    Returns:
+        A dict with `learning_rate` and `damping`.
+    """
+    if preset not in THOR_PRESETS:
+        raise ValueError(f"`preset` must be one of {THOR_PRESETS}. Received: preset={preset!r}")
+    steps = check_count("steps_per_epoch", steps_per_epoch)
+    decay = keras.optimizers.schedules.ExponentialDecay
+    if preset == "cifar10":
+        return {
+            "learning_rate": decay(0.1, 30 * steps, 0.1, staircase=True),
+            "damping": decay(0.3, 30 * steps, 0.1, staircase=True),
+        }
+    initial, target, warmup, end, power, damping, rho = _IMAGENET[preset]
+    if warmup is None:
+        rate = keras.optimizers.schedules.PolynomialDecay(target, end * steps, end_learning_rate=0.0, power=power)
+    else:
+        rate = WarmupPolynomialDecay(initial, target, warmup * steps, end * steps, power)
+    return {"learning_rate": rate, "damping": decay(damping, 10 * steps, rho)}

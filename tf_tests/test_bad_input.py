@@ -55,7 +55,7 @@ def test_exact_damping_needs_eigenvalues():
 
 def test_arguments_in_range_are_accepted():
     """Numbers of NumPy, ends of the ranges, schedules and their configs."""
-    constant = keras.optimizers.schedules.PiecewiseConstantDecay([10], [0.1, 0.01])
+    constant = keras.optimizers.schedules.PiecewiseConstantDecay([10], [20.0, 50.0])
     optimizer = keras_ngd.KFAC(
         damping=np.float32(0.5),
         factor_interval=np.int64(3),

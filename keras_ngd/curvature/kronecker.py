@@ -44,6 +44,14 @@ def factor_dampings(mean_a, mean_g, damping, mode):
     return root * pi, root / pi
 
 
+def inversion_method(method):
+    """What `"auto"` stands for here; any other method as it is."""
+    if method != "auto":
+        return method
+    # Products are what accelerators are for. On a CPU, iterations take several times as long as a factorization.
+    return "newton-schulz" if backend.on_accelerator() else "cholesky"
+
+
 class KroneckerCurvature:
     """Damped inverse Kronecker factors of `k` blocks of one shape, kept stacked.
 
@@ -98,12 +106,7 @@ class KroneckerCurvature:
         """New state from the factors `a` and `g`, `[k, d, d]`, and the state in use."""
         if self.inverse_method == "eigen":
             return [*self._decompose(a, *state[:2]), *self._decompose(g, *state[2:])]
-        method = self.inverse_method
-        if method == "auto":
-            # Compiled as part of a larger program, XLA's factorizations are slow where LAPACK is not called; products
-            # are fast everywhere. JAX calls LAPACK on the CPU.
-            products = backend.on_accelerator() or (backend.name() == "tensorflow" and backend.under_xla())
-            method = "newton-schulz" if products else "cholesky"
+        method = inversion_method(self.inverse_method)
         damping_a, damping_g = factor_dampings(mean_eigenvalues(a), mean_eigenvalues(g), damping, self.damping_mode)
         return [
             inverse.damped_inverse(a, damping_a, state[0], method),

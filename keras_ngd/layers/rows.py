@@ -10,7 +10,7 @@ import math
 from keras import ops
 
 from keras_ngd import backend
-from keras_ngd.linalg import patches
+from keras_ngd.linalg import diagonal, patch_blocks, patches
 
 
 def _gram(rows):
@@ -51,10 +51,30 @@ class Rows:
 
     def gradient_second_moment(self, ds):
         """Sum of `g g^T` over the rows: `[groups, output_dim, output_dim]`."""
-        raise NotImplementedError
+        return _gram(self._gradient_rows(ds))
 
     def gradient_sums(self, ds):
         """Sum of `g` over each example's rows: `[groups, examples, output_dim]`."""
+        raise NotImplementedError
+
+    def input_blocks(self, x, parts, weights=None):
+        """The diagonal blocks of `input_second_moment`, by part: see `linalg.diagonal`."""
+        if parts == ((1, self.input_dim),):
+            return [ops.expand_dims(self.input_second_moment(x, weights), 1)]
+        blocks, count = self._inner_blocks(x, parts[: len(parts) - int(self.use_bias)], weights)
+        blocks = [block / count for block in blocks]
+        return [*blocks, ops.ones((self.groups, 1, 1, 1), blocks[0].dtype)] if self.use_bias else blocks
+
+    def _inner_blocks(self, x, parts, weights):
+        """Diagonal blocks of the sum over the rows, the bias left out, and the number of rows."""
+        raise NotImplementedError
+
+    def gradient_blocks(self, ds, parts):
+        """The diagonal blocks of `gradient_second_moment`, by part."""
+        return diagonal.gram_blocks(self._gradient_rows(ds), parts)
+
+    def _gradient_rows(self, ds):
+        """The rows `g`, `[groups, n, output_dim]`."""
         raise NotImplementedError
 
     def matrix(self, kernel, bias):
@@ -99,15 +119,20 @@ class DenseRows(Rows):
         super().__init__(1, inputs, outputs, use_bias, (inputs, outputs))
 
     def input_second_moment(self, x, weights=None):
-        rows = ops.reshape(x, (-1, self.width))
+        rows, count = self._visible(x, weights)
+        return self._with_bias(_gram(rows), ops.sum(rows, axis=1), count) / count
+
+    def _visible(self, x, weights):
+        """The rows, zero where hidden, `[1, n, width]`, and how many are not."""
+        rows = ops.reshape(x, (1, -1, self.width))
         if weights is None:
-            count = ops.cast(ops.shape(rows)[0], rows.dtype)
-        else:
-            weights = ops.cast(ops.reshape(weights, (-1, 1)), rows.dtype)
-            count = ops.maximum(ops.sum(weights), 1.0)
-            rows = rows * weights
-        gram = ops.expand_dims(_gram(rows), 0)
-        return self._with_bias(gram, ops.sum(rows, axis=0, keepdims=True), count) / count
+            return rows, ops.cast(ops.shape(rows)[1], rows.dtype)
+        weights = ops.cast(ops.reshape(weights, (1, -1, 1)), rows.dtype)
+        return rows * weights, ops.maximum(ops.sum(weights), 1.0)
+
+    def _inner_blocks(self, x, parts, weights):
+        rows, count = self._visible(x, weights)
+        return diagonal.gram_blocks(rows, parts), count
 
     def input_means(self, x, weights=None):
         x = ops.reshape(x, (ops.shape(x)[0], -1, self.width))
@@ -119,8 +144,8 @@ class DenseRows(Rows):
             mean = ops.sum(x * weights, axis=1) / ops.maximum(ops.sum(weights, axis=1), 1.0)
         return ops.expand_dims(self._append_ones(mean), 0)
 
-    def gradient_second_moment(self, ds):
-        return ops.expand_dims(_gram(ops.reshape(ds, (-1, self.output_dim))), 0)
+    def _gradient_rows(self, ds):
+        return ops.reshape(ds, (1, -1, self.output_dim))
 
     def gradient_sums(self, ds):
         ds = ops.reshape(ds, (ops.shape(ds)[0], -1, self.output_dim))
@@ -150,25 +175,37 @@ class ConvolutionRows(Rows):
         return ops.transpose(x, (0, *range(2, len(x.shape)), 1))
 
     def input_second_moment(self, x, weights=None):
-        x = self._channels_last(x)
-        sums, outputs = None, None
+        x, sums = self._channels_last(x), None
         if self.groups == 1 and patches.prefers_displacements(x, self.kernel, self.strides, self.dilation):
             gram = ops.expand_dims(patches.patch_gram(x, self.kernel, self.padding), 0)
             if self.use_bias:
                 total = ops.sum(x, axis=0, keepdims=True)
-                sums, outputs = patches.patch_sums(total, *self._window)
-                sums = ops.reshape(sums, (1, self.width))
-            else:
-                outputs = math.prod(
-                    patches.pad_and_crop_sizes(*axis, self.padding)[2]
-                    for axis in zip(x.shape[1:-1], *self._window[:3], strict=True)
-                )
-            count = ops.cast(ops.shape(x)[0] * outputs, x.dtype)
+                sums = ops.reshape(patches.patch_sums(total, *self._window)[0], (1, self.width))
+            count = self._row_count(x)
         else:
             rows = self._unfolded(x)
             gram, count = _gram(rows), ops.cast(ops.shape(rows)[1], rows.dtype)
             sums = ops.sum(rows, axis=1)
         return self._with_bias(gram, sums, count) / count
+
+    def _row_count(self, x):
+        outputs = math.prod(
+            patches.pad_and_crop_sizes(*axis, self.padding)[2]
+            for axis in zip(x.shape[1:-1], *self._window[:3], strict=True)
+        )
+        return ops.cast(ops.shape(x)[0] * outputs, x.dtype)
+
+    def _inner_blocks(self, x, parts, weights):
+        x = self._channels_last(x)
+        if self.groups == 1:
+            if parts == ((self.width, 1),):
+                total = ops.sum(ops.square(x), axis=0, keepdims=True)
+                sums, outputs = patches.patch_sums(total, *self._window)
+                return [ops.reshape(sums, (1, -1, 1, 1))], ops.cast(ops.shape(x)[0] * outputs, x.dtype)
+            if patches.prefers_displacements(x, self.kernel, self.strides, self.dilation):
+                return patch_blocks.patch_gram_blocks(x, self.kernel, self.padding, parts), self._row_count(x)
+        rows = self._unfolded(x)
+        return diagonal.gram_blocks(rows, parts), ops.cast(ops.shape(rows)[1], rows.dtype)
 
     def _unfolded(self, x):
         """Rows without the one, `[groups, examples * outputs, width]`."""
@@ -193,8 +230,8 @@ class ConvolutionRows(Rows):
         rows = ops.reshape(rows, (-1, self.groups, self.output_dim))
         return ops.transpose(rows, (1, 0, 2)) if self.groups > 1 else ops.reshape(rows, (1, -1, self.output_dim))
 
-    def gradient_second_moment(self, ds):
-        return _gram(self._split_filters(self._channels_last(ds)))
+    def _gradient_rows(self, ds):
+        return self._split_filters(self._channels_last(ds))
 
     def gradient_sums(self, ds):
         ds = self._channels_last(ds)

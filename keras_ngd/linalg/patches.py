@@ -78,6 +78,14 @@ def prefers_displacements(x, kernel, strides, dilation):
     return all(size is not None and size >= k for size, k in zip(x.shape[1:-1], kernel, strict=True))
 
 
+def as_image(x, kernel, padding):
+    """A stride-1 convolution over one axis as one over two: its input, kernel and what pads each axis."""
+    borders = [pad_and_crop_sizes(s, k, 1, 1, padding)[:2] for s, k in zip(x.shape[1:-1], kernel, strict=True)]
+    if len(kernel) == 1:
+        return ops.expand_dims(x, 1), (1, *kernel), ((0, 0), *borders)
+    return x, tuple(kernel), tuple(borders)
+
+
 def patch_gram(x, kernel, padding):
     """`sum over outputs of patch patch^T` of a stride-1 convolution, from displacements, no patch stored.
 
@@ -95,9 +103,7 @@ def patch_gram(x, kernel, padding):
     Returns:
         `[prod(kernel) * c, prod(kernel) * c]`, symmetric.
     """
-    borders = [pad_and_crop_sizes(s, k, 1, 1, padding)[:2] for s, k in zip(x.shape[1:-1], kernel, strict=True)]
-    if len(kernel) == 1:
-        x, kernel, borders = ops.expand_dims(x, 1), (1, *kernel), [(0, 0), *borders]
+    x, kernel, borders = as_image(x, kernel, padding)
     (kh, kw), c = kernel, x.shape[-1]
     rows, columns = (list(_frames(*axis)) for axis in zip(x.shape[1:-1], kernel, borders, strict=True))
 

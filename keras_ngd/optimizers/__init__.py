@@ -2,5 +2,6 @@
 
 from keras_ngd.optimizers.kfac import KFAC
 from keras_ngd.optimizers.natural_gradient import NaturalGradient
+from keras_ngd.optimizers.thor import THOR
 
-__all__ = ["KFAC", "NaturalGradient"]
+__all__ = ["KFAC", "THOR", "NaturalGradient"]

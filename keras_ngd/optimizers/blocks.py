@@ -20,13 +20,18 @@ class Block:
 
     @property
     def shape(self):
-        """`(input_dim, output_dim, dtype)`: blocks of one shape share batched computations."""
+        """`(input_dim, output_dim, dtype)`."""
         return self.rows.input_dim, self.rows.output_dim, self.statistics.averages[0].dtype
+
+    @property
+    def kind(self):
+        """Blocks of one kind, whose statistics have equal shapes too, share batched computations."""
+        return (*self.shape, *(tuple(v.shape[1:]) for v in self.statistics.averages))
 
 
 @dataclass(eq=False)
 class Group:
-    """All blocks of one shape, and their curvature."""
+    """All blocks of one kind, and their curvature."""
 
     blocks: list = field(default_factory=list)
     curvature: Any = None
@@ -62,7 +67,7 @@ def find_blocks(variables, key):
 
 
 class Layout:
-    """The blocks of a model, and the same blocks grouped by shape, in order of first appearance."""
+    """The blocks of a model, and the same blocks grouped by kind, in order of first appearance."""
 
     def __init__(self, blocks=()):
         self.blocks = list(blocks)
@@ -71,5 +76,5 @@ class Layout:
     def groups(self):
         groups = {}
         for block in self.blocks:
-            groups.setdefault(block.shape, Group()).blocks.append(block)
+            groups.setdefault(block.kind, Group()).blocks.append(block)
         return list(groups.values())

@@ -41,7 +41,7 @@ class KFAC(NaturalGradient):
         inverse: how the factors are inverted. `"cholesky"`; `"newton-schulz"` (matrix products only, warm-started from
             the last inverse, falling back to Cholesky where that does not converge); `"eigen"` (eigendecompositions: the
             damping may change between refreshes; twice the preconditioning cost); `"auto"` (default): `"newton-schulz"`
-            on accelerators and where TensorFlow compiles the step with XLA, `"cholesky"` otherwise.
+            on accelerators, `"cholesky"` on CPUs.
         damping_mode: what the damping is added to. `"pi"` (default): `dA = pi sqrt(damping)`, `dG = sqrt(damping) / pi`, with
             `pi^2` the ratio of the factors' mean eigenvalues; `"sqrt"`: both `sqrt(damping)`; `"factor"`: both `damping`;
             `"exact"` (with `inverse="eigen"` only): the damping is added to `A (x) G` itself.
@@ -102,17 +102,17 @@ class KFAC(NaturalGradient):
         self.losses_per_example = statistics.losses_per_example
         self.statistics_fraction = statistics.statistics_fraction
 
-    def make_statistics(self):
+    def make_statistics(self, layer):
         return KroneckerStatistics(self.weight_sharing, self.losses_per_example, self.statistics_fraction)
 
     def make_curvature(self, group):
         return KroneckerCurvature(group.count, *group.blocks[0].shape, self.inverse, self.damping_mode)
 
-    def curvature_input(self, averages, calls):
+    def curvature_input(self, statistics, averages, calls):
         # G is made of squared gradients: a loss scale enters squared. What is averaged is its mean over the calls.
-        a, g = averages
         scale = self.loss_scale_factor or 1.0
-        return a, g * ops.cast(calls, g.dtype) / scale**2
+        inputs = statistics.input_parts
+        return [*averages[:inputs], *(g * ops.cast(calls, g.dtype) / scale**2 for g in averages[inputs:])]
 
     def get_config(self):
         config = super().get_config()

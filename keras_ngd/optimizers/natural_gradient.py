@@ -10,6 +10,12 @@ from keras_ngd.optimizers.blocks import Layout, find_blocks
 from keras_ngd.optimizers.state import StrictState
 
 
+def stacked(group, inputs):
+    """What the curvature of a group takes, of all its blocks."""
+    parts = zip(*(inputs[block] for block in group.blocks), strict=True)
+    return [part[0] if len(part) == 1 else ops.concatenate(part) for part in parts]
+
+
 class NaturalGradient(StrictState, keras.optimizers.SGD):
     """Base of all methods: statistics in, curvature updated, gradients preconditioned, then Keras's own SGD.
 
@@ -27,7 +33,8 @@ class NaturalGradient(StrictState, keras.optimizers.SGD):
     a batch whose gradients are not finite counts as a zero gradient. Both are counted: `skipped_statistics`,
     `skipped_steps`.
 
-    Methods override `make_statistics` and `make_curvature`.
+    Methods override `make_statistics`, `make_curvature` and `curvature_input`; those whose layers do not all follow one
+    clock also `build_curvature`, `refresh` and `gates`.
 
     Args:
         learning_rate: float, `LearningRateSchedule` or callable, as for every Keras optimizer.
@@ -74,8 +81,11 @@ class NaturalGradient(StrictState, keras.optimizers.SGD):
         self.factor_interval, self.inverse_interval = factor_interval, inverse_interval
         self.layout = Layout()
 
-    def make_statistics(self):
-        """New, unattached `Statistics` of the kind this method needs."""
+    def measure(self, model, data):
+        """Settles what is to be measured on a model about to be captured, and on a batch of its inputs (or None)."""
+
+    def make_statistics(self, layer):
+        """New, unattached `Statistics` of the kind this method needs of a layer."""
         raise NotImplementedError
 
     def make_curvature(self, group):
@@ -104,9 +114,7 @@ class NaturalGradient(StrictState, keras.optimizers.SGD):
         self._check_blocks(layout.blocks)
         super().build(variables)
         self.layout = layout
-        for group in layout.groups:
-            group.curvature = self.make_curvature(group)
-            group.curvature.build(self._add_state)
+        self.build_curvature(layout)
         self._next_factors = self.add_variable((), dtype="int", name="next_factor_step")
         self._next_inverses = self.add_variable((), dtype="int", name="next_inverse_step")
         self._factor_updates = self.add_variable((), dtype="int", name="factor_updates")
@@ -120,6 +128,13 @@ class NaturalGradient(StrictState, keras.optimizers.SGD):
                 for block in layout.blocks:
                     block.statistics.gate.assign(1.0)
 
+    def build_curvature(self, layout):
+        """Creates the curvatures, and lists in `_refreshed` all variables that a refresh renews."""
+        for group in layout.groups:
+            group.curvature = self.make_curvature(group)
+            group.curvature.build(self._add_state)
+        self._refreshed = [variable for group in layout.groups for variable in group.curvature.variables]
+
     def _add_state(self, shape, initializer, dtype, name):
         return self.add_variable(shape, initializer=initializer, dtype=dtype, name=name)
 
@@ -131,8 +146,8 @@ class NaturalGradient(StrictState, keras.optimizers.SGD):
                 "`keras_ngd.capture(model, optimizer)` before `model.compile` (or after unfreezing layers). A saved model "
                 "that makes its own layers: load it with `compile=False`, capture, compile, then `model.load_weights`."
             )
-        expected = self.make_statistics().spec
         for block in blocks:
+            expected = self.make_statistics(block.statistics.owner()).spec
             if block.statistics.spec != expected:
                 raise ValueError(
                     f"Layer {block.layer!r} was captured for another optimizer: it records {block.statistics.spec}, but "
@@ -266,8 +281,7 @@ class NaturalGradient(StrictState, keras.optimizers.SGD):
         for i, gradient in enumerate(grads):
             if backend.is_sparse(gradient):
                 new[i] = backend.sparse_zero_unless(finite, gradient)
-        gate = self._next_gate(step)
-        for block in self.layout.blocks:
+        for block, gate in zip(self.layout.blocks, self.gates(self._next_gate(step)), strict=True):
             new[index(block.statistics.gate)] = gate
             for variable, value in zip(block.statistics.averages, averages[block], strict=True):
                 new[index(variable)] = value
@@ -294,9 +308,10 @@ class NaturalGradient(StrictState, keras.optimizers.SGD):
     def _count_statistics(self, grads, index, step):
         """Advances the counters of the statistics."""
         blocks = [block.statistics for block in self.layout.blocks]
-        opened = ops.convert_to_tensor(blocks[0].gate) > 0
-        accepted = [grads[index(s.accepted)] >= grads[index(s.calls)] for s in blocks]
-        updated = opened & ops.all(ops.stack(accepted))
+        open_gates = ops.stack([s.gate > 0 for s in blocks])
+        opened = ops.any(open_gates)
+        refused = ops.stack([grads[index(s.accepted)] < grads[index(s.calls)] for s in blocks])
+        updated = opened & ~ops.any(refused & open_gates)
         due = step + schedules.interval_at(self.factor_interval, step)
         self._next_factors.assign(ops.where(updated, due, ops.convert_to_tensor(self._next_factors)))
         self._factor_updates.assign_add(ops.cast(updated, step.dtype))
@@ -311,31 +326,46 @@ class NaturalGradient(StrictState, keras.optimizers.SGD):
 
     def _refresh(self, averages, grads, index, damping, step):
         """Replaces the curvatures' states where a refresh is due."""
-        groups = self.layout.groups
-        states = [[ops.convert_to_tensor(v) for v in group.curvature.variables] for group in groups]
+        old = [ops.convert_to_tensor(variable) for variable in self._refreshed]
         due = ops.convert_to_tensor(self._factor_updates) > 0
         due = due & (step >= ops.convert_to_tensor(self._next_inverses))
 
         def refreshed():
-            new = []
-            for group, state in zip(groups, states, strict=True):
-                scaled = [
-                    self.curvature_input(averages[block], grads[index(block.statistics.calls)])
-                    for block in group.blocks
-                ]
-                new += group.curvature.refresh(*map(ops.concatenate, zip(*scaled, strict=True)), damping, state)
-            return new
+            inputs = {
+                block: self.curvature_input(block.statistics, averages[block], grads[index(block.statistics.calls)])
+                for block in self.layout.blocks
+            }
+            return self.refresh(inputs, damping, old)
 
-        new = ops.cond(due, refreshed, lambda: [value for state in states for value in state])
-        for variable, value in zip([v for group in groups for v in group.curvature.variables], new, strict=True):
+        new = ops.cond(due, refreshed, lambda: list(old))
+        for variable, value in zip(self._refreshed, new, strict=True):
             self.assign(variable, value)
         following = step + schedules.interval_at(self.inverse_interval, step)
         self._next_inverses.assign(ops.where(due, following, ops.convert_to_tensor(self._next_inverses)))
         self._inverse_updates.assign_add(ops.cast(due, step.dtype))
 
-    def curvature_input(self, averages, calls):
+    def refresh(self, inputs, damping, old):
+        """New values of the refreshed variables.
+
+        Args:
+            inputs: for each block what its curvature takes.
+            damping: scalar.
+            old: the variables' values.
+        """
+        new, start = [], 0
+        for group in self.layout.groups:
+            state = old[start : start + len(group.curvature.variables)]
+            start += len(state)
+            new += group.curvature.refresh(*stacked(group, inputs), damping, state)
+        return new
+
+    def curvature_input(self, statistics, averages, calls):
         """A block's averages as its curvature takes them: summed over the layer's calls, without the loss scale."""
         raise NotImplementedError
+
+    def gates(self, gate):
+        """The gate of every block of the layout, from the one that the intervals ask for."""
+        return [gate] * len(self.layout.blocks)
 
     def _precondition(self, grads, index, damping):
         """Preconditioned kernel and bias gradients by position, and `<P, V>` of each group."""

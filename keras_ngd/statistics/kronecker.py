@@ -49,6 +49,9 @@ class KroneckerStatistics(Statistics):
         self.output_factor = self._add("output_factor", (rows.groups, rows.output_dim, rows.output_dim), "zeros", dtype)
         return [self.input_factor, self.output_factor]
 
+    # How many of the averages are about the inputs; the others are about the gradients.
+    input_parts = 1
+
     def observe(self, rows, x, ds, weights, dtype):
         examples = ops.cast(ops.shape(x)[0], dtype)
         divisor = examples * self.losses_per_example
@@ -60,14 +63,22 @@ class KroneckerStatistics(Statistics):
             divisor = divisor * examples / ops.cast(kept, dtype)
         x, ds = ops.cast(x, dtype), ops.cast(ds, dtype)
         if self.weight_sharing == "expand":
-            a, g = rows.input_second_moment(x, weights), rows.gradient_second_moment(ds)
+            a, g = self._expanded(rows, x, ds, weights)
         else:
             means, sums = rows.input_means(x, weights), rows.gradient_sums(ds)
-            a = backend.matmul(means, means, transpose_a=True) / ops.cast(ops.shape(means)[1], dtype)
-            g = backend.matmul(sums, sums, transpose_a=True)
-        g = g * divisor
+            a, g = self._of_rows(rows, means, sums)
+            a = [t / ops.cast(ops.shape(means)[1], dtype) for t in a]
+        observed = [*a, *(t * divisor for t in g)]
         # An entry that is not finite makes a diagonal entry of its row not finite, since these are sums of squares.
-        return (a, g), ops.sum(ops.trace(a, axis1=1, axis2=2)) + ops.sum(ops.trace(g, axis1=1, axis2=2))
+        return observed, sum(ops.sum(ops.trace(t, axis1=-2, axis2=-1)) for t in observed)
+
+    def _expanded(self, rows, x, ds, weights):
+        """Lists of what is averaged about the inputs and about the gradients, all positions being rows."""
+        return [rows.input_second_moment(x, weights)], [rows.gradient_second_moment(ds)]
+
+    def _of_rows(self, rows, a, g):
+        """The same as sums over rows `[groups, n, input_dim]` and `[groups, n, output_dim]`."""
+        return [backend.matmul(a, a, transpose_a=True)], [backend.matmul(g, g, transpose_a=True)]
 
     def get_config(self):
         return {

@@ -214,7 +214,7 @@ def test_layer_called_twice():
         model.train_on_batch(x, y)
         statistics = layer.statistics
         averages = [keras.ops.convert_to_tensor(v) for v in statistics.averages]
-        a, g = optimizer.curvature_input(averages, keras.ops.convert_to_tensor(statistics.calls))
+        a, g = optimizer.curvature_input(statistics, averages, keras.ops.convert_to_tensor(statistics.calls))
         assert float(statistics.calls) == float(statistics.accepted) == 2
         close(a, expected_a, 1e-5)
         close(g, expected_g, 1e-5)

@@ -1,0 +1,31 @@
+"""Networks that more than one script trains."""
+
+import keras
+from keras import layers
+
+
+def resnet18(size=32, classes=10, width=64):
+    """The ResNet-18 of He et al. (2016) as it is used on CIFAR: no pooling at the start, four stages of two blocks.
+
+    Args:
+        size: height and width of the images.
+        classes: outputs.
+        width: channels of the first stage; doubled by each of the other three. Default 64, the paper's.
+    """
+    convolution = {"padding": "same", "use_bias": False}
+
+    def block(x, filters, stride):
+        y = layers.Conv2D(filters, 3, stride, **convolution)(x)
+        y = layers.ReLU()(layers.BatchNormalization()(y))
+        y = layers.BatchNormalization()(layers.Conv2D(filters, 3, **convolution)(y))
+        if stride > 1 or x.shape[-1] != filters:
+            x = layers.BatchNormalization()(layers.Conv2D(filters, 1, stride, **convolution)(x))
+        return layers.ReLU()(layers.Add()([x, y]))
+
+    inputs = keras.Input((size, size, 3))
+    x = layers.ReLU()(layers.BatchNormalization()(layers.Conv2D(width, 3, **convolution)(inputs)))
+    for stage in range(4):
+        for i in range(2):
+            x = block(x, width * 2**stage, 2 if stage and i == 0 else 1)
+    outputs = layers.Dense(classes)(layers.GlobalAveragePooling2D()(x))
+    return keras.Model(inputs, outputs, name="resnet18")

@@ -1,0 +1,54 @@
+"""A model's Kronecker factors on real data, without training it."""
+
+import keras
+import numpy as np
+from keras import ops, tree
+
+from keras_ngd.capture import capture
+from keras_ngd.layers.captured import Captured
+from keras_ngd.optimizers import KFAC
+
+_BATCHES = 4
+
+
+def _batches(data):
+    if data is None:
+        raise ValueError(
+            "`data` is missing: factors are measured on a batch of the model's inputs. Received: data=None"
+        )
+    if isinstance(data, keras.utils.PyDataset):
+        batches = [data[i] for i in range(min(len(data), _BATCHES))]
+    elif hasattr(data, "element_spec"):
+        batches = list(data.take(_BATCHES))
+    else:
+        batches = [data]
+    batches = [batch[0] if isinstance(batch, tuple) else batch for batch in batches]
+    if not batches or any(len(leaf) == 0 for batch in batches for leaf in tree.flatten(batch)):
+        raise ValueError("`data` is empty: factors are measured on a batch of the model's inputs.")
+    return batches
+
+
+def input_factors(model, data):
+    """The factors `A` of all layers that `keras_ngd.capture` captures, one `[d, d]` array per layer and group.
+
+    Args:
+        model, data: as for `split_dimension`.
+    """
+    batches = _batches(data)
+    copy = keras.models.clone_model(model)
+    if not copy.built:
+        copy(batches[0])
+    copy.set_weights(model.get_weights())
+    capture(copy, KFAC())
+    outputs = copy(batches[0])
+    losses = tree.map_structure(lambda _: lambda target, output: ops.mean(output, axis=-1), outputs)
+    copy.compile(optimizer=keras.optimizers.SGD(0.0), loss=losses)
+    layers = [la for la in copy._flatten_layers() if isinstance(la, Captured) and la.statistics is not None]
+    sums = None
+    for batch in batches:
+        targets = tree.map_structure(lambda t: np.zeros(t.shape, "float32"), copy(batch))
+        # A plain optimizer overwrites the averages with the batch's own values.
+        copy.train_on_batch(batch, targets)
+        new = [ops.convert_to_numpy(la.statistics.input_factor).astype("float64") for la in layers]
+        sums = new if sums is None else [s + n for s, n in zip(sums, new, strict=True)]
+    return [factor / len(batches) for of_layer in sums for factor in of_layer]

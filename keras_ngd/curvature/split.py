@@ -1,0 +1,110 @@
+"""The Kronecker-factored Fisher block whose factors are block diagonal, of all layers of one shape at once."""
+
+from keras import ops
+
+from keras_ngd.curvature.kronecker import factor_dampings, inversion_method
+from keras_ngd.linalg import diagonal, inverse
+
+
+class SplitCurvature:
+    """Damped inverses of the diagonal blocks of the factors of `k` Fisher blocks of one shape.
+
+    The state is, for each part of the input and then of the output dimension, `[k, count, size, size]`: the inverses of
+    the blocks of `A + dA I` and of `G + dG I` as of the last refresh, and
+
+        P = diag(A1 + dA I, A2 + dA I, ...)^-1 V diag(G1 + dG I, G2 + dG I, ...)^-1 .
+
+    `dA` and `dG` are those of the unsplit factors: the trace of a matrix is that of its diagonal blocks. Before the first
+    refresh P = V.
+
+    Args:
+        count: `k`.
+        input_parts, output_parts: as `linalg.diagonal.partition` gives them.
+        dtype: of the factors.
+        inverse_method: `"auto"`, `"cholesky"` or `"newton-schulz"`.
+        damping_mode: `"pi"`, `"sqrt"` or `"factor"`.
+    """
+
+    def __init__(self, count, input_parts, output_parts, dtype, inverse_method, damping_mode):
+        self.count, self.sides, self.dtype = count, (tuple(input_parts), tuple(output_parts)), dtype
+        self.inverse_method, self.damping_mode = inverse_method, damping_mode
+
+    @property
+    def parts(self):
+        """All parts, the input's first."""
+        return self.sides[0] + self.sides[1]
+
+    def build(self, add_variable):
+        """Creates the state with `add_variable(shape, initializer, dtype, name)`."""
+
+        def identity(shape, dtype=None):
+            return ops.broadcast_to(ops.eye(shape[-1], dtype=dtype), shape)
+
+        suffix = "_".join(str(diagonal.dimension(side)) for side in self.sides)
+        self.variables = [
+            add_variable((self.count, count, size, size), identity, self.dtype, f"{side}_inverse_{i}_{suffix}")
+            for side, parts in zip(("input", "output"), self.sides, strict=True)
+            for i, (count, size) in enumerate(parts)
+        ]
+
+    @property
+    def bytes(self):
+        """Size of the state."""
+        itemsize = 8 if self.dtype == "float64" else 4
+        return self.count * itemsize * sum(count * size * size for count, size in self.parts)
+
+    def divide(self, values):
+        """A list by part as two: the input's and the output's."""
+        return values[: len(self.sides[0])], values[len(self.sides[0]) :]
+
+    def traces(self, factors):
+        """The traces of `A` and of `G`, each `[k]`."""
+        return tuple(diagonal.traces(side) for side in self.divide(factors))
+
+    def dampings(self, factors, damping):
+        """`dA` and `dG`, each `[k]`."""
+        means = [t / diagonal.dimension(s) for t, s in zip(self.traces(factors), self.sides, strict=True)]
+        return factor_dampings(*means, damping, self.damping_mode)
+
+    def precondition(self, v, damping, state):
+        """`P` of the gradients `v`, `[k, input_dim, output_dim]`."""
+        a, g = self.divide(state)
+        return diagonal.multiply_right(diagonal.multiply(a, v, self.sides[0]), g, self.sides[1])
+
+
+def refresh_together(curvatures, factors, damping, states, chosen):
+    """New states of several curvatures: all blocks of one size, of all layers and both factors, in one batch.
+
+    Args:
+        curvatures: list of `SplitCurvature`, all of one inverse method.
+        factors: for each, its factors' blocks, `[k, count, size, size]` by part.
+        damping: scalar.
+        states: for each, its state.
+        chosen: for each, `[k]` booleans: whose inverses to renew.
+
+    Returns:
+        For each its new state; where not chosen, or where a block cannot be inverted, the old one.
+    """
+    work = {}
+    for i, (curvature, blocks, state) in enumerate(zip(curvatures, factors, states, strict=True)):
+        of_sides = [
+            d for d, side in zip(curvature.dampings(blocks, damping), curvature.sides, strict=True) for _ in side
+        ]
+        for j, (count, size) in enumerate(curvature.parts):
+            flat = (
+                ops.reshape(blocks[j], (-1, size, size)),
+                ops.repeat(of_sides[j], count),
+                ops.reshape(state[j], (-1, size, size)),
+                ops.repeat(chosen[i], count),
+            )
+            work.setdefault((size, curvature.dtype), []).append((i, j, flat))
+    new = [list(state) for state in states]
+    method = inversion_method(curvatures[0].inverse_method)
+    for (size, _), entries in work.items():
+        stacked = [ops.concatenate(tensors) for tensors in zip(*(flat for *_, flat in entries), strict=True)]
+        inverses, start = inverse.damped_inverse_of(*stacked, method), 0
+        for i, j, flat in entries:
+            stop = start + flat[0].shape[0]
+            new[i][j] = ops.reshape(inverses[start:stop], (-1, curvatures[i].parts[j][0], size, size))
+            start = stop
+    return new

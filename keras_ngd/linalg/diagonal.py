@@ -1,0 +1,85 @@
+"""Block-diagonal matrices, of which only the diagonal blocks exist.
+
+A dimension is cut into blocks of one size; what is left over is a smaller last block, and a bias is a block of its own. Blocks
+of one size are stored together, as `[k, count, size, size]` for `k` matrices: one such array is a *part*, and its
+`(count, size)` describes it. Nothing is padded.
+"""
+
+from keras import ops
+
+from keras_ngd import backend
+
+
+def partition(width, use_bias, split):
+    """The parts of a dimension of `width`, and one more where there is a bias: a tuple of `(count, size)`.
+
+    A `split` of at least the whole dimension (or None) leaves it in one piece, the bias included. Otherwise the bias, if
+    any, is the last part.
+    """
+    whole = width + int(use_bias)
+    if split is None or split >= whole:
+        return ((1, whole),)
+    parts = [(width // split, split)] if width >= split else []
+    if width % split:
+        parts.append((1, width % split))
+    return (*parts, (1, 1)) if use_bias else tuple(parts)
+
+
+def dimension(parts):
+    """The dimension that `parts` partition."""
+    return sum(count * size for count, size in parts)
+
+
+def _spans(parts):
+    start = 0
+    for count, size in parts:
+        yield start, start + count * size, count, size
+        start += count * size
+
+
+def blocks_of(matrices, parts):
+    """The diagonal blocks of `[k, d, d]`, by part."""
+    result = []
+    for start, stop, count, size in _spans(parts):
+        inner = ops.reshape(matrices[:, start:stop, start:stop], (-1, count, size, count, size))
+        same = ops.reshape(ops.eye(count, dtype=matrices.dtype), (1, count, 1, count, 1))
+        result.append(ops.sum(inner * same, axis=3))
+    return result
+
+
+def gram_blocks(rows, parts):
+    """The diagonal blocks of `rows^T rows`, `[k, n, d]`, by part; the other blocks are never computed."""
+    result = []
+    for start, stop, count, size in _spans(parts):
+        piece = rows[:, :, start:stop]
+        if size == 1:
+            result.append(ops.reshape(ops.sum(ops.square(piece), axis=1), (-1, count, 1, 1)))
+            continue
+        if count > 1:
+            piece = ops.transpose(ops.reshape(piece, (piece.shape[0], -1, count, size)), (0, 2, 1, 3))
+        else:
+            piece = ops.expand_dims(piece, 1)
+        result.append(backend.matmul(piece, piece, transpose_a=True))
+    return result
+
+
+def multiply(blocks, x, parts):
+    """The block-diagonal matrices times `x`, `[k, d, m]`."""
+    products = []
+    for block, (start, stop, count, size) in zip(blocks, _spans(parts), strict=True):
+        piece = ops.reshape(x[:, start:stop], (-1, count, size, x.shape[2]))
+        product = block * piece if size == 1 else backend.matmul(block, piece)
+        products.append(ops.reshape(product, (-1, count * size, x.shape[2])))
+    return products[0] if len(products) == 1 else ops.concatenate(products, axis=1)
+
+
+def multiply_right(x, blocks, parts):
+    """`x`, `[k, m, d]`, times the block-diagonal matrices, which are symmetric."""
+    if len(parts) == 1 and parts[0][0] == 1:
+        return backend.matmul(x, blocks[0][:, 0])
+    return ops.transpose(multiply(blocks, ops.transpose(x, (0, 2, 1)), parts), (0, 2, 1))
+
+
+def traces(blocks):
+    """The traces `[k]` of the matrices."""
+    return sum(ops.sum(ops.trace(part, axis1=2, axis2=3), axis=1) for part in blocks)

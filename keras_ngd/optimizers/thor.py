@@ -1,0 +1,254 @@
+"""THOR: trace-based, hardware-driven, layer-oriented natural gradient descent."""
+
+import fnmatch
+
+import keras
+from keras import ops
+
+from keras_ngd import schedules
+from keras_ngd.curvature import SplitCurvature
+from keras_ngd.curvature.split import refresh_together
+from keras_ngd.optimizers import trace_rule
+from keras_ngd.optimizers.kfac import KFAC
+from keras_ngd.optimizers.natural_gradient import stacked
+from keras_ngd.statistics import SplitStatistics
+
+DEFAULT_SPLIT = 128
+TRACE_DAMPINGS = ("none", "full")
+
+
+@keras.saving.register_keras_serializable("keras_ngd")
+class THOR(KFAC):
+    """KFAC with block-diagonal factors, and inverses that each layer renews only when its curvature has changed.
+
+    The factors `A` and `G` of every captured layer are cut into diagonal blocks of `split` rows and columns, and only
+    these are recorded, averaged, stored and inverted:
+
+        P = diag(A1 + dA I, A2 + dA I, ...)^-1 V diag(G1 + dG I, G2 + dG I, ...)^-1 ,
+
+    followed by KFAC's clip and step. At every `inverse_interval`, each layer looks at the change of its curvature's trace
+    since its last update, `change = |trace - reference| / reference`, with `trace = tr A tr G`:
+
+        change > omega1              update: new inverses, the trace is the new reference
+        omega2 <= change <= omega1   keep:   the inverses stay
+        change < omega2              stop:   the inverses stay for good, nothing more is recorded of the layer
+
+    The paper's variants are settings: THOR is `omega=(0.01, 0.0)`, THOR_stop `(0.01, 0.001)`, THOR_NT `(0.0, 0.0)`,
+    which always updates. Its growing intervals are `keras_ngd.schedules.GrowingInterval`, its learning rates and dampings
+    `keras_ngd.schedules.thor_schedules`.
+
+    ```python
+    optimizer = keras_ngd.THOR(learning_rate=0.05, damping=0.01, split=128)
+    keras_ngd.capture(model, optimizer)
+    model.compile(optimizer=optimizer, loss="sparse_categorical_crossentropy")
+    model.fit(x, y)
+    ```
+
+    Args:
+        split: size of the blocks: an int; None for whole factors; a dict from layer names, paths or patterns
+            (`"conv1_*"`) to sizes, exact names first, 128 where nothing matches; a function of the layer; or `"auto"`:
+            `capture(model, optimizer, data=x)` measures it with `keras_ngd.analysis.split_dimension`. A factor no
+            larger than its split stays whole: with a split larger than every layer this is KFAC. A split that divides
+            the channels of a convolution makes its statistics cheapest. Default 128.
+        omega: `(omega1, omega2)`, with `0 <= omega2 <= omega1`. The running averages damp the changes: by about
+            `1 - factor_decay` per update against those of single batches. Default `(0.01, 0.0)`.
+        trace_damping: `"none"` (default), or `"full"`: add `damping dA dG` to the trace, as eq. 8 has it. This term, often
+            hundreds of times the other, hides the change: nearly every layer keeps, or stops, by accident.
+        stop_patience: how many changes below omega2 in a row it takes to stop. Single ones come by chance. Default 1, the
+            paper's.
+        learning_rate, damping, momentum, factor_decay, factor_interval, inverse_interval, damping_mode,
+            weight_sharing, losses_per_example, statistics_fraction, kl_clip, **kwargs: as for `keras_ngd.KFAC`. The paper
+            adds the damping itself to both factors, `damping_mode="factor"`, and averages nothing,
+            `factor_decay=0`.
+        inverse: `"auto"` (default), `"cholesky"` or `"newton-schulz"`.
+
+    Reference:
+        - [Chen et al., 2021](https://ojs.aaai.org/index.php/AAAI/article/view/16867)
+    """
+
+    def __init__(
+        self,
+        learning_rate=0.05,
+        damping=0.01,
+        momentum=0.9,
+        factor_decay=0.95,
+        factor_interval=10,
+        inverse_interval=100,
+        split=DEFAULT_SPLIT,
+        omega=(0.01, 0.0),
+        trace_damping="none",
+        stop_patience=1,
+        inverse="auto",
+        damping_mode="pi",
+        name="thor",
+        **kwargs,
+    ):
+        if inverse == "eigen":
+            raise ValueError(
+                f"`inverse` must be 'auto', 'cholesky' or 'newton-schulz' for THOR. Received: inverse={inverse!r}"
+            )
+        split = _check_split(split)
+        omega = _check_omega(omega)
+        if trace_damping not in TRACE_DAMPINGS:
+            raise ValueError(
+                f"`trace_damping` must be one of {TRACE_DAMPINGS}. Received: trace_damping={trace_damping!r}"
+            )
+        stop_patience = schedules.check_count("stop_patience", stop_patience)
+        super().__init__(
+            learning_rate=learning_rate,
+            damping=damping,
+            momentum=momentum,
+            factor_decay=factor_decay,
+            factor_interval=factor_interval,
+            inverse_interval=inverse_interval,
+            inverse=inverse,
+            damping_mode=damping_mode,
+            name=name,
+            **kwargs,
+        )
+        self.split, self.omega, self.trace_damping, self.stop_patience = split, omega, trace_damping, stop_patience
+        self._splits = {}
+
+    # Splits
+
+    def measure(self, model, data):
+        if self.split != "auto":
+            return
+        if data is None:
+            raise ValueError(
+                "`split='auto'` is measured when the model is captured, and needs data: "
+                "`keras_ngd.capture(model, optimizer, data=x)`, with a batch of the model's inputs."
+            )
+        # Late: the analysis captures models with optimizers.
+        from keras_ngd.analysis import split_dimension
+
+        self.split = split_dimension(model, data).split
+
+    def split_of(self, layer):
+        """The size of a layer's blocks, or None where they are whole."""
+        if callable(self.split):
+            # A function need not be serializable, nor give the same answer twice; what it said is kept.
+            if layer.path not in self._splits:
+                self._splits[layer.path] = schedules.check_split(f"split of layer {layer.path!r}", self.split(layer))
+            return self._splits[layer.path]
+        if not isinstance(self.split, dict):
+            return self.split
+        for name in (layer.path, layer.name):
+            if name in self.split:
+                return self.split[name]
+        for pattern, size in self.split.items():
+            if fnmatch.fnmatchcase(layer.path, pattern) or fnmatch.fnmatchcase(layer.name, pattern):
+                return size
+        return DEFAULT_SPLIT
+
+    def make_statistics(self, layer):
+        return SplitStatistics(
+            self.split_of(layer), self.weight_sharing, self.losses_per_example, self.statistics_fraction
+        )
+
+    def make_curvature(self, group):
+        statistics = group.blocks[0].statistics
+        parts = statistics.partitions(statistics.rows)
+        return SplitCurvature(group.count, *parts, group.blocks[0].shape[2], self.inverse, self.damping_mode)
+
+    # The trace rule
+
+    def build_curvature(self, layout):
+        super().build_curvature(layout)
+        layers = len(layout.blocks)
+        self._rule = self._add_state(
+            (len(trace_rule.STATE), layers),
+            lambda shape, dtype=None: trace_rule.initial_state(layers),
+            "float32",
+            "trace_rule",
+        )
+        self._refreshed.append(self._rule)
+
+    def refresh(self, inputs, damping, old):
+        *old, rule = old
+        groups, start, states = self.layout.groups, 0, []
+        for group in groups:
+            states.append(old[start : start + len(group.curvature.variables)])
+            start += len(states[-1])
+        factors = [stacked(group, inputs) for group in groups]
+        rule = trace_rule.decide(rule, self._traces(factors, damping), self.omega, self.stop_patience)
+        update = rule[trace_rule.STATE.index("decision")] == trace_rule.UPDATE
+        position = {block: i for i, block in enumerate(self.layout.blocks)}
+        chosen = [
+            ops.concatenate([ops.repeat(update[position[b]], b.rows.groups) for b in group.blocks]) for group in groups
+        ]
+        new = refresh_together([group.curvature for group in groups], factors, damping, states, chosen)
+        return [value for state in new for value in state] + [rule]
+
+    def _traces(self, factors, damping):
+        """`tr F` of every block of the layout."""
+        found = {}
+        for group, parts in zip(self.layout.groups, factors, strict=True):
+            trace_a, trace_g = group.curvature.traces(parts)
+            trace, start = trace_a * trace_g, 0
+            if self.trace_damping == "full":
+                trace = trace + ops.cast(damping, trace.dtype) * group.blocks[0].shape[0] * group.blocks[0].shape[1]
+            for block in group.blocks:
+                found[block] = ops.cast(ops.sum(trace[start : start + block.rows.groups]), "float32")
+                start += block.rows.groups
+        return ops.stack([found[block] for block in self.layout.blocks])
+
+    def gates(self, gate):
+        stopped = ops.convert_to_tensor(self._rule)[trace_rule.STATE.index("stopped")]
+        return [ops.where(stopped[i] > 0, 0.0, gate) for i in range(len(self.layout.blocks))]
+
+    def trace_report(self):
+        """What the trace rule last found and decided.
+
+        Returns:
+            A dict from layer paths to dicts of `trace`, `change_rate` (infinite at a layer's first refresh), `decision`
+            (`"update"`, `"keep"` or `"stop"`), `stopped` and `reference`. Empty before the first step.
+        """
+        if not self.built:
+            return {}
+        rows = dict(zip(trace_rule.STATE, ops.convert_to_numpy(self._rule), strict=True))
+        return {
+            block.layer: {
+                "trace": float(rows["trace"][i]),
+                "change_rate": float(rows["change_rate"][i]),
+                "decision": trace_rule.DECISIONS[int(rows["decision"][i])],
+                "stopped": bool(rows["stopped"][i]),
+                "reference": float(rows["reference"][i]),
+            }
+            for i, block in enumerate(self.layout.blocks)
+        }
+
+    def get_config(self):
+        split = dict(self._splits) if callable(self.split) else self.split
+        return {
+            **super().get_config(),
+            "split": split,
+            "omega": list(self.omega),
+            "trace_damping": self.trace_damping,
+            "stop_patience": self.stop_patience,
+        }
+
+
+def _check_split(split):
+    if split == "auto" or callable(split):
+        return split
+    if isinstance(split, dict):
+        return {name: schedules.check_split(f"split[{name!r}]", size) for name, size in split.items()}
+    if isinstance(split, str):
+        raise ValueError(
+            f"`split` must be an int, None, a dict, a function of the layer, or 'auto'. Received: {split!r}"
+        )
+    return schedules.check_split("split", split)
+
+
+def _check_omega(omega):
+    try:
+        first, second = (float(value) for value in omega)
+    except (TypeError, ValueError):
+        first, second = -1.0, -1.0
+    if not 0 <= second <= first < float("inf"):
+        raise ValueError(
+            "`omega` must be two numbers (omega1, omega2) with 0 <= omega2 <= omega1: above omega1 a layer updates, below "
+            f"omega2 it stops. Received: omega={omega!r}"
+        )
+    return first, second

@@ -1,0 +1,52 @@
+"""Diagonal blocks of the Kronecker factors of a layer's Fisher block."""
+
+import keras
+
+from keras_ngd import schedules
+from keras_ngd.linalg import diagonal
+from keras_ngd.statistics.kronecker import KroneckerStatistics
+
+
+@keras.saving.register_keras_serializable("keras_ngd")
+class SplitStatistics(KroneckerStatistics):
+    """The diagonal blocks of the factors `A` and `G`, and nothing else of them (THOR, eq. 10).
+
+    Inputs and outputs are cut into blocks of `split`, the last one smaller where `split` does not divide; a bias is a
+    block of its own. A factor no larger than `split` stays whole. Work and memory fall from `d^2` to `d split`.
+
+    Args:
+        split: int of at least 1, the size of the blocks; None leaves the factors whole.
+        **kwargs: `KroneckerStatistics`'.
+    """
+
+    def __init__(self, split, weight_sharing="expand", losses_per_example=1, statistics_fraction=1.0, **kwargs):
+        super().__init__(weight_sharing, losses_per_example, statistics_fraction, **kwargs)
+        self.split = schedules.check_split("split", split)
+
+    def partitions(self, rows):
+        """The parts of the input and of the output dimension."""
+        return (
+            diagonal.partition(rows.width, rows.use_bias, self.split),
+            diagonal.partition(rows.output_dim, False, self.split),
+        )
+
+    @property
+    def input_parts(self):
+        return len(self.partitions(self.rows)[0])
+
+    def create(self, rows, dtype):
+        return [
+            self._add(f"{side}_blocks_{i}", (rows.groups, count, size, size), "zeros", dtype)
+            for side, parts in zip(("input", "output"), self.partitions(rows), strict=True)
+            for i, (count, size) in enumerate(parts)
+        ]
+
+    def _expanded(self, rows, x, ds, weights):
+        input_parts, output_parts = self.partitions(rows)
+        return rows.input_blocks(x, input_parts, weights), rows.gradient_blocks(ds, output_parts)
+
+    def _of_rows(self, rows, a, g):
+        return [diagonal.gram_blocks(*side) for side in zip((a, g), self.partitions(rows), strict=True)]
+
+    def get_config(self):
+        return {**super().get_config(), "split": self.split}
