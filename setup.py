@@ -9,7 +9,8 @@ ROOT = Path(__file__).parent
 VERSION = re.search(r'^__version__ = "(.+)"$', (ROOT / "keras_ngd" / "__init__.py").read_text(), re.MULTILINE)[1]
 
 # The digits and other embedded data sets come from scikit-learn, through tensorflow-datasets.
-DATASETS = ["tensorflow-datasets", "scikit-learn"]
+# tensorflow-datasets needs importlib_resources for builders inside packages, but does not ask for it.
+DATASETS = ["tensorflow-datasets", "scikit-learn", "importlib_resources"]
 PLOTS = ["matplotlib"]
 JAX = ["jax"]
 BENCHMARKS = [*DATASETS, *PLOTS, *JAX, "tqdm"]

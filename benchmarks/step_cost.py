@@ -31,7 +31,7 @@ flags.DEFINE_enum(
     "Network to measure; all means resnet32 and resnet50.",
 )
 flags.DEFINE_enum("method", "kfac", ["kfac", "thor"], "Optimizer to measure.")
-flags.DEFINE_integer("split", 128, "THOR's argument of this name.")
+flags.DEFINE_integer("split", None, "THOR's argument of this name. Default: one for each network.")
 flags.DEFINE_enum("mode", "all", ["all", *MODES], "Backend, and whether TensorFlow compiles the step with XLA.")
 flags.DEFINE_integer("rounds", 7, "Timed steps of each kind.")
 flags.DEFINE_float("statistics_fraction", 1.0, "The optimizer's argument of this name.")
@@ -74,7 +74,7 @@ def measure(network, mode):
         if FLAGS.method == "kfac":
             return keras_ngd.KFAC(**arguments)
         # Every layer renews its inverses at every refresh: the whole price.
-        return keras_ngd.THOR(**arguments, split=FLAGS.split, omega=(0, 0))
+        return keras_ngd.THOR(**arguments, split=FLAGS.split or settings["split"], omega=(0, 0))
 
     optimizer, reports = natural_gradient(), {}
     models = {
@@ -119,6 +119,7 @@ def measure(network, mode):
         "refreshes": optimizer.inverse_updates,
         "device": keras.distribution.list_devices()[0],
         "second_order_bytes": reports[optimizer].bytes,
+        "split": getattr(optimizer, "split", None),
     }
 
 
@@ -139,20 +140,22 @@ def table(results):
     lines = [
         "| network | mode | SGD step, ms | "
         + " | ".join(columns)
-        + " | one refresh, ms: factors, inverses, preconditioning |",
-        "|---" * (len(columns) + 4) + "|",
+        + " | ms for factors, inverses, preconditioning | second-order state, MiB |",
+        "|---" * (len(columns) + 5) + "|",
     ]
     for result in results:
         ms, costs = result["milliseconds"], ratios(result)
+        size = result["second_order_bytes"] / 2**20
         shares = (ms["factors"] - ms["plain"], ms["inverses"] - ms["factors"], ms["plain"] - ms["closed"])
-        cells = [result["network"], result["mode"], f"{ms['sgd']:.0f}", *(f"{costs[c]:.2f}x" for c in columns)]
-        lines.append("| " + " | ".join(cells) + " | " + ", ".join(f"{s:.0f}" for s in shares) + " |")
+        network = result["network"] + (f", split {result['split']}" if result.get("split") else "")
+        cells = [network, result["mode"], f"{ms['sgd']:.0f}", *(f"{costs[c]:.2f}x" for c in columns)]
+        lines.append("| " + " | ".join(cells) + " | " + ", ".join(f"{s:.0f}" for s in shares) + f" | {size:.0f} |")
     return "\n".join(lines)
 
 
-def settings():
+def arguments():
     """The flags that say what is measured."""
-    names = ["method", "statistics_fraction", "inverse"] + (["split"] if FLAGS.method == "thor" else [])
+    names = ["method", "statistics_fraction", "inverse"] + (["split"] if FLAGS.split else [])
     return {name: getattr(FLAGS, name) for name in names}
 
 
@@ -164,9 +167,9 @@ def run_worker(network, mode):
         "TF_CPP_MIN_LOG_LEVEL": "3",
         **results.KEEP_MEMORY,
     }
-    arguments = ["--worker", f"--network={network}", f"--mode={mode}", f"--rounds={FLAGS.rounds}"]
-    arguments += [f"--{name}={value}" for name, value in settings().items()]
-    command = [sys.executable, "-m", "benchmarks.step_cost", *arguments]
+    command = [sys.executable, "-m", "benchmarks.step_cost"]
+    command += ["--worker", f"--network={network}", f"--mode={mode}", f"--rounds={FLAGS.rounds}"]
+    command += [f"--{name}={value}" for name, value in arguments().items()]
     process = subprocess.run(command, env=environment, capture_output=True, text=True)
     if process.returncode:
         raise RuntimeError(f"{network} on {mode} failed:\n{process.stderr[-3000:]}")
@@ -182,12 +185,11 @@ def main(_):
     networks = ["resnet32", "resnet50"] if FLAGS.network == "all" else [FLAGS.network]
     modes = MODES if FLAGS.mode == "all" else [FLAGS.mode]
     measured = []
-    arguments = {"rounds": FLAGS.rounds, **settings()}
     for network, mode in tqdm([(n, m) for n in networks for m in modes], unit="mode"):
         result = run_worker(network, mode)
         measured.append({"network": network, "mode": mode, **result, "ratios": ratios(result)})
         tqdm.write(table(measured[-1:]))
-        path = results.save(FLAGS.result, {"arguments": arguments, "results": measured})
+        path = results.save(FLAGS.result, {"arguments": {"rounds": FLAGS.rounds, **arguments()}, "results": measured})
     print(f"\n{table(measured)}\n\nwritten to {path}")
 
 
