@@ -12,14 +12,16 @@ PYTHON ?= $(shell command -v python3.11 >/dev/null && python3.11 --version >/dev
 DEMO := $(VENV)/.installed-demo
 TEST := $(VENV)/.installed-test
 
-.PHONY: help demo test lint benchmark-step-cost benchmark-convergence clean distclean
+.PHONY: help demo test lint clean distclean
+.PHONY: benchmark-step-cost benchmark-update-cost benchmark-convergence benchmark-thor-convergence
 
 help:
 	@echo "make demo                   train a small network with SGD and with KFAC, offline"
 	@echo "make test                   lint, then all tests on the TensorFlow and on the JAX backend"
 	@echo "make lint                   ruff: rules and format"
-	@echo "make benchmark-step-cost    what a KFAC step costs, in steps of SGD"
-	@echo "make benchmark-convergence  what a KFAC step is worth"
+	@echo "make benchmark-step-cost    what a step costs, in steps of SGD"
+	@echo "make benchmark-update-cost  what THOR's blocks save of a refresh"
+	@echo "make benchmark-convergence  what a KFAC step is worth; benchmark-thor-convergence: and a THOR step"
 	@echo "make clean                  remove caches and build outputs (distclean: $(VENV), too)"
 
 demo: $(DEMO)
@@ -33,11 +35,8 @@ lint: $(TEST)
 	$(BIN)/ruff check
 	$(BIN)/ruff format --check
 
-benchmark-step-cost: $(TEST)
-	$(BIN)/python -m benchmarks.step_cost
-
-benchmark-convergence: $(TEST)
-	$(BIN)/python -m benchmarks.convergence
+benchmark-step-cost benchmark-update-cost benchmark-convergence benchmark-thor-convergence: $(TEST)
+	$(BIN)/python -m benchmarks.$(subst -,_,$(@:benchmark-%=%))
 
 clean:
 	rm -rf build dist keras_ngd.egg-info .pytest_cache .ruff_cache .hypothesis

@@ -3,7 +3,7 @@
 import pathlib
 import re
 
-from benchmarks import convergence, results, step_cost, update_cost
+from benchmarks import convergence, results, step_cost, thor_convergence, update_cost
 
 README = pathlib.Path(__file__).parent.parent / "README.md"
 
@@ -34,6 +34,7 @@ SECTIONS = {
     "step-cost-thor": ("step_cost_thor", lambda payload: step_cost.table(payload["results"])),
     "update-cost": ("update_cost", update_cost.table),
     "convergence": ("convergence", convergence.table),
+    "thor-convergence": ("thor_convergence", thor_convergence.table),
 }
 
 

@@ -37,6 +37,7 @@ flags.DEFINE_integer("rounds", 7, "Timed steps of each kind.")
 flags.DEFINE_float("statistics_fraction", 1.0, "The optimizer's argument of this name.")
 flags.DEFINE_string("inverse", "auto", "The optimizer's argument of this name.")
 flags.DEFINE_string("result", "step_cost", "Name of the result.")
+flags.DEFINE_boolean("append", False, "Keep what the result has of other networks and modes.")
 flags.DEFINE_boolean("worker", False, "Measure in this process and print JSON (used by the benchmark itself).")
 
 
@@ -184,12 +185,16 @@ def main(_):
 
     networks = ["resnet32", "resnet50"] if FLAGS.network == "all" else [FLAGS.network]
     modes = MODES if FLAGS.mode == "all" else [FLAGS.mode]
-    measured = []
-    for network, mode in tqdm([(n, m) for n in networks for m in modes], unit="mode"):
+    cases = [(n, m) for n in networks for m in modes]
+    kept = results.load(FLAGS.result)["results"] if FLAGS.append else []
+    measured = [row for row in kept if (row["network"], row["mode"]) not in cases]
+    for network, mode in tqdm(cases, unit="mode"):
         result = run_worker(network, mode)
-        measured.append({"network": network, "mode": mode, **result, "ratios": ratios(result)})
-        tqdm.write(table(measured[-1:]))
-        path = results.save(FLAGS.result, {"arguments": {"rounds": FLAGS.rounds, **arguments()}, "results": measured})
+        row = {"network": network, "mode": mode, "rounds": FLAGS.rounds, **result, "ratios": ratios(result)}
+        measured.append(row)
+        measured.sort(key=lambda row: (row["network"], MODES.index(row["mode"])))
+        tqdm.write(table([row]))
+        path = results.save(FLAGS.result, {"arguments": arguments(), "results": measured})
     print(f"\n{table(measured)}\n\nwritten to {path}")
 
 

@@ -19,14 +19,16 @@ from absl import app, flags
 from benchmarks import results
 
 EXAMPLE = pathlib.Path(__file__).parent.parent / "examples" / "cifar_resnet.py"
-METHODS = ("momentum", "kfac", "thor", "thor_stop", "thor_nt")
+METHODS = ("momentum", "kfac", "thor")
+# The best of 0.02, 0.05 and 0.1 by the training loss after seven epochs; the second-order methods keep the paper's.
+LEARNING_RATES = {"momentum": 0.02}
 
 FLAGS = flags.FLAGS
 # Not when imported for its table: other benchmarks' flags have the same names.
 if __name__ == "__main__":
     flags.DEFINE_list("seeds", ["1", "2", "3"], "Seeds of weights and of the order of examples.")
     flags.DEFINE_list("methods", list(METHODS), "Methods to compare.")
-    flags.DEFINE_float("target", 0.9, "Test accuracy to reach.")
+    flags.DEFINE_float("target", 0.7, "Test accuracy to reach.")
     flags.DEFINE_list("arguments", [], "Arguments for the example, such as --epochs=6.")
     flags.DEFINE_string("result", "thor_convergence", "Name of the result.")
 
@@ -36,6 +38,7 @@ def train(method, seed, arguments):
     with tempfile.TemporaryDirectory() as folder:
         file = pathlib.Path(folder) / "history.json"
         command = [sys.executable, str(EXAMPLE), f"--method={method}", f"--seed={seed}", f"--history={file}"]
+        command.append(f"--learning_rate={LEARNING_RATES.get(method, 0.1)}")
         environment = {**os.environ, "TF_CPP_MIN_LOG_LEVEL": "3", **results.KEEP_MEMORY}
         done = subprocess.run([*command, "--output=", *arguments], env=environment, capture_output=True, text=True)
         if done.returncode:
@@ -56,8 +59,10 @@ def reached(run, target):
 def table(payload):
     """A Markdown table, means over seeds with standard deviations."""
     target = payload["target"]
-    header = ["method", f"epochs to {target:.0%}", f"seconds to {target:.0%}", "seeds that reach it", "s per epoch"]
-    lines = ["| " + " | ".join([*header, "final test accuracy", "final loss"]) + " |", "|---" * 7 + "|"]
+    bests = {run["seed"]: max(run["val_accuracy"]) for run in payload["runs"] if run["method"] == "momentum"}
+    header = ["method", f"epochs to {target:.0%}", f"seconds to {target:.0%}", "seeds that reach it"]
+    header += ["seconds to Momentum's best", "s per epoch", "final test accuracy", "final loss"]
+    lines = ["| " + " | ".join(header) + " |", "|---" * len(header) + "|"]
 
     def spread(values, digits):
         if not values:
@@ -68,12 +73,14 @@ def table(payload):
     for method in dict.fromkeys(run["method"] for run in payload["runs"]):
         runs = [run for run in payload["runs"] if run["method"] == method]
         ends = [end for run in runs if (end := reached(run, target)) is not None]
+        equal = [reached(run, bests[run["seed"]]) for run in runs if run["seed"] in bests]
         epoch = [float(np.median(np.diff(run["seconds"]))) for run in runs]
         cells = [
             method,
             spread([e for e, _ in ends], 1),
             spread([s for _, s in ends], 1),
             f"{len(ends)} of {len(runs)}",
+            spread([end[1] for end in equal if end is not None], 1),
             spread(epoch, 2),
             spread([run["val_accuracy"][-1] for run in runs], 4),
             spread([run["loss"][-1] for run in runs], 4),
@@ -105,7 +112,7 @@ def plot(payload, path):
         axis.set_yscale("log")
     for axis in axes[1]:
         axis.axhline(payload["target"], color="black", linestyle=":", linewidth=1)
-    axes[1][1].legend(loc="lower right")
+    axes[1][1].legend(loc="upper left")
     figure.savefig(path, dpi=110)
 
 

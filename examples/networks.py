@@ -14,16 +14,19 @@ def resnet18(size=32, classes=10, width=64):
     """
     convolution = {"padding": "same", "use_bias": False}
 
+    def normalized(x):
+        # Keras's own momentum, 0.99, takes hundreds of steps to forget the first ones.
+        return layers.BatchNormalization(momentum=0.9)(x)
+
     def block(x, filters, stride):
-        y = layers.Conv2D(filters, 3, stride, **convolution)(x)
-        y = layers.ReLU()(layers.BatchNormalization()(y))
-        y = layers.BatchNormalization()(layers.Conv2D(filters, 3, **convolution)(y))
+        y = layers.ReLU()(normalized(layers.Conv2D(filters, 3, stride, **convolution)(x)))
+        y = normalized(layers.Conv2D(filters, 3, **convolution)(y))
         if stride > 1 or x.shape[-1] != filters:
-            x = layers.BatchNormalization()(layers.Conv2D(filters, 1, stride, **convolution)(x))
+            x = normalized(layers.Conv2D(filters, 1, stride, **convolution)(x))
         return layers.ReLU()(layers.Add()([x, y]))
 
     inputs = keras.Input((size, size, 3))
-    x = layers.ReLU()(layers.BatchNormalization()(layers.Conv2D(width, 3, **convolution)(inputs)))
+    x = layers.ReLU()(normalized(layers.Conv2D(width, 3, **convolution)(inputs)))
     for stage in range(4):
         for i in range(2):
             x = block(x, width * 2**stage, 2 if stage and i == 0 else 1)

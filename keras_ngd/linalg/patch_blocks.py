@@ -37,17 +37,22 @@ def position_grams(x, kernel, padding, size):
     chunks = channels // size
     x = ops.transpose(ops.reshape(x, (-1, height, width, chunks, size)), (3, 0, 1, 2, 4)) if chunks > 1 else x[None]
     rows, columns, combination = _seen((height, width), kernel, borders)
-    table = [x, *(x[:, :, i] for i in rows), *(x[:, :, :, j] for j in columns)]
-    table += [x[:, :, i, j] for i in rows for j in columns]
-    table = ops.stack([ops.reshape(_gram(ops.reshape(t, (chunks, -1, size))), (-1,)) for t in table])
+    parts = [[x], [x[:, :, i] for i in rows], [x[:, :, :, j] for j in columns]]
+    parts.append([x[:, :, i, j] for i in rows for j in columns])
+    table = ops.concatenate([_grams(part, chunks, size) for part in parts if part])
     grams = backend.matmul(ops.convert_to_tensor(combination, x.dtype), table)
     return ops.reshape(grams, (-1, size, size))
 
 
-def _gram(rows):
-    if rows.shape[-1] == 1:
-        return ops.sum(ops.square(rows), axis=1)
-    return backend.matmul(rows, rows, transpose_a=True)
+def _grams(pieces, chunks, size):
+    """One row for each of several equally large pieces of the input: the products of its chunks with themselves."""
+    pixels = ops.stack(pieces) if len(pieces) > 1 else pieces[0]
+    pixels = ops.reshape(pixels, (len(pieces) * chunks, -1, size))
+    if size == 1:
+        grams = ops.sum(ops.square(pixels), axis=1)
+    else:
+        grams = backend.matmul(pixels, pixels, transpose_a=True)
+    return ops.reshape(grams, (len(pieces), chunks * size * size))
 
 
 @functools.cache

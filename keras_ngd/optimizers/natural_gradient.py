@@ -1,11 +1,10 @@
 """The flow of a natural-gradient step, once for all methods."""
 
-import contextlib
-
 import keras
 from keras import ops
 
 from keras_ngd import backend, schedules
+from keras_ngd.optimizers.averaging import WeightAveraging
 from keras_ngd.optimizers.blocks import Layout, find_blocks
 from keras_ngd.optimizers.state import StrictState
 
@@ -16,7 +15,7 @@ def stacked(group, inputs):
     return [part[0] if len(part) == 1 else ops.concatenate(part) for part in parts]
 
 
-class NaturalGradient(StrictState, keras.optimizers.SGD):
+class NaturalGradient(StrictState, WeightAveraging, keras.optimizers.SGD):
     """Base of all methods: statistics in, curvature updated, gradients preconditioned, then Keras's own SGD.
 
     One step does, in this order:
@@ -188,34 +187,6 @@ class NaturalGradient(StrictState, keras.optimizers.SGD):
     def inverse_updates(self):
         """How often the inverses were refreshed."""
         return self._read("_inverse_updates")
-
-    # Keras's weight averaging assumes an average for every variable, but makes none for overwritten ones.
-
-    @contextlib.contextmanager
-    def _averaged_variables_only(self):
-        names = ("_trainable_variables", "_model_variables_moving_average")
-        complete = {name: self.__dict__[name] for name in names}
-        pairs = [pair for pair in zip(*complete.values(), strict=True) if pair[1] is not None]
-        # Straight into __dict__: attribute assignment would track the lists a second time.
-        self.__dict__.update(zip(names, map(list, zip(*pairs, strict=True)), strict=True))
-        try:
-            yield
-        finally:
-            self.__dict__.update(complete)
-
-    def _backend_apply_gradients(self, grads, trainable_variables):
-        with self._averaged_variables_only() if self.use_ema else contextlib.nullcontext():
-            super()._backend_apply_gradients(grads, trainable_variables)
-
-    def finalize_variable_values(self, var_list):
-        """Replaces the model's variables with their averages, where `use_ema` is set."""
-        if self.use_ema:
-            with self._averaged_variables_only():
-                super().finalize_variable_values(self._trainable_variables)
-            # On JAX a variable and its average are now one buffer, which the next `fit` could not donate twice.
-            for average in self._model_variables_moving_average:
-                if average is not None:
-                    average.assign(ops.copy(average))
 
     # The step
 
