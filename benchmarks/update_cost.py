@@ -78,8 +78,8 @@ def measure(split, rounds):
         return refresh_together(thor, factors, 0.01, states, chosen)
 
     cases = {
-        "kfac": (backend.compiled(refresh_kfac), whole, [[ops.zeros_like(f) for f in sides] for sides in whole]),
-        "thor": (backend.compiled(refresh_thor), blocks, [[ops.zeros_like(b) for b in of] for of in blocks]),
+        "kfac": (backend.traced_once(refresh_kfac), whole, [[ops.zeros_like(f) for f in sides] for sides in whole]),
+        "thor": (backend.traced_once(refresh_thor), blocks, [[ops.zeros_like(b) for b in of] for of in blocks]),
     }
     times = {name: [] for name in cases}
     for turn in range(rounds + 1):

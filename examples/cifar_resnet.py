@@ -75,7 +75,7 @@ def augmented(image):
 
 
 def load(split):
-    """Batches of a split, scaled to about -2 to 2, and the size and number of classes."""
+    """Batches of a split, scaled to about -2 to 2."""
     import tensorflow as tf
 
     examples = datasets.load(FLAGS.dataset, split, FLAGS.data_dir).cache()

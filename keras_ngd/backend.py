@@ -152,19 +152,10 @@ def outside_trace():
 def traced_once(function):
     """`function` of tensors, traced once for each combination of their shapes and dtypes however often it is called.
 
+    A graph on TensorFlow, compiled by XLA on JAX, as a training step is.
+
     The layers of a deep network come in few shapes, and tracing the operations of one takes longer than running them.
     """
-    if name() == "tensorflow":
-        import tensorflow as tf
-
-        return tf.function(function, autograph=False)
-    import jax
-
-    return jax.jit(function)
-
-
-def compiled(function):
-    """`function` of tensors, compiled as a training step is: by XLA on JAX, as a graph on TensorFlow."""
     if name() == "tensorflow":
         import tensorflow as tf
 

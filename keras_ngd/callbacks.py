@@ -10,6 +10,7 @@ from keras import ops
 
 from keras_ngd import schedules
 from keras_ngd.optimizers import THOR
+from keras_ngd.optimizers.trace_rule import DECISIONS
 
 _EXACT_SIZE = 1024
 _FIELDS = ("epoch", "step", "layer", "trace", "change_rate", "decision", "stopped", "condition")
@@ -156,20 +157,16 @@ class CurvatureMonitor(keras.callbacks.Callback):
         result = {}
         for group in optimizer.layout.groups:
             parts = [ops.convert_to_numpy(variable) for variable in group.curvature.variables]
-            start = 0
-            for block in group.blocks:
-                stop = start + block.rows.groups
-                result[block.layer] = max(_condition(p[start:stop].reshape(-1, *p.shape[2:])) for p in parts)
-                start = stop
+            for block, part in group.slices():
+                result[block.layer] = max(_condition(p[part].reshape(-1, *p.shape[2:])) for p in parts)
         return result
 
     @staticmethod
     def _scalars(entries):
-        codes = {"keep": 0, "update": 1, "stop": 2}
         for entry in entries:
             for name in ("change_rate", "trace", "condition"):
                 yield entry["layer"], name, entry[name]
-            yield entry["layer"], "decision", codes[entry["decision"]]
+            yield entry["layer"], "decision", DECISIONS.index(entry["decision"])
 
     def _write_summaries(self, entries, step):
         import tensorflow as tf

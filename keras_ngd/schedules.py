@@ -14,6 +14,11 @@ def is_number(value):
     return isinstance(value, numbers.Real) and not isinstance(value, bool)
 
 
+def is_count(value):
+    """Whether a value is an integer of at least 1, of Python or of NumPy."""
+    return isinstance(value, numbers.Integral) and not isinstance(value, bool) and value >= 1
+
+
 def check_positive(name, value):
     """Returns a damping as a float or a `LearningRateSchedule`; a `ValueError` names what is wrong."""
     if isinstance(value, LearningRateSchedule):
@@ -37,7 +42,7 @@ def check_interval(name, value):
                     f"{interval} at step {step}"
                 )
         return value
-    if isinstance(value, bool) or not isinstance(value, numbers.Integral) or value < 1:
+    if not is_count(value):
         raise ValueError(
             f"`{name}` must be an int of at least 1, in training steps, or a "
             f"`keras.optimizers.schedules.LearningRateSchedule` of such values. Received: {name}={value!r}"
@@ -47,7 +52,7 @@ def check_interval(name, value):
 
 def check_count(name, value):
     """Returns an int of at least 1; a `ValueError` names what is wrong."""
-    if isinstance(value, bool) or not isinstance(value, numbers.Integral) or value < 1:
+    if not is_count(value):
         raise ValueError(f"`{name}` must be an int of at least 1. Received: {name}={value!r}")
     return int(value)
 
@@ -56,7 +61,7 @@ def check_split(name, value):
     """Returns a block size as an int, or None; a `ValueError` names what is wrong."""
     if value is None:
         return None
-    if isinstance(value, bool) or not isinstance(value, numbers.Integral) or value < 1:
+    if not is_count(value):
         raise ValueError(
             f"`{name}` must be an int of at least 1, the size of the blocks, or None. Received: {name}={value!r}"
         )

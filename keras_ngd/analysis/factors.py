@@ -40,15 +40,14 @@ def input_factors(model, data):
         copy(batches[0])
     copy.set_weights(model.get_weights())
     capture(copy, KFAC())
-    outputs = copy(batches[0])
-    losses = tree.map_structure(lambda _: lambda target, output: ops.mean(output, axis=-1), outputs)
+    targets = [tree.map_structure(lambda t: np.zeros(t.shape, "float32"), copy(batch)) for batch in batches]
+    losses = tree.map_structure(lambda _: lambda target, output: ops.mean(output, axis=-1), targets[0])
     copy.compile(optimizer=keras.optimizers.SGD(0.0), loss=losses)
     layers = [la for la in copy._flatten_layers() if isinstance(la, Captured) and la.statistics is not None]
     sums = None
-    for batch in batches:
-        targets = tree.map_structure(lambda t: np.zeros(t.shape, "float32"), copy(batch))
+    for batch, target in zip(batches, targets, strict=True):
         # A plain optimizer overwrites the averages with the batch's own values.
-        copy.train_on_batch(batch, targets)
+        copy.train_on_batch(batch, target)
         new = [ops.convert_to_numpy(la.statistics.input_factor).astype("float64") for la in layers]
         sums = new if sums is None else [s + n for s, n in zip(sums, new, strict=True)]
     return [factor / len(batches) for of_layer in sums for factor in of_layer]

@@ -57,7 +57,7 @@ def inversion_seconds(size, repeats=5):
     """Median time of inverting one damped `size x size` matrix on the present device, compiled."""
     factor = np.random.default_rng(size).normal(size=(1, size, size + 8)).astype("float32")
     factor = ops.convert_to_tensor(factor @ factor.transpose(0, 2, 1) / size)
-    invert = backend.compiled(lambda m: inverse.cholesky_inverse(inverse.add_diagonal(m, ops.ones((1,)))))
+    invert = backend.traced_once(lambda m: inverse.cholesky_inverse(inverse.add_diagonal(m, ops.ones((1,)))))
     ops.convert_to_numpy(invert(factor))
     times = []
     for _ in range(repeats):

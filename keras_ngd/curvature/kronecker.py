@@ -44,6 +44,11 @@ def factor_dampings(mean_a, mean_g, damping, mode):
     return root * pi, root / pi
 
 
+def identities(shape, dtype=None):
+    """Initializer of stacked inverses."""
+    return ops.broadcast_to(ops.eye(shape[-1], dtype=dtype), shape)
+
+
 def inversion_method(method):
     """What `"auto"` stands for here; any other method as it is."""
     if method != "auto":
@@ -80,17 +85,13 @@ class KroneckerCurvature:
 
     def build(self, add_variable):
         """Creates the state with `add_variable(shape, initializer, dtype, name)`."""
-
-        def identity(shape, dtype=None):
-            return ops.broadcast_to(ops.eye(shape[-1], dtype=dtype), shape)
-
         suffix = f"{self.input_dim}_{self.output_dim}"
         self.variables = []
         for side, size in (("input", self.input_dim), ("output", self.output_dim)):
             kinds = ("eigenvectors", "eigenvalues") if self.inverse_method == "eigen" else ("inverse",)
             for kind in kinds:
                 shape = (self.count, size) if kind == "eigenvalues" else (self.count, size, size)
-                initializer = "ones" if kind == "eigenvalues" else identity
+                initializer = "ones" if kind == "eigenvalues" else identities
                 self.variables.append(add_variable(shape, initializer, self.dtype, f"{side}_{kind}_{suffix}"))
 
     @property

@@ -2,7 +2,7 @@
 
 from keras import ops
 
-from keras_ngd.curvature.kronecker import factor_dampings, inversion_method
+from keras_ngd.curvature.kronecker import factor_dampings, identities, inversion_method
 from keras_ngd.linalg import diagonal, inverse
 
 
@@ -36,13 +36,9 @@ class SplitCurvature:
 
     def build(self, add_variable):
         """Creates the state with `add_variable(shape, initializer, dtype, name)`."""
-
-        def identity(shape, dtype=None):
-            return ops.broadcast_to(ops.eye(shape[-1], dtype=dtype), shape)
-
         suffix = "_".join(str(diagonal.dimension(side)) for side in self.sides)
         self.variables = [
-            add_variable((self.count, count, size, size), identity, self.dtype, f"{side}_inverse_{i}_{suffix}")
+            add_variable((self.count, count, size, size), identities, self.dtype, f"{side}_inverse_{i}_{suffix}")
             for side, parts in zip(("input", "output"), self.sides, strict=True)
             for i, (count, size) in enumerate(parts)
         ]

@@ -40,6 +40,13 @@ class Group:
     def count(self):
         return sum(block.rows.groups for block in self.blocks)
 
+    def slices(self):
+        """Yields every block with its slice of what the curvature stacks."""
+        start = 0
+        for block in self.blocks:
+            yield block, slice(start, start + block.rows.groups)
+            start += block.rows.groups
+
 
 def find_blocks(variables, key):
     """The blocks among `variables`, in their order; `key` gives a variable's identity.

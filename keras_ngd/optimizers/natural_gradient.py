@@ -323,12 +323,15 @@ class NaturalGradient(StrictState, WeightAveraging, keras.optimizers.SGD):
             damping: scalar.
             old: the variables' values.
         """
-        new, start = [], 0
-        for group in self.layout.groups:
-            state = old[start : start + len(group.curvature.variables)]
-            start += len(state)
+        new = []
+        for group, state in zip(self.layout.groups, self._states(old), strict=True):
             new += group.curvature.refresh(*stacked(group, inputs), damping, state)
         return new
+
+    def _states(self, values):
+        """The refreshed variables' values as one state for each group."""
+        values = iter(values)
+        return [[next(values) for _ in group.curvature.variables] for group in self.layout.groups]
 
     def curvature_input(self, statistics, averages, calls):
         """A block's averages as its curvature takes them: summed over the layer's calls, without the loss scale."""
@@ -350,10 +353,8 @@ class NaturalGradient(StrictState, WeightAveraging, keras.optimizers.SGD):
             v = parts[0] if len(parts) == 1 else ops.concatenate(parts)
             p = group.curvature.precondition(v, damping, state)
             lengths.append(ops.cast(ops.sum(p * v), "float32"))
-            start = 0
-            for block in group.blocks:
-                kernel, bias = block.rows.kernel_and_bias(p[start : start + block.rows.groups])
-                start += block.rows.groups
+            for block, part in group.slices():
+                kernel, bias = block.rows.kernel_and_bias(p[part])
                 preconditioned[index(block.kernel)] = kernel
                 if bias is not None:
                     preconditioned[index(block.bias)] = bias

@@ -165,11 +165,7 @@ class THOR(KFAC):
         self._refreshed.append(self._rule)
 
     def refresh(self, inputs, damping, old):
-        *old, rule = old
-        groups, start, states = self.layout.groups, 0, []
-        for group in groups:
-            states.append(old[start : start + len(group.curvature.variables)])
-            start += len(states[-1])
+        rule, groups = old[-1], self.layout.groups
         factors = [stacked(group, inputs) for group in groups]
         rule = trace_rule.decide(rule, self._traces(factors, damping), self.omega, self.stop_patience)
         update = rule[trace_rule.STATE.index("decision")] == trace_rule.UPDATE
@@ -177,7 +173,7 @@ class THOR(KFAC):
         chosen = [
             ops.concatenate([ops.repeat(update[position[b]], b.rows.groups) for b in group.blocks]) for group in groups
         ]
-        new = refresh_together([group.curvature for group in groups], factors, damping, states, chosen)
+        new = refresh_together([group.curvature for group in groups], factors, damping, self._states(old), chosen)
         return [value for state in new for value in state] + [rule]
 
     def _traces(self, factors, damping):
@@ -185,12 +181,11 @@ class THOR(KFAC):
         found = {}
         for group, parts in zip(self.layout.groups, factors, strict=True):
             trace_a, trace_g = group.curvature.traces(parts)
-            trace, start = trace_a * trace_g, 0
+            trace = trace_a * trace_g
             if self.trace_damping == "full":
                 trace = trace + ops.cast(damping, trace.dtype) * group.blocks[0].shape[0] * group.blocks[0].shape[1]
-            for block in group.blocks:
-                found[block] = ops.cast(ops.sum(trace[start : start + block.rows.groups]), "float32")
-                start += block.rows.groups
+            for block, part in group.slices():
+                found[block] = ops.cast(ops.sum(trace[part]), "float32")
         return ops.stack([found[block] for block in self.layout.blocks])
 
     def gates(self, gate):
