@@ -2,15 +2,18 @@
 
 from keras_ngd import analysis, callbacks, layers, schedules
 from keras_ngd.capture import capture, release
-from keras_ngd.optimizers import KFAC, THOR
+from keras_ngd.optimizers import KFAC, SKFAC, SNGD, THOR, HyLo
 from keras_ngd.report import CaptureReport, LayerReport
 
 __version__ = "0.1.0"
 
 __all__ = [
     "KFAC",
+    "SKFAC",
+    "SNGD",
     "THOR",
     "CaptureReport",
+    "HyLo",
     "LayerReport",
     "analysis",
     "callbacks",

@@ -129,6 +129,11 @@ def under_xla():
     return control_flow_util.GraphOrParentsInXlaContext(tf.compat.v1.get_default_graph())
 
 
+def trace_of(value):
+    """An object that is the same for all uses of one variable's `value` in a trace of a step, and differs between traces."""
+    return value if name() == "jax" or not hasattr(value, "graph") else value.graph
+
+
 def on_accelerator():
     """Whether the default device is not a CPU."""
     if name() == "jax":
@@ -163,6 +168,52 @@ def traced_once(function):
     import jax
 
     return jax.jit(function)
+
+
+def compiled(function):
+    """`function` of tensors of static shapes, compiled by XLA even where what is around it is not."""
+    if name() == "tensorflow":
+        import tensorflow as tf
+
+        return tf.function(function, autograph=False, jit_compile=True)
+    import jax
+
+    return jax.jit(function)
+
+
+def dtype_name(tensor):
+    """A tensor's dtype as a string."""
+    return keras.backend.standardize_dtype(tensor.dtype)
+
+
+def uniform(shape, seed, dtype):
+    """Uniform random numbers in (0, 1), the same for the same seed wherever and whenever they are drawn.
+
+    Args:
+        shape: static shape.
+        seed: `[2]`, int32.
+        dtype: of the result.
+    """
+    smallest = 1e-7
+    if name() == "tensorflow":
+        import tensorflow as tf
+
+        return tf.random.stateless_uniform(shape, seed, smallest, 1.0, dtype, alg="philox")
+    import jax
+
+    key = jax.random.fold_in(jax.random.fold_in(jax.random.key(0), seed[0]), seed[1])
+    return jax.random.uniform(key, shape, dtype, smallest, 1.0)
+
+
+def check_at_most(count, limit, message):
+    """Fails with `message` where `count`, an int or a scalar tensor, is larger than `limit`."""
+    if isinstance(count, int):
+        if count > limit:
+            raise ValueError(message)
+    elif name() == "tensorflow":
+        import tensorflow as tf
+
+        tf.debugging.assert_less_equal(count, limit, message=message)
 
 
 def zero_unless(ok, function):

@@ -222,7 +222,7 @@ def _describe(layer, optimizer):
     block = Block(layer.path, layer._kernel, layer.bias, layer.statistics)
     averages = layer.statistics.averages
     itemsize = 8 if averages[0].dtype == "float64" else 4
-    shapes = tuple(tuple(v.shape[1:] if v.shape[0] == 1 else v.shape) for v in averages)
+    shapes = tuple(tuple(v.shape[1:] if v.shape[0] == 1 else v.shape) for v in averages if len(v.shape) > 2)
     size = itemsize * sum(math.prod(v.shape) for v in averages)
     kind = type(layer).plain.__name__
     return LayerReport(layer.path, kind, shapes, size + optimizer.make_curvature(Group([block])).bytes)

@@ -50,10 +50,25 @@ def check_interval(name, value):
     return int(value)
 
 
+def check_positive_number(name, value):
+    """Returns a float above 0; a `ValueError` names what is wrong."""
+    if not is_number(value) or not 0 < value < float("inf"):
+        raise ValueError(f"`{name}` must be a number above 0. Received: {name}={value!r}")
+    return float(value)
+
+
 def check_count(name, value):
     """Returns an int of at least 1; a `ValueError` names what is wrong."""
     if not is_count(value):
         raise ValueError(f"`{name}` must be an int of at least 1. Received: {name}={value!r}")
+    return int(value)
+
+
+def check_seed(name, value):
+    """Returns an int in [0, 2**12); a `ValueError` names what is wrong."""
+    # With a layer's number of 12 bits beside it, it must be exact as a float32.
+    if not (is_count(value) or (isinstance(value, numbers.Integral) and value == 0)) or value >= 2**12:
+        raise ValueError(f"`{name}` must be an int in [0, 2**12). Received: {name}={value!r}")
     return int(value)
 
 

@@ -34,7 +34,6 @@ def probe(s, x, rows, statistics, weights=None):
     state = [ops.convert_to_tensor(v) for v in statistics.trainable_variables]
 
     def gradient(ds, *arguments):
-        statistics.reached = True
         inputs, values = arguments[: len(observed)], arguments[len(observed) :]
         emitted = statistics.emit(rows, inputs[0], ds, inputs[1] if len(observed) > 1 else None, values)
         return (ds, *(ops.zeros_like(t) for t in inputs), *emitted)

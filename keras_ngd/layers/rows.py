@@ -212,12 +212,28 @@ class ConvolutionRows(Rows):
         if max(self.kernel) == 1 and self.groups == 1:
             window = (slice(None), *(slice(None, None, s) for s in self.strides))
             return ops.reshape(x[window], (1, -1, self.width))
-        unfolded = patches.unfold(x, *self._window)
+        return self._by_group(patches.unfold(x, *self._window))
+
+    def _by_group(self, unfolded):
+        """Patches `[examples, ..., prod(kernel), channels of all groups]` as rows."""
         if self.groups == 1:
             return ops.reshape(unfolded, (1, -1, self.width))
         positions = math.prod(self.kernel)
         unfolded = ops.reshape(unfolded, (-1, positions, self.groups, self.channels))
         return ops.reshape(ops.transpose(unfolded, (2, 0, 1, 3)), (self.groups, -1, self.width))
+
+    def outputs(self, ds):
+        """Number of output positions, from the gradient of what comes out."""
+        return math.prod(self._channels_last(ds).shape[1:-1])
+
+    def rows_at(self, x, ds, positions):
+        """Rows `a` and `g` of some output positions: `[groups, n * p, dim]` for the flat positions `[n, p]`."""
+        x, ds = self._channels_last(x), self._channels_last(ds)
+        a = self._append_ones(self._by_group(patches.patches_at(x, positions, *self._window)))
+        total = math.prod(ds.shape[1:-1])
+        first = ops.cast(ops.arange(ops.shape(ds)[0]) * total, positions.dtype)
+        g = ops.take(ops.reshape(ds, (-1, ds.shape[-1])), positions + ops.expand_dims(first, 1), axis=0)
+        return a, self._split_filters(g)
 
     def input_means(self, x, weights=None):
         sums, outputs = patches.patch_sums(self._channels_last(x), *self._window)

@@ -15,12 +15,20 @@ _RETRIES = 3
 
 def symmetrize(matrices):
     """`(X + X^T) / 2` over the last two axes."""
+    if matrices.shape[-1] == 1:
+        # TensorFlow's optimizer of graphs makes `2 X` of `X + X`, and in conditionals a broken graph of that.
+        return matrices
     return (matrices + ops.swapaxes(matrices, -1, -2)) / 2
 
 
 def add_diagonal(matrices, values):
     """`matrices[i] + values[i] I`."""
     return matrices + ops.eye(matrices.shape[-1], dtype=matrices.dtype) * ops.reshape(values, (-1, 1, 1))
+
+
+def add_diagonal_entries(matrices, values):
+    """`matrices[i] + diag(values[i])`."""
+    return matrices + ops.eye(matrices.shape[-1], dtype=matrices.dtype) * ops.expand_dims(values, 1)
 
 
 def all_finite(matrices):
@@ -129,8 +137,8 @@ def newton_schulz_inverse(matrices, start):
     return inverses, promising & all_finite(inverses) & (change < _ACCEPTED)
 
 
-def damped_inverse(factors, damping, previous, method):
-    """`(factor + damping I)^-1`, or the previous inverse where that fails.
+def damped_inverse(factors, damping, previous=None, method="cholesky"):
+    """`(factor + damping I)^-1`, or the previous inverse (zero, if there is none) where that fails.
 
     Where Cholesky meets a matrix that is not positive definite in working precision, it is tried again with ten, a
     hundred and a thousand times the damping.
@@ -138,14 +146,15 @@ def damped_inverse(factors, damping, previous, method):
     Args:
         factors: `[k, d, d]`, symmetric positive semi-definite.
         damping: `[k]`, positive.
-        previous: `[k, d, d]`, the inverses in use: the starting point of `"newton-schulz"`, and what is kept on failure.
-        method: `"cholesky"` or `"newton-schulz"`.
+        previous: `[k, d, d]`, the inverses in use: the starting point of `"newton-schulz"`, which needs one, and what is
+            kept on failure. Default None.
+        method: `"cholesky"` (default) or `"newton-schulz"`.
 
     Returns:
         `[k, d, d]`, finite and symmetric wherever `previous` is.
     """
     factors = symmetrize(factors)
-    inverses, good = previous, ops.zeros((factors.shape[0],), "bool")
+    inverses, good = factors if previous is None else previous, ops.zeros((factors.shape[0],), "bool")
     if method == "newton-schulz":
         refined, good = newton_schulz_inverse(add_diagonal(factors, damping), previous)
         inverses = ops.where(ops.reshape(good, (-1, 1, 1)), refined, previous)
@@ -161,7 +170,8 @@ def damped_inverse(factors, damping, previous, method):
         return attempt + 1, ops.where(ops.reshape(taken, (-1, 1, 1)), new, inverses), good | succeeded
 
     # A loop rather than attempts written out: compilers expand each factorization into hundreds of operations.
-    return ops.while_loop(unfinished, factorize, (ops.convert_to_tensor(0), inverses, good))[1]
+    _, inverses, good = ops.while_loop(unfinished, factorize, (ops.convert_to_tensor(0), inverses, good))
+    return ops.where(ops.reshape(good, (-1, 1, 1)), inverses, 0.0) if previous is None else inverses
 
 
 # Matrices are inverted so many at a time that this many entries are at work.

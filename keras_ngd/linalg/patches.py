@@ -71,6 +71,29 @@ def patch_sums(x, kernel, strides, dilation, padding):
     return ops.stack([ops.sum(w, axis=spatial) for w in windows], axis=1), outputs
 
 
+def patches_at(x, positions, kernel, strides, dilation, padding):
+    """The patches of some outputs: `[n, p, prod(kernel), c]` for the flat output positions `[n, p]`.
+
+    Spatial sizes must be static.
+    """
+    sizes = _spatial_sizes(x)
+    geometry = [pad_and_crop_sizes(*axis, padding) for axis in zip(sizes, kernel, strides, dilation, strict=True)]
+    x = ops.pad(x, [(0, 0), *((before, max(after, 0)) for before, after, _ in geometry), (0, 0)])
+    padded = [size + before + max(after, 0) for size, (before, after, _) in zip(sizes, geometry, strict=True)]
+    steps = [math.prod(padded[i + 1 :]) for i in range(len(padded))]
+    start, left = ops.zeros_like(positions), positions
+    for i, (_, _, outputs) in reversed(list(enumerate(geometry))):
+        start = start + left % outputs * (strides[i] * steps[i])
+        left = left // outputs
+    offsets = [
+        sum(p * d * step for p, d, step in zip(position, dilation, steps, strict=True))
+        for position in itertools.product(*(range(k) for k in kernel))
+    ]
+    first = ops.cast(ops.arange(ops.shape(x)[0]) * math.prod(padded), positions.dtype)
+    index = ops.expand_dims(start + ops.expand_dims(first, 1), 2) + ops.convert_to_tensor(offsets, positions.dtype)
+    return ops.take(ops.reshape(x, (-1, x.shape[-1])), index, axis=0)
+
+
 def prefers_displacements(x, kernel, strides, dilation):
     """Whether `patch_gram` applies: stride 1, no dilation, one or two axes, and a map no smaller than the kernel."""
     if len(kernel) > 2 or max(strides) > 1 or max(dilation) > 1 or max(kernel) == 1:

@@ -1,7 +1,10 @@
 """Keras optimizers that precondition the gradient with the captured layers' curvature."""
 
+from keras_ngd.optimizers.hylo import HyLo
 from keras_ngd.optimizers.kfac import KFAC
 from keras_ngd.optimizers.natural_gradient import NaturalGradient
+from keras_ngd.optimizers.skfac import SKFAC
+from keras_ngd.optimizers.sngd import SNGD
 from keras_ngd.optimizers.thor import THOR
 
-__all__ = ["KFAC", "THOR", "NaturalGradient"]
+__all__ = ["KFAC", "SKFAC", "SNGD", "THOR", "HyLo", "NaturalGradient"]

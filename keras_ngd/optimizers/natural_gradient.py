@@ -124,8 +124,8 @@ class NaturalGradient(StrictState, WeightAveraging, keras.optimizers.SGD):
         with backend.outside_trace():
             if not self._restore_pending():
                 # A checkpoint restored here has brought its own gates, with the statistics.
-                for block in layout.blocks:
-                    block.statistics.gate.assign(1.0)
+                for number, block in enumerate(layout.blocks):
+                    self.start_statistics(block, number)
 
     def build_curvature(self, layout):
         """Creates the curvatures, and lists in `_refreshed` all variables that a refresh renews."""
@@ -133,6 +133,10 @@ class NaturalGradient(StrictState, WeightAveraging, keras.optimizers.SGD):
             group.curvature = self.make_curvature(group)
             group.curvature.build(self._add_state)
         self._refreshed = [variable for group in layout.groups for variable in group.curvature.variables]
+
+    def start_statistics(self, block, number):
+        """Opens a block's gate for the first batch; `number` is the block's in the layout."""
+        block.statistics.gate.assign(1.0)
 
     def _add_state(self, shape, initializer, dtype, name):
         return self.add_variable(shape, initializer=initializer, dtype=dtype, name=name)
@@ -229,15 +233,31 @@ class NaturalGradient(StrictState, WeightAveraging, keras.optimizers.SGD):
                     "loss, or its kernel is used without it), so its statistics never arrive. Leave it out: "
                     f"`keras_ngd.capture(model, optimizer, skip=[{block.layer!r}])`."
                 )
+            if not block.statistics.several_calls and block.statistics.traced_calls > 1:
+                raise ValueError(self._several_calls_message(block))
+            block.statistics.forget_trace()
+
+    def _several_calls_message(self, block):
+        return (
+            f"Layer {block.layer!r} is called several times in a training step, and what {type(self).__name__} records of its "
+            f"calls cannot be put together. Leave it out: `keras_ngd.capture(model, optimizer, skip=[{block.layer!r}])`."
+        )
 
     def _natural_gradients(self, grads, variables, index):
         """Steps 2 to 5 and 7: the gradients as the update rule and the overwriting of statistics are to see them."""
         step = ops.convert_to_tensor(self._iterations)
         averages = self._average_over_calls(grads, index)
-        self._count_statistics(grads, index, step)
+        opened = self._count_statistics(grads, index, step)
         damping = schedules.value_at(self.damping, step)
-        self._refresh(averages, grads, index, damping, step)
-        preconditioned, lengths = self._precondition(grads, index, damping)
+
+        def inputs():
+            return {
+                block: self.curvature_input(block.statistics, averages[block], grads[index(block.statistics.calls)])
+                for block in self.layout.blocks
+            }
+
+        self._refresh(inputs, damping, step, opened)
+        preconditioned, lengths = self._precondition(grads, index, damping, inputs)
         nu, finite = self._step_scale(preconditioned, lengths, grads, variables)
         plain = [
             i
@@ -252,9 +272,16 @@ class NaturalGradient(StrictState, WeightAveraging, keras.optimizers.SGD):
         for i, gradient in enumerate(grads):
             if backend.is_sparse(gradient):
                 new[i] = backend.sparse_zero_unless(finite, gradient)
+        gradients = {
+            block: [None if v is None else grads[index(v)] for v in (block.kernel, block.bias)]
+            for block in self.layout.blocks
+        }
+        self.watch(gradients, finite, step)
         for block, gate in zip(self.layout.blocks, self.gates(self._next_gate(step)), strict=True):
             new[index(block.statistics.gate)] = gate
             for variable, value in zip(block.statistics.averages, averages[block], strict=True):
+                new[index(variable)] = value
+            for variable, value in self.control_values(block, step):
                 new[index(variable)] = value
         return [new.get(i, gradient) for i, gradient in enumerate(grads)]
 
@@ -277,7 +304,11 @@ class NaturalGradient(StrictState, WeightAveraging, keras.optimizers.SGD):
         return {block: [next(flat) for _ in emitted[block]] for block in blocks}
 
     def _count_statistics(self, grads, index, step):
-        """Advances the counters of the statistics."""
+        """Advances the counters of the statistics; whether any were recorded."""
+        for block in self.layout.blocks:
+            if not block.statistics.several_calls:
+                calls = grads[index(block.statistics.calls)]
+                backend.check_at_most(calls, 1.0, self._several_calls_message(block))
         blocks = [block.statistics for block in self.layout.blocks]
         open_gates = ops.stack([s.gate > 0 for s in blocks])
         opened = ops.any(open_gates)
@@ -287,6 +318,7 @@ class NaturalGradient(StrictState, WeightAveraging, keras.optimizers.SGD):
         self._next_factors.assign(ops.where(updated, due, ops.convert_to_tensor(self._next_factors)))
         self._factor_updates.assign_add(ops.cast(updated, step.dtype))
         self._skipped_statistics.assign_add(ops.cast(opened & ~updated, step.dtype))
+        return opened
 
     def _next_gate(self, step):
         """The weight with which the next batch enters the averages; 0 where none is due."""
@@ -295,25 +327,21 @@ class NaturalGradient(StrictState, WeightAveraging, keras.optimizers.SGD):
         rate = (1 - decay) / (1 - ops.power(decay, updates + 1))
         return ops.where(step + 1 >= ops.convert_to_tensor(self._next_factors), rate, 0.0)
 
-    def _refresh(self, averages, grads, index, damping, step):
+    def _refresh(self, inputs, damping, step, opened):
         """Replaces the curvatures' states where a refresh is due."""
         old = [ops.convert_to_tensor(variable) for variable in self._refreshed]
-        due = ops.convert_to_tensor(self._factor_updates) > 0
-        due = due & (step >= ops.convert_to_tensor(self._next_inverses))
-
-        def refreshed():
-            inputs = {
-                block: self.curvature_input(block.statistics, averages[block], grads[index(block.statistics.calls)])
-                for block in self.layout.blocks
-            }
-            return self.refresh(inputs, damping, old)
-
-        new = ops.cond(due, refreshed, lambda: list(old))
+        due = self.refresh_due(step, opened)
+        new = ops.cond(due, lambda: self.refresh(inputs(), damping, old), lambda: list(old))
         for variable, value in zip(self._refreshed, new, strict=True):
             self.assign(variable, value)
         following = step + schedules.interval_at(self.inverse_interval, step)
         self._next_inverses.assign(ops.where(due, following, ops.convert_to_tensor(self._next_inverses)))
         self._inverse_updates.assign_add(ops.cast(due, step.dtype))
+
+    def refresh_due(self, step, opened):
+        """Whether the curvatures are to be refreshed at `step`; `opened` tells whether it recorded statistics."""
+        recorded = ops.convert_to_tensor(self._factor_updates) > 0
+        return recorded & (step >= ops.convert_to_tensor(self._next_inverses))
 
     def refresh(self, inputs, damping, old):
         """New values of the refreshed variables.
@@ -337,15 +365,26 @@ class NaturalGradient(StrictState, WeightAveraging, keras.optimizers.SGD):
         """A block's averages as its curvature takes them: summed over the layer's calls, without the loss scale."""
         raise NotImplementedError
 
+    def watch(self, gradients, finite, step):
+        """Sees the plain gradients of every block's kernel and bias, and whether all gradients are finite. Default: nothing."""
+
     def gates(self, gate):
         """The gate of every block of the layout, from the one that the intervals ask for."""
         return [gate] * len(self.layout.blocks)
 
-    def _precondition(self, grads, index, damping):
+    def control_values(self, block, step):
+        """Pairs of a control of a block's statistics and its value for the next step. Default: none."""
+        return []
+
+    def state_of(self, group, inputs):
+        """What the curvature of a group preconditions with; `inputs()` is what it was refreshed with."""
+        return [ops.convert_to_tensor(v) for v in group.curvature.variables]
+
+    def _precondition(self, grads, index, damping, inputs):
         """Preconditioned kernel and bias gradients by position, and `<P, V>` of each group."""
         preconditioned, lengths = {}, []
         for group in self.layout.groups:
-            state = [ops.convert_to_tensor(v) for v in group.curvature.variables]
+            state = self.state_of(group, inputs)
             parts = []
             for block in group.blocks:
                 bias = None if block.bias is None else grads[index(block.bias)]

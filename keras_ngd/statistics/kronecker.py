@@ -35,13 +35,12 @@ class KroneckerStatistics(Statistics):
     def __init__(self, weight_sharing="expand", losses_per_example=1, statistics_fraction=1.0, **kwargs):
         if weight_sharing not in WEIGHT_SHARING:
             raise ValueError(f"`weight_sharing` must be one of {WEIGHT_SHARING}. Received: {weight_sharing!r}")
-        if not schedules.is_number(losses_per_example) or not 0 < losses_per_example < float("inf"):
-            raise ValueError(f"`losses_per_example` must be a number above 0. Received: {losses_per_example!r}")
+        losses_per_example = schedules.check_positive_number("losses_per_example", losses_per_example)
         if not schedules.is_number(statistics_fraction) or not 0 < statistics_fraction <= 1:
             raise ValueError(f"`statistics_fraction` must be in (0, 1]. Received: {statistics_fraction!r}")
         super().__init__(**kwargs)
         self.weight_sharing = weight_sharing
-        self.losses_per_example = float(losses_per_example)
+        self.losses_per_example = losses_per_example
         self.statistics_fraction = float(statistics_fraction)
 
     def create(self, rows, dtype):
@@ -52,7 +51,7 @@ class KroneckerStatistics(Statistics):
     # How many of the averages are about the inputs; the others are about the gradients.
     input_parts = 1
 
-    def observe(self, rows, x, ds, weights, dtype):
+    def observe(self, rows, x, ds, weights, controls, dtype):
         examples = ops.cast(ops.shape(x)[0], dtype)
         divisor = examples * self.losses_per_example
         if self.statistics_fraction < 1:

@@ -12,21 +12,19 @@ from keras_ngd import backend
 _EMISSIONS = {}
 
 
-def _emission(observer, rows, x, ds, weights=None, *, values):
-    *averages, gate, calls, _ = values
-    rate = ops.minimum(gate, 1.0)
+def _emission(observer, rows, x, ds, weights=None, *, values, controls):
+    *state, gate, calls, _ = values
+    averages, controls = state[: len(state) - controls], state[len(state) - controls :]
 
     def opened():
-        observed, witness = observer.observe(rows, x, ds, weights, averages[0].dtype)
+        observed, witness = observer.observe(rows, x, ds, weights, controls, averages[0].dtype)
         finite = ops.isfinite(witness)
-        new = []
-        for average, value in zip(averages, observed, strict=True):
-            mixing = ops.cast(rate, average.dtype)
-            new.append(ops.where(finite, (1 - mixing) * average + mixing * value, average))
-        return (*new, ops.cast(finite, "float32"))
+        merged, following = observer.merge(averages, observed, controls, finite, gate)
+        new = [ops.where(finite, value, average) for value, average in zip(merged, averages, strict=True)]
+        return (*new, *following, ops.cast(finite, "float32"))
 
     def closed():
-        return (*averages, ops.zeros((), "float32"))
+        return (*averages, *controls, ops.zeros((), "float32"))
 
     *new, accepted = ops.cond(gate > 0, opened, closed)
     # Each call emits its share of the gate, so that over all calls it sums to what it was: emitting nothing would close
@@ -40,7 +38,8 @@ class Statistics(keras.layers.Layer):
     Subclasses add the averaged weights (`create`) and observe one batch (`observe`). The average itself is taken here, in
     the probe: `average <- (1 - gate) average + gate observed`. That keeps it one chain of in-place updates: a closed
     gate costs nothing, and nothing of the averages' size but the averages themselves ever lives. Averages are linear,
-    so a mean over calls or workers of what the probe emits is the average of the means.
+    so a mean over calls or workers of what the probe emits is the average of the means. Statistics that are not running
+    averages override `merge`.
 
     Scalar weights:
         gate: the weight with which the next batch enters the averages, in (0, 1]; 0 closes the probe. Written by
@@ -48,7 +47,9 @@ class Statistics(keras.layers.Layer):
         calls: how often the layer was called in the last pass.
         accepted: how many of these calls were observed; fewer than `calls` if some were not finite.
 
-    `reached` tells whether a backward pass was ever traced through the probe.
+    `controls` are further weights that `merge` reads and may change, such as a seed; the optimizer may write them.
+
+    `reached` tells whether a backward pass was ever traced through the probe, `traced_calls` how often the last one was.
 
     All weights are marked `overwrite_with_gradient`, so every Keras optimizer overwrites them with what the probe emits.
     """
@@ -58,6 +59,7 @@ class Statistics(keras.layers.Layer):
         super().__init__(**{"dtype": "float32", **kwargs})
         self.rows = None
         self.reached = False
+        self.traced_calls, self._trace = 0, None
 
     def owner(self):
         """The captured layer these statistics belong to. Not a property: Keras saves and loads what those return."""
@@ -68,6 +70,7 @@ class Statistics(keras.layers.Layer):
         self._owner = weakref.ref(owner)
         self.rows = rows
         self._averages = self.create(rows, dtype)
+        self._controls = self.create_controls()
         self.gate = self._add("gate", (), "ones", "float32")
         self.calls = self._add("calls", (), "ones", "float32")
         self.accepted = self._add("accepted", (), "zeros", "float32")
@@ -93,29 +96,62 @@ class Statistics(keras.layers.Layer):
         return list(self._averages)
 
     @property
-    def scalars(self):
-        """The scalar weights: gate, calls, accepted."""
-        return [self.gate, self.calls, self.accepted]
+    def controls(self):
+        """The controlling weights, in the order of `create_controls`."""
+        return list(self._controls)
+
+    # Whether what several calls of a layer in one step emit can be averaged.
+    several_calls = True
 
     def create(self, rows, dtype):
         """Adds the averaged weights with `self._add` and returns them."""
         raise NotImplementedError
 
-    def observe(self, rows, x, ds, weights, dtype):
+    def create_controls(self):
+        """Adds weights that control what is emitted with `self._add` and returns them. Default: none."""
+        return []
+
+    def check(self, rows, x):
+        """Raises a `ValueError` if the layer's input cannot be observed, as far as its static shape tells."""
+
+    def observe(self, rows, x, ds, weights, controls, dtype):
         """This batch's values of the averaged weights, and a scalar that is not finite if any of them is not.
 
         A function of its arguments and of the statistics' own arguments; the weights are not looked at.
         """
         raise NotImplementedError
 
+    def merge(self, averages, observed, controls, finite, gate):
+        """New averages from the old ones and what was observed, and new controls.
+
+        The averages are used only where what was observed is `finite`.
+        """
+        rate = ops.minimum(gate, 1.0)
+        new = []
+        for average, value in zip(averages, observed, strict=True):
+            mixing = ops.cast(rate, average.dtype)
+            new.append((1 - mixing) * average + mixing * value)
+        return new, controls
+
     def emit(self, rows, x, ds, weights, values):
         """New values of all weights from their old `values`: what the probe returns as their gradients."""
+        self.reached = True
+        trace = backend.trace_of(values[-1])
+        self.traced_calls = self.traced_calls + 1 if trace is self._trace else 1
+        self._trace = trace
+        self.check(rows, x)
         key = (type(self), repr(self.spec), rows.key, weights is None, backend.under_xla())
         if key not in _EMISSIONS:
             # Not `self`: a cache that outlives the layer must not keep its weights alive.
             observer = type(self).from_config(self.get_config())
-            _EMISSIONS[key] = backend.traced_once(functools.partial(_emission, observer, rows))
+            _EMISSIONS[key] = backend.traced_once(
+                functools.partial(_emission, observer, rows, controls=len(self._controls))
+            )
         return _EMISSIONS[key](x, ds, *([] if weights is None else [weights]), values=list(values))
+
+    def forget_trace(self):
+        """Lets go of what the last trace left behind."""
+        self._trace = None
 
     @property
     def spec(self):

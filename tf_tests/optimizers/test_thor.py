@@ -174,7 +174,7 @@ class TestTraceRule:
         """Counted where they run, inside the compiled step."""
         observe, counts = SplitStatistics.observe, {"conv": 0, "dense": 0}
 
-        def counted(self, rows, x, ds, weights, dtype):
+        def counted(self, rows, x, ds, weights, controls, dtype):
             kind = "conv" if hasattr(rows, "kernel") else "dense"
 
             def count(_):
@@ -190,7 +190,7 @@ class TestTraceRule:
 
                 zero = tf.numpy_function(count, [ds], tf.float32)
                 ds = ds + tf.ensure_shape(zero, ())
-            return observe(self, rows, x, ds, weights, dtype)
+            return observe(self, rows, x, ds, weights, controls, dtype)
 
         monkeypatch.setattr(SplitStatistics, "observe", counted)
         monkeypatch.setattr(statistics_module, "_EMISSIONS", {})

@@ -1,0 +1,72 @@
+"""A Fisher block as the sum of a few rank-one terms, `F = U^T U`, of all layers of one shape at once."""
+
+from keras import ops
+
+from keras_ngd.linalg import kernel
+
+
+class KernelCurvature:
+    """The inverse kernel matrices of `k` blocks of one shape.
+
+    The state is a core `C`, `[k, n, n]`, and the damping it was made with, `[k]`; the rows `a` and `g`, of which each pair
+    is a rank-one term, stay where they are and are given to every call. Of rows that stand for themselves,
+
+        C = (U U^T + damping I)^-1,                 P = (V - U^T C U V) / damping = (F + damping I)^-1 V
+
+    (HyLo, eq. 7), and of rows with weights `Y`, which stand for others too, `C = (U U^T + damping Y^-1)^-1` (eq. 8). Before the
+    first refresh, and where one fails, P = V.
+
+    Args:
+        count: `k`.
+        rows: `n`.
+        dtype: of the rows.
+    """
+
+    def __init__(self, count, rows, dtype):
+        self.count, self.rows, self.dtype = count, rows, dtype
+
+    def build(self, add_variable):
+        """Creates the state with `add_variable(shape, initializer, dtype, name)`."""
+        self.variables = [
+            add_variable((self.count, self.rows, self.rows), "zeros", self.dtype, f"kernel_inverse_{self.rows}"),
+            add_variable((self.count,), "ones", self.dtype, f"kernel_damping_{self.rows}"),
+        ]
+
+    @property
+    def bytes(self):
+        """Size of the state."""
+        return self.count * (self.rows**2 + 1) * (8 if self.dtype == "float64" else 4)
+
+    @staticmethod
+    def precondition(v, damping, state):
+        """`P` of the gradients `v`, `[k, input_dim, output_dim]`; `state` is followed by the rows `a` and `g`."""
+        core, used, a, g = state
+        return kernel.precondition(a, g, core, used, v)
+
+
+def refresh_together(curvatures, inputs, damping):
+    """New states of several curvatures of the same number of rows, all kernel matrices inverted in one batch.
+
+    Args:
+        curvatures: list of `KernelCurvature`.
+        inputs: for each the rows `a` and `g`, or `a`, `g`, the rows' weights `Y` and their damping.
+        damping: scalar, for rows without weights.
+
+    Returns:
+        For each its new state.
+    """
+    matrices = ops.concatenate([kernel.kernel_matrix(a, g) for a, g, *_ in inputs])
+    if len(inputs[0]) > 2:
+        weights, dampings = (ops.concatenate(list(t)) for t in zip(*(rest for _, _, *rest in inputs), strict=True))
+        core = kernel.interpolated_core(matrices, weights, dampings)
+    else:
+        dampings = ops.cast(damping, matrices.dtype) * ops.ones_like(matrices[:, 0, 0])
+        core = kernel.damped_core(matrices, dampings)
+    failed = ops.all(core == 0, axis=(1, 2))
+    dampings = ops.where(failed, ops.ones_like(dampings), dampings)
+    new, start = [], 0
+    for curvature in curvatures:
+        part = slice(start, start + curvature.count)
+        new.append([core[part], dampings[part]])
+        start += curvature.count
+    return new

@@ -1,0 +1,66 @@
+"""Fisher blocks as sums of few rank-one terms: the kernel matrix, and the Sherman-Morrison-Woodbury identity.
+
+A block is `F = U^T U`, where row `j` of `U` is the flattened outer product of row `j` of `a`, `[k, n, input_dim]`, and row `j` of
+`g`, `[k, n, output_dim]`. Nothing of the size of `F` or `U` is ever formed.
+"""
+
+from keras import ops
+
+from keras_ngd import backend
+from keras_ngd.linalg import inverse
+
+
+def kernel_matrix(a, g):
+    """`U U^T = (a a^T) o (g g^T)`, `[k, n, n]` (HyLo, eq. 7, without the damping)."""
+    return backend.matmul(a, a, transpose_b=True) * backend.matmul(g, g, transpose_b=True)
+
+
+def products(a, g, v):
+    """`U vec(v)`: `a_j^T v g_j` for each row, `[k, n]`, of `v`, `[k, input_dim, output_dim]`."""
+    return ops.sum(backend.matmul(a, v) * g, axis=2)
+
+
+def combination(a, g, c):
+    """`U^T c` as a matrix: the sum of `c_j a_j g_j^T`, `[k, input_dim, output_dim]`, of `c`, `[k, n]`."""
+    return backend.matmul(a, ops.expand_dims(c, 2) * g, transpose_a=True)
+
+
+def precondition(a, g, core, damping, v):
+    """`(v - U^T core U v) / damping` (eq. 7): with `core = (U U^T + damping I)^-1`, this is `(F + damping I)^-1 v`.
+
+    Args:
+        core: `[k, n, n]`.
+        damping: `[k]`.
+        v: `[k, input_dim, output_dim]`.
+    """
+    c = ops.squeeze(backend.matmul(core, ops.expand_dims(products(a, g, v), 2)), 2)
+    return (v - combination(a, g, c)) / ops.reshape(damping, (-1, 1, 1))
+
+
+def damped_core(kernel, damping):
+    """`(kernel + damping I)^-1`, `[k, n, n]`; zero where that fails.
+
+    Args:
+        kernel: `[k, n, n]`.
+        damping: `[k]`.
+    """
+    return inverse.damped_inverse(kernel, damping)
+
+
+def interpolated_core(kernel, weights, damping):
+    """`(kernel + damping weights^-1)^-1`, the core of rows that stand for more rows than themselves; zero where it fails.
+
+    Computed as `L (L^T kernel L + damping I)^-1 L^T` with `weights = L L^T`: the kernel, which is singular where rows repeat, is
+    never inverted (eq. 8 written so loses all digits there).
+
+    Args:
+        kernel: `[k, r, r]`.
+        weights: `[k, r, r]`, no smaller than the identity.
+        damping: `[k]`.
+    """
+    root = backend.cholesky(inverse.symmetrize(weights))
+    good = ops.reshape(inverse.all_finite(root), (-1, 1, 1))
+    root = ops.where(good, root, ops.zeros_like(root))
+    inner = backend.matmul(backend.matmul(root, kernel, transpose_a=True), root)
+    core = damped_core(inner, damping)
+    return inverse.symmetrize(backend.matmul(backend.matmul(root, core), root, transpose_b=True))

@@ -1,0 +1,264 @@
+"""HyLo: hybrid low-rank natural gradient descent."""
+
+import keras
+from keras import ops
+
+from keras_ngd import backend, schedules
+from keras_ngd.linalg.sampling import SAMPLINGS
+from keras_ngd.optimizers import gradient_switch
+from keras_ngd.optimizers.row_method import steps_in
+from keras_ngd.optimizers.sngd import SNGD
+from keras_ngd.statistics import LowRankStatistics
+from keras_ngd.statistics.low_rank import KID, KIS
+
+MODES = ("switch", "kid", "kis", "random")
+
+
+@keras.saving.register_keras_serializable("keras_ngd")
+class HyLo(SNGD):
+    """SNGD with a few rows in place of a batch's, chosen anew at every update by one of two means.
+
+    KID chooses them by an interpolative decomposition of the kernel matrix `Q = U U^T` and weights them so that they stand for
+    all; KIS draws them at random by their importance (see `keras_ngd.statistics.LowRankStatistics`). With `Us` the
+    outer products of the chosen rows, and `Y` their weights,
+
+        P = (V - Us^T (Us Us^T + damping Y^-1)^-1 Us V) / damping
+
+    (HyLo, eq. 8 and 9), followed by KFAC's clip and step. With `rank` equal to the batch size this is SNGD. The switch
+    decides at the end of each epoch which it is in the next: KID where the sum of the epoch's gradients changed by `eta`
+    or more in length, and where the learning rate decayed; KIS where neither did (eq. 10).
+
+    ```python
+    optimizer = keras_ngd.HyLo(learning_rate=0.05, damping=0.01, batch_size=128, steps_per_epoch=391)
+    keras_ngd.capture(model, optimizer)  # or, without the two numbers: capture(model, optimizer, data=train_dataset)
+    model.compile(optimizer=optimizer, loss="sparse_categorical_crossentropy")
+    model.fit(x, y, batch_size=128)
+    ```
+
+    Args:
+        learning_rate: float, `LearningRateSchedule` or callable. Default 0.05.
+        damping: positive float or `LearningRateSchedule`: what is added to the curvature; the gradient's part outside the
+            chosen rows is divided by it alone. Default 0.01.
+        momentum: float in [0, 1). Default 0.9.
+        interval: int or schedule: steps between updates. Default 10.
+        batch_size: int, the largest batch that will be seen; smaller ones are exact. Default None: from `capture`'s
+            `data`, or from the batch dimension of the model's inputs.
+        rank: how many rows: an int up to the batch size, or a float in (0, 1], a fraction of it. Default 0.1, the paper's.
+        mode: `"switch"` (default), `"kid"`, `"kis"`, or `"random"`: one or the other by a coin for each epoch (the paper's
+            Table III).
+        sampling: of KIS: `"priority"` (default) and `"replacement"` weight the rows so that the curvature is unbiased;
+            `"paper"` takes them as they are, which is too small a curvature.
+        power: KIS draws rows in proportion to this power of their size. Default 2, of least variance; the paper's is 1.
+        residual: whether KID keeps what the chosen rows do not explain (eq. 8) or saves the time. Default True.
+        eta: relative change of the epoch's gradient from which it is KID. Default 0.25.
+        decay_ratio: a learning rate of at most this share of the last epoch's counts as decayed. Default 0.9.
+        steps_per_epoch: int, for `"switch"` and `"random"`. Default None: the length of `capture`'s `data`, if it is a
+            data set.
+        losses_per_example: number of loss values an example contributes to the mean. Default 1.
+        kl_clip: positive float, or None for none. Default 1e-3.
+        seed: int in [0, 2**12), of samples and coins. Default 0.
+        **kwargs: as for `keras_ngd.KFAC`.
+
+    Reference:
+        - [Mu et al., 2022](https://doi.org/10.1109/SC41404.2022.00053)
+        - [Duffield et al., 2007](https://doi.org/10.1145/1314690.1314696), priority sampling
+    """
+
+    def __init__(
+        self,
+        learning_rate=0.05,
+        damping=0.01,
+        momentum=0.9,
+        interval=10,
+        batch_size=None,
+        rank=0.1,
+        mode="switch",
+        sampling="priority",
+        power=2.0,
+        residual=True,
+        eta=0.25,
+        decay_ratio=0.9,
+        steps_per_epoch=None,
+        losses_per_example=1,
+        kl_clip=1e-3,
+        seed=0,
+        name="hylo",
+        **kwargs,
+    ):
+        if mode not in MODES:
+            raise ValueError(f"`mode` must be one of {MODES}. Received: mode={mode!r}")
+        if sampling not in SAMPLINGS:
+            raise ValueError(f"`sampling` must be one of {SAMPLINGS}. Received: sampling={sampling!r}")
+        if not isinstance(residual, bool):
+            raise ValueError(f"`residual` must be True or False. Received: residual={residual!r}")
+        if not schedules.is_number(decay_ratio) or not 0 < decay_ratio < 1:
+            raise ValueError(f"`decay_ratio` must be in (0, 1). Received: decay_ratio={decay_ratio!r}")
+        if steps_per_epoch is not None:
+            steps_per_epoch = schedules.check_count("steps_per_epoch", steps_per_epoch)
+        super().__init__(
+            learning_rate, damping, momentum, interval, batch_size, losses_per_example, kl_clip, name, **kwargs
+        )
+        self.rank = _check_rank(rank, self.batch_size)
+        self.mode, self.sampling, self.residual = mode, sampling, residual
+        self.power = schedules.check_positive_number("power", power)
+        self.eta = schedules.check_positive_number("eta", eta)
+        self.decay_ratio, self.steps_per_epoch = float(decay_ratio), steps_per_epoch
+        self.seed = schedules.check_seed("seed", seed)
+
+    def measure(self, model, data):
+        super().measure(model, data)
+        _check_rank(self.rank, self.batch_size)
+        if self.mode not in ("switch", "random") or self.steps_per_epoch is not None:
+            return
+        self.steps_per_epoch = steps_in(data)
+        if not self.steps_per_epoch:
+            self.steps_per_epoch = None
+            raise ValueError(
+                f"`mode={self.mode!r}` decides once an epoch, and needs to know how many steps one has: "
+                "`HyLo(..., steps_per_epoch=391)`, or `keras_ngd.capture(model, optimizer, data=train_dataset)` with a data set "
+                "that has a length."
+            )
+
+    @property
+    def rows(self):
+        """How many rows are chosen of a batch."""
+        return max(round(self.rank * self.batch_size), 1) if isinstance(self.rank, float) else self.rank
+
+    def make_statistics(self, layer):
+        return LowRankStatistics(
+            self.rows,
+            self.batch_size,
+            self.losses_per_example,
+            self.mode if self.mode in ("kid", "kis") else "both",
+            self.sampling,
+            self.power,
+            self.residual,
+        )
+
+    def curvature_input(self, statistics, averages, calls):
+        a, g, weights, damping = averages
+        scale = self.loss_scale_factor
+        return averages if scale is None else [a, g / scale, weights, damping / scale**2]
+
+    def state_of(self, group, inputs):
+        *state, a, g, _, _ = super().state_of(group, inputs)
+        return [*state, a, g]
+
+    # The switch
+
+    def build_curvature(self, layout):
+        super().build_curvature(layout)
+        self._sums = []
+        if self.mode not in ("switch", "random"):
+            return
+        self._switch = self._add_state(
+            (len(gradient_switch.STATE),),
+            lambda shape, dtype=None: gradient_switch.initial_state(),
+            "float32",
+            "gradient_switch",
+        )
+        if self.mode == "random":
+            return
+        for block in layout.blocks:
+            for variable in (block.kernel, block.bias):
+                if variable is not None:
+                    name = f"{variable.path.replace('/', '_')}_gradient_sum"
+                    self._sums.append(self._add_state(variable.shape, "zeros", variable.dtype, name))
+
+    def start_statistics(self, block, number):
+        super().start_statistics(block, number)
+        block.statistics.draw.assign([self.seed * 4096 + number, 0])
+        block.statistics.damping.assign(self._damping_for_probe(0))
+        # The state itself may not have a value yet: TensorFlow initializes what is made in a trace at its end.
+        first = self._coin(0.0) if self.mode == "random" else KIS if self.mode == "kis" else KID
+        if self.mode == "random":
+            self._switch.assign(ops.stack([first, *ops.unstack(gradient_switch.initial_state())[1:]]))
+        block.statistics.gate.assign(first)
+
+    def _damping_for_probe(self, step):
+        return schedules.value_at(self.damping, step) * (self.loss_scale_factor or 1.0) ** 2
+
+    def control_values(self, block, step):
+        return [(block.statistics.damping, self._damping_for_probe(step + 1))]
+
+    def _coin(self, epoch):
+        seed = ops.stack([float(self.seed * 4096 + 4095), epoch])
+        return ops.where(backend.uniform((), ops.cast(seed, "int32"), "float32") < 0.5, KIS, KID)
+
+    def _mode(self):
+        if self.mode in ("kid", "kis"):
+            return KID if self.mode == "kid" else KIS
+        return ops.convert_to_tensor(self._switch)[gradient_switch.STATE.index("mode")]
+
+    def gates(self, gate):
+        return super().gates(ops.where(gate > 0, self._mode(), 0.0))
+
+    def watch(self, gradients, finite, step):
+        if self.mode not in ("switch", "random"):
+            return
+        state = ops.convert_to_tensor(self._switch)
+        ends, begins = (step + 1) % self.steps_per_epoch == 0, step % self.steps_per_epoch == 0
+        sums = [ops.convert_to_tensor(v) for v in self._sums]
+        if self.mode == "switch":
+            flat = [g for block in self.layout.blocks for g in gradients[block] if g is not None]
+            added = backend.zero_unless(finite, lambda: [ops.cast(g, s.dtype) for g, s in zip(flat, sums, strict=True)])
+            sums = [s + g for s, g in zip(sums, added, strict=True)]
+            now = ops.cast(self.learning_rate, "float32")
+            following = self._learning_rate_at(step + 1)
+            state = ops.where(begins, gradient_switch.at_first_step(state, now, self.decay_ratio), state)
+
+        def decided():
+            if self.mode == "random":
+                epoch = state[gradient_switch.STATE.index("epochs")] + 1
+                return [ops.stack([self._coin(epoch), epoch, *ops.unstack(state, num=len(gradient_switch.STATE))[2:]])]
+            norm = ops.sqrt(sum(ops.sum(ops.square(ops.cast(s, "float32"))) for s in sums))
+            new = gradient_switch.after_epoch(state, norm, following, self.eta, self.decay_ratio)
+            return [new, *(ops.zeros_like(s) for s in sums)]
+
+        new, *sums = ops.cond(ends, decided, lambda: [state, *sums])
+        for variable, value in zip([self._switch, *self._sums], [new, *sums], strict=True):
+            self.assign(variable, value)
+
+    def _learning_rate_at(self, step):
+        rate = self._learning_rate
+        schedule = isinstance(rate, keras.optimizers.schedules.LearningRateSchedule)
+        return ops.cast(rate(step) if schedule else self.learning_rate, "float32")
+
+    def switch_report(self):
+        """What the switch knows: a dict of `mode` (`"kid"` or `"kis"`), `epochs` that are over, `norm` and `previous_norm`."""
+        if self.mode in ("kid", "kis") or not self.built:
+            return {"mode": "kis" if self.mode == "kis" else "kid", "epochs": 0, "norm": 0.0, "previous_norm": 0.0}
+        found = dict(zip(gradient_switch.STATE, ops.convert_to_numpy(self._switch), strict=True))
+        return {
+            "mode": "kid" if found["mode"] == KID else "kis",
+            "epochs": int(found["epochs"]),
+            "norm": float(found["norm"]),
+            "previous_norm": float(found["previous_norm"]),
+        }
+
+    def get_config(self):
+        return {
+            **super().get_config(),
+            "rank": self.rank,
+            "mode": self.mode,
+            "sampling": self.sampling,
+            "power": self.power,
+            "residual": self.residual,
+            "eta": self.eta,
+            "decay_ratio": self.decay_ratio,
+            "steps_per_epoch": self.steps_per_epoch,
+            "seed": self.seed,
+        }
+
+
+def _check_rank(rank, batch_size):
+    if schedules.is_count(rank):
+        if batch_size is not None and rank > batch_size:
+            raise ValueError(f"`rank` must not exceed the batch size. Received: rank={rank}, batch_size={batch_size}")
+        return int(rank)
+    if isinstance(rank, float) and 0 < rank <= 1:
+        return rank
+    raise ValueError(
+        "`rank` must be an int from 1 to the batch size, a number of rows, or a float in (0, 1], a share of the batch. "
+        f"Received: rank={rank!r}"
+    )

@@ -1,0 +1,141 @@
+"""SKFAC: KFAC with low-rank inverses."""
+
+import keras
+from keras import ops
+
+from keras_ngd import schedules
+from keras_ngd.curvature import WoodburyCurvature
+from keras_ngd.curvature.kronecker import DAMPING_MODES
+from keras_ngd.curvature.woodbury import refresh_together
+from keras_ngd.optimizers.natural_gradient import stacked
+from keras_ngd.optimizers.row_method import RowMethod
+from keras_ngd.statistics import WoodburyStatistics
+from keras_ngd.statistics.woodbury import are_rows
+
+
+@keras.saving.register_keras_serializable("keras_ngd")
+class SKFAC(RowMethod):
+    """KFAC whose factors are inverted through the examples that they are made of.
+
+    A factor of a batch has no more rank than the batch has rows: `A = X^T X` with `X`, `[n, d]`. Where `n < d`, `A` is never
+    formed, and the damped inverse is applied by Woodbury's identity:
+
+        (X^T X + dA I)^-1 V = (V - X^T (X X^T + dA I)^-1 X V) / dA
+
+    and likewise with `G` from the right. With one row per position this is KFAC on the factors of one batch, exactly;
+    convolutions, which have too many positions, are reduced to one row per example ("Reduce Sum") or to a few positions
+    ("Spatial Subsampling"). Clip and step are KFAC's.
+
+    ```python
+    optimizer = keras_ngd.SKFAC(learning_rate=0.05, damping=0.01, batch_size=128)
+    keras_ngd.capture(model, optimizer)
+    model.compile(optimizer=optimizer, loss="sparse_categorical_crossentropy")
+    model.fit(x, y, batch_size=128)
+    ```
+
+    Args:
+        learning_rate: float, `LearningRateSchedule` or callable. Default 0.05.
+        damping: positive float or `LearningRateSchedule`, as for `keras_ngd.KFAC`. Woodbury's identity loses digits where a
+            factor's largest eigenvalue is more than a thousand times what is added to it. Default 0.01.
+        momentum: float in [0, 1). Default 0.9.
+        interval: int or schedule: steps between updates. Default 10.
+        batch_size: int, the largest batch that will be seen; smaller ones are exact. Default None: from `capture`'s
+            `data`, or from the batch dimension of the model's inputs.
+        convolution: `"reduce"` (default): the mean over an example's positions of the inputs, the sum of the gradients; or
+            `"subsample"`: some of a convolution's positions, drawn at random for each example.
+        positions: int, how many, for `"subsample"`. Default 4.
+        history: int of at least 1: of how many recorded batches the factors are made. Default 1.
+        factor_decay: float in (0, 1): the weight of a batch in the history against that of the next. Default 0.95.
+        damping_mode: `"pi"` (default), `"sqrt"` or `"factor"`, as for `keras_ngd.KFAC`.
+        losses_per_example: number of loss values an example contributes to the mean. Default 1.
+        kl_clip: positive float, or None for none. Default 1e-3.
+        seed: int in [0, 2**12), of the positions drawn. Default 0.
+        **kwargs: as for `keras_ngd.KFAC`.
+
+    Reference:
+        - [Tang et al., 2021](https://openaccess.thecvf.com/content/CVPR2021/html/Tang_SKFAC_Training_Neural_Networks_With_Faster_Kronecker-Factored_Approximate_Curvature_CVPR_2021_paper.html)
+    """
+
+    def __init__(
+        self,
+        learning_rate=0.05,
+        damping=0.01,
+        momentum=0.9,
+        interval=10,
+        batch_size=None,
+        convolution="reduce",
+        positions=4,
+        history=1,
+        factor_decay=0.95,
+        damping_mode="pi",
+        losses_per_example=1,
+        kl_clip=1e-3,
+        seed=0,
+        name="skfac",
+        **kwargs,
+    ):
+        modes = tuple(mode for mode in DAMPING_MODES if mode != "exact")
+        if damping_mode not in modes:
+            raise ValueError(
+                f"`damping_mode` must be one of {modes} for SKFAC. Received: damping_mode={damping_mode!r}"
+            )
+        if not schedules.is_number(factor_decay) or not 0 < factor_decay < 1:
+            raise ValueError(f"`factor_decay` must be in (0, 1) for SKFAC. Received: factor_decay={factor_decay!r}")
+        seed = schedules.check_seed("seed", seed)
+        # Its arguments are checked there, now.
+        WoodburyStatistics(1, 1, convolution, positions, history, factor_decay)
+        super().__init__(
+            learning_rate,
+            damping,
+            interval,
+            batch_size,
+            losses_per_example,
+            momentum=momentum,
+            kl_clip=kl_clip,
+            factor_decay=factor_decay if history > 1 else 0.0,
+            name=name,
+            **kwargs,
+        )
+        self.convolution, self.positions, self.history = convolution, int(positions), int(history)
+        self.history_decay, self.damping_mode, self.seed = float(factor_decay), damping_mode, seed
+
+    def make_statistics(self, layer):
+        return WoodburyStatistics(
+            self.batch_size,
+            self.losses_per_example,
+            self.convolution,
+            self.positions,
+            self.history,
+            self.history_decay,
+        )
+
+    def make_curvature(self, group):
+        sides = group.blocks[0].statistics.averages[:2]
+        shapes = [tuple(side.shape[1:]) for side in sides]
+        return WoodburyCurvature(group.count, shapes, sides[0].dtype, self.damping_mode)
+
+    def start_statistics(self, block, number):
+        super().start_statistics(block, number)
+        block.statistics.draw.assign([self.seed * 4096 + number, 0])
+
+    def curvature_input(self, statistics, averages, calls):
+        a, g = statistics.scaled(averages)
+        if self.loss_scale_factor is None:
+            return [a, g]
+        return [a, g / self.loss_scale_factor ** (1 if are_rows(g) else 2)]
+
+    def refresh(self, inputs, damping, old):
+        groups = self.layout.groups
+        new = refresh_together([g.curvature for g in groups], [stacked(g, inputs) for g in groups], damping)
+        return [ops.convert_to_tensor(value) for state in new for value in state]
+
+    def get_config(self):
+        return {
+            **super().get_config(),
+            "convolution": self.convolution,
+            "positions": self.positions,
+            "history": self.history,
+            "factor_decay": self.history_decay,
+            "damping_mode": self.damping_mode,
+            "seed": self.seed,
+        }

@@ -1,0 +1,83 @@
+"""SNGD: natural gradient by the Sherman-Morrison-Woodbury identity."""
+
+import keras
+
+from keras_ngd.curvature import KernelCurvature
+from keras_ngd.curvature.kernel import refresh_together
+from keras_ngd.optimizers.natural_gradient import stacked
+from keras_ngd.optimizers.row_method import RowMethod
+from keras_ngd.statistics import RowStatistics
+
+
+@keras.saving.register_keras_serializable("keras_ngd")
+class SNGD(RowMethod):
+    """The natural gradient with the Fisher matrix of the batch itself, layer by layer, without ever forming it.
+
+    For every captured layer with gradient `V`, and with one row of `a` and `g` per example (see
+    `keras_ngd.statistics.RowStatistics`), whose outer products are the rows of `U`:
+
+        P = (U^T U + damping I)^-1 V = (V - U^T (U U^T + damping I)^-1 U V) / damping
+
+    (HyLo, eq. 7, where a factor 1/m is lost), followed by KFAC's clip and step. `U^T U` is the empirical Fisher block of the
+    batch for dense layers, and HyLo's eq. 11 for layers with several positions. `U U^T = (a a^T) o (g g^T)` has one row per
+    example: the cost is that of the batch size cubed and does not depend on the layer's.
+
+    ```python
+    optimizer = keras_ngd.SNGD(learning_rate=0.05, damping=0.01, batch_size=128)
+    keras_ngd.capture(model, optimizer)
+    model.compile(optimizer=optimizer, loss="sparse_categorical_crossentropy")
+    model.fit(x, y, batch_size=128)
+    ```
+
+    Args:
+        learning_rate: float, `LearningRateSchedule` or callable. Default 0.05.
+        damping: positive float or `LearningRateSchedule`: what is added to the curvature. In float32, keep it above a
+            ten-thousandth of the kernel matrices' largest eigenvalues. Default 0.01.
+        momentum: float in [0, 1). Default 0.9.
+        interval: int or schedule: steps between updates; in between, the last recorded batch's curvature is used. Default 1.
+        batch_size: int, the largest batch that will be seen; smaller ones are exact. Default None: from `capture`'s
+            `data`, or from the batch dimension of the model's inputs.
+        losses_per_example: number of loss values an example contributes to the mean. Default 1.
+        kl_clip: positive float, or None for none. Default 1e-3.
+        **kwargs: as for `keras_ngd.KFAC`.
+
+    Reference:
+        - [Mu et al., 2022](https://doi.org/10.1109/SC41404.2022.00053), the HyLo paper, sections III and V
+        - [Ren & Goldfarb, 2019](https://arxiv.org/abs/1906.02353)
+    """
+
+    def __init__(
+        self,
+        learning_rate=0.05,
+        damping=0.01,
+        momentum=0.9,
+        interval=1,
+        batch_size=None,
+        losses_per_example=1,
+        kl_clip=1e-3,
+        name="sngd",
+        **kwargs,
+    ):
+        super().__init__(
+            learning_rate,
+            damping,
+            interval,
+            batch_size,
+            losses_per_example,
+            momentum=momentum,
+            kl_clip=kl_clip,
+            name=name,
+            **kwargs,
+        )
+
+    def make_statistics(self, layer):
+        return RowStatistics(self.batch_size, self.losses_per_example)
+
+    def make_curvature(self, group):
+        rows = group.blocks[0].statistics.averages[0]
+        return KernelCurvature(group.count, rows.shape[1], rows.dtype)
+
+    def refresh(self, inputs, damping, old):
+        groups = self.layout.groups
+        new = refresh_together([g.curvature for g in groups], [stacked(g, inputs) for g in groups], damping)
+        return [value for state in new for value in state]

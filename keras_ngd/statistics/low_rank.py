@@ -1,0 +1,116 @@
+"""A few rows that stand for all rows of a batch."""
+
+import keras
+from keras import ops
+
+from keras_ngd import backend, schedules
+from keras_ngd.linalg import interpolative, inverse, kernel, sampling
+from keras_ngd.statistics.draws import Draws
+from keras_ngd.statistics.rows import RowStatistics
+
+KIS, KID = 1.0, 2.0
+
+
+@keras.saving.register_keras_serializable("keras_ngd")
+class LowRankStatistics(Draws, RowStatistics):
+    """`rank` of the rows of `RowStatistics`, compressed in the probe: only they leave it.
+
+    An open gate of 2 takes the interpolative decomposition of the kernel matrix (HyLo's KID, Alg. 2 and eq. 8): with
+    `Q = (A A^T) o (G G^T) = P Q_SS P^T + R`,
+
+        As, Gs = the rows S of A and G,        Y = damping * P^T (R + damping I)^-1 P ,
+
+    and a gate of 1 a sample by importance (KIS, Alg. 3): `Gs` the rows `S` of `G`, each times the square root of its
+    weight (`linalg.sampling.draw`), and `Y = I`. `(Q + damping I)^-1` is then about `P' C P` on all rows, `C =
+    (As As^T o Gs Gs^T + damping Y^-1)^-1` on the chosen ones.
+
+    Controls: `draw` (see `Draws`), and `damping`, which the optimizer writes before every batch.
+
+    Args:
+        rank: int in [1, batch_size].
+        mode: `"both"`, or `"kid"` or `"kis"` if the gate will never ask for the other.
+        sampling: `"priority"`, `"paper"` or `"replacement"`.
+        power: samples follow the power of the rows' sizes.
+        residual: whether KID keeps `R`; without it `Y = P^T P`.
+        **kwargs: `RowStatistics`'.
+    """
+
+    several_calls = False
+
+    def __init__(
+        self,
+        rank,
+        batch_size,
+        losses_per_example=1,
+        mode="both",
+        sampling="priority",
+        power=2.0,
+        residual=True,
+        **kwargs,
+    ):
+        super().__init__(batch_size, losses_per_example, **kwargs)
+        self.rank = schedules.check_count("rank", rank)
+        self.mode, self.sampling, self.power, self.residual = mode, sampling, float(power), residual
+
+    def create(self, rows, dtype):
+        return [
+            *self._add_rows(rows, self.rank, dtype),
+            self._add("row_weights", (rows.groups, self.rank, self.rank), "zeros", dtype),
+            self._add("row_damping", (rows.groups,), "ones", dtype),
+        ]
+
+    def create_controls(self):
+        self.damping = self._add("damping", (), "ones", "float32")
+        return [self.damping, self.create_draw()]
+
+    def merge(self, averages, observed, controls, finite, gate):
+        a, g = (ops.where(finite, rows, ops.zeros_like(rows)) for rows in observed)
+        damping, draw = controls
+        alpha = ops.cast(damping, a.dtype) * ops.ones_like(a[:, 0, 0])
+
+        def interpolated():
+            return self._interpolated(a, g, alpha)
+
+        def sampled():
+            return self._sampled(a, g, draw)
+
+        if self.mode == "both":
+            chosen = ops.cond(gate > (KIS + KID) / 2, interpolated, sampled)
+        else:
+            chosen = interpolated() if self.mode == "kid" else sampled()
+        return [*chosen, alpha], [damping, self.next_draw(draw)]
+
+    def _interpolated(self, a, g, alpha):
+        q = kernel.kernel_matrix(a, g)
+        chosen, combinations, residual = interpolative.interpolative_decomposition(q, self.rank)
+        weighted = combinations
+        if self.residual:
+            scale = ops.reshape(alpha, (-1, 1, 1))
+            identity = ops.eye(q.shape[-1], dtype=q.dtype) + ops.zeros_like(q)
+            weighted = scale * backend.matmul(
+                inverse.damped_inverse(residual, alpha, identity / scale, "cholesky"), combinations
+            )
+        weights = backend.matmul(combinations, weighted, transpose_a=True)
+        return taken(a, chosen), taken(g, chosen), inverse.symmetrize(weights)
+
+    def _sampled(self, a, g, draw):
+        count = self.rank if self.sampling == "replacement" else self.batch_size
+        uniform = self.uniform(draw, (a.shape[0], count), backend.dtype_name(a))
+        chosen, weights = sampling.draw(sampling.importance(a, g, self.power), self.rank, uniform, self.sampling)
+        identity = ops.eye(self.rank, dtype=a.dtype) + ops.zeros_like(a[:, : self.rank, :1])
+        return taken(a, chosen), taken(g, chosen) * ops.expand_dims(ops.sqrt(weights), 2), identity
+
+    def get_config(self):
+        return {
+            **super().get_config(),
+            "rank": self.rank,
+            "mode": self.mode,
+            "sampling": self.sampling,
+            "power": self.power,
+            "residual": self.residual,
+        }
+
+
+def taken(rows, chosen):
+    """The rows `chosen`, `[groups, r]`, of `[groups, n, d]`."""
+    return ops.take_along_axis(rows, ops.expand_dims(chosen, 2), axis=1)
