@@ -13,7 +13,9 @@ DEMO := $(VENV)/.installed-demo
 TEST := $(VENV)/.installed-test
 
 .PHONY: help demo test lint clean distclean
-.PHONY: benchmark-step-cost benchmark-update-cost benchmark-convergence benchmark-thor-convergence
+BENCHMARKS := benchmark-step-cost benchmark-update-cost benchmark-convergence benchmark-thor-convergence \
+  benchmark-row-cost benchmark-row-convergence benchmark-gradient-error
+.PHONY: $(BENCHMARKS)
 
 help:
 	@echo "make demo                   train a small network with SGD and with KFAC, offline"
@@ -22,6 +24,9 @@ help:
 	@echo "make benchmark-step-cost    what a step costs, in steps of SGD"
 	@echo "make benchmark-update-cost  what THOR's blocks save of a refresh"
 	@echo "make benchmark-convergence  what a KFAC step is worth; benchmark-thor-convergence: and a THOR step"
+	@echo "make benchmark-row-cost     what an update of HyLo costs against one of KFAC"
+	@echo "make benchmark-row-convergence  what steps of SKFAC and HyLo are worth"
+	@echo "make benchmark-gradient-error   how far HyLo's rows are from the whole batch"
 	@echo "make clean                  remove caches and build outputs (distclean: $(VENV), too)"
 
 demo: $(DEMO)
@@ -35,7 +40,7 @@ lint: $(TEST)
 	$(BIN)/ruff check
 	$(BIN)/ruff format --check
 
-benchmark-step-cost benchmark-update-cost benchmark-convergence benchmark-thor-convergence: $(TEST)
+$(BENCHMARKS): $(TEST)
 	$(BIN)/python -m benchmarks.$(subst -,_,$(@:benchmark-%=%))
 
 clean:

@@ -3,7 +3,7 @@
 import pathlib
 import re
 
-from benchmarks import convergence, results, step_cost, thor_convergence, update_cost
+from benchmarks import convergence, results, row_convergence, row_cost, step_cost, thor_convergence, update_cost
 
 README = pathlib.Path(__file__).parent.parent / "README.md"
 
@@ -32,9 +32,12 @@ def insert(text, marker, content):
 SECTIONS = {
     "step-cost": ("step_cost", lambda payload: step_cost.table(payload["results"])),
     "step-cost-thor": ("step_cost_thor", lambda payload: step_cost.table(payload["results"])),
+    "step-cost-rows": ("step_cost_rows", lambda payload: step_cost.table(payload["results"])),
     "update-cost": ("update_cost", update_cost.table),
+    "row-cost": ("row_cost", row_cost.table),
     "convergence": ("convergence", convergence.table),
     "thor-convergence": ("thor_convergence", thor_convergence.table),
+    "row-convergence": ("row_convergence", row_convergence.table),
 }
 
 

@@ -2,11 +2,12 @@
 
 Three kinds of step are timed apart, turn by turn with SGD's and with those of a captured model whose gates are closed:
 one on which nothing is due, one that updates the factors, and one that updates the factors and refreshes the inverses. What
-a pair of intervals costs is their average over a whole refresh cycle.
+a pair of intervals costs is their average over a whole refresh cycle. Methods with one interval have no second kind.
 
     python -m benchmarks.step_cost                                  # all networks and modes
     python -m benchmarks.step_cost --network resnet32 --mode jax    # one
     python -m benchmarks.step_cost --method thor --split 16 --result step_cost_thor
+    python -m benchmarks.step_cost --method hylo-kid --result step_cost_rows --append
 """
 
 import json
@@ -22,6 +23,8 @@ from benchmarks import results
 
 MODES = ("tensorflow", "tensorflow-jit", "jax")
 INTERVALS = ((1, 1), (1, 10), (10, 100))
+ROW_METHODS = ("skfac", "sngd", "hylo-kid", "hylo-kis", "hylo-switch")
+ROW_INTERVALS = (1, 10)
 
 FLAGS = flags.FLAGS
 flags.DEFINE_enum(
@@ -30,7 +33,8 @@ flags.DEFINE_enum(
     ["all", "resnet18", "resnet32", "resnet50", "resnet50-224"],
     "Network to measure; all means resnet32 and resnet50.",
 )
-flags.DEFINE_enum("method", "kfac", ["kfac", "thor"], "Optimizer to measure.")
+flags.DEFINE_enum("method", "kfac", ["kfac", "thor", *ROW_METHODS], "Optimizer to measure.")
+flags.DEFINE_float("rank", 0.1, "HyLo's argument of this name.")
 flags.DEFINE_integer("split", None, "THOR's argument of this name. Default: one for each network.")
 flags.DEFINE_enum("mode", "all", ["all", *MODES], "Backend, and whether TensorFlow compiles the step with XLA.")
 flags.DEFINE_integer("rounds", 7, "Timed steps of each kind.")
@@ -64,9 +68,14 @@ def measure(network, mode):
         return model
 
     def natural_gradient():
+        shared = {"learning_rate": 1e-3, "damping": 0.1}
+        if FLAGS.method in ROW_METHODS:
+            shared |= {"interval": 10, "batch_size": settings["batch"]}
+            if FLAGS.method in ("skfac", "sngd"):
+                return {"skfac": keras_ngd.SKFAC, "sngd": keras_ngd.SNGD}[FLAGS.method](**shared)
+            return keras_ngd.HyLo(**shared, rank=FLAGS.rank, mode=FLAGS.method.split("-")[1], steps_per_epoch=10)
         arguments = {
-            "learning_rate": 1e-3,
-            "damping": 0.1,
+            **shared,
             "factor_interval": 1,
             "inverse_interval": 10,
             "inverse": FLAGS.inverse,
@@ -88,9 +97,13 @@ def measure(network, mode):
         for name, model in models.items()
     }
 
+    rows = FLAGS.method in ROW_METHODS
+    # Averages take a batch with a small weight; a gate of HyLo's says which rows are taken.
+    opened = (2.0 if FLAGS.method in ("hylo-kid", "hylo-switch") else 1.0) if rows else 0.05
+
     def prepare(name, factors, inverses):
         for s in statistics_of[name]:
-            s.gate.assign(float(factors) * 0.05)
+            s.gate.assign(float(factors) * opened)
         if name == FLAGS.method and optimizer.built:
             optimizer._next_inverses.assign(0 if inverses else 2**30)
 
@@ -101,6 +114,8 @@ def measure(network, mode):
         "factors": (FLAGS.method, True, False),
         "inverses": (FLAGS.method, True, True),
     }
+    if rows:
+        del kinds["factors"]
     times = {kind: [] for kind in kinds}
     first = {}
     for turn in range(FLAGS.rounds + 2):
@@ -128,6 +143,10 @@ def ratios(result):
     """Costs in SGD steps: gates closed, and KFAC at each pair of intervals."""
     ms = result["milliseconds"]
     costs = {"gates closed": ms["closed"] / ms["sgd"]}
+    if "factors" not in ms:
+        for interval in ROW_INTERVALS:
+            costs[f"({interval})"] = (ms["inverses"] + (interval - 1) * ms["plain"]) / interval / ms["sgd"]
+        return costs
     for factors, inverses in INTERVALS:
         updates = inverses // factors
         total = ms["inverses"] + (updates - 1) * ms["factors"] + (inverses - updates) * ms["plain"]
@@ -137,26 +156,32 @@ def ratios(result):
 
 def table(results):
     """A Markdown table of all results."""
-    columns = ["gates closed", *(f"({f},{i})" for f, i in INTERVALS)]
+    columns = list(ratios(results[0]))
+    shares = (
+        "factors, inverses, preconditioning" if "factors" in results[0]["milliseconds"] else "update, preconditioning"
+    )
     lines = [
-        "| network | mode | SGD step, ms | "
-        + " | ".join(columns)
-        + " | ms for factors, inverses, preconditioning | second-order state, MiB |",
+        f"| network | mode | SGD step, ms | {' | '.join(columns)} | ms for {shares} | second-order state, MiB |",
         "|---" * (len(columns) + 5) + "|",
     ]
     for result in results:
         ms, costs = result["milliseconds"], ratios(result)
         size = result["second_order_bytes"] / 2**20
-        shares = (ms["factors"] - ms["plain"], ms["inverses"] - ms["factors"], ms["plain"] - ms["closed"])
-        network = result["network"] + (f", split {result['split']}" if result.get("split") else "")
-        cells = [network, result["mode"], f"{ms['sgd']:.0f}", *(f"{costs[c]:.2f}x" for c in columns)]
-        lines.append("| " + " | ".join(cells) + " | " + ", ".join(f"{s:.0f}" for s in shares) + f" | {size:.0f} |")
+        times = [ms["plain"] - ms["closed"]]
+        if "factors" in ms:
+            times = [ms["factors"] - ms["plain"], ms["inverses"] - ms["factors"], *times]
+        else:
+            times = [ms["inverses"] - ms["plain"], *times]
+        name = result["network"] + (f", split {result['split']}" if result.get("split") else "")
+        name += f", {result['method']}" if "factors" not in ms else ""
+        cells = [name, result["mode"], f"{ms['sgd']:.0f}", *(f"{costs[c]:.2f}x" for c in columns)]
+        lines.append("| " + " | ".join(cells) + " | " + ", ".join(f"{t:.0f}" for t in times) + f" | {size:.0f} |")
     return "\n".join(lines)
 
 
 def arguments():
     """The flags that say what is measured."""
-    names = ["method", "statistics_fraction", "inverse"] + (["split"] if FLAGS.split else [])
+    names = ["method", "statistics_fraction", "inverse", "rank"] + (["split"] if FLAGS.split else [])
     return {name: getattr(FLAGS, name) for name in names}
 
 
@@ -185,14 +210,21 @@ def main(_):
 
     networks = ["resnet32", "resnet50"] if FLAGS.network == "all" else [FLAGS.network]
     modes = MODES if FLAGS.mode == "all" else [FLAGS.mode]
-    cases = [(n, m) for n in networks for m in modes]
+    cases = [(n, m, FLAGS.method) for n in networks for m in modes]
     kept = results.load(FLAGS.result)["results"] if FLAGS.append else []
-    measured = [row for row in kept if (row["network"], row["mode"]) not in cases]
-    for network, mode in tqdm(cases, unit="mode"):
+    measured = [row for row in kept if (row["network"], row["mode"], row["method"]) not in cases]
+    for network, mode, method in tqdm(cases, unit="mode"):
         result = run_worker(network, mode)
-        row = {"network": network, "mode": mode, "rounds": FLAGS.rounds, **result, "ratios": ratios(result)}
+        row = {
+            "network": network,
+            "mode": mode,
+            "method": method,
+            "rounds": FLAGS.rounds,
+            **result,
+            "ratios": ratios(result),
+        }
         measured.append(row)
-        measured.sort(key=lambda row: (row["network"], MODES.index(row["mode"])))
+        measured.sort(key=lambda row: (row["network"], row["method"], MODES.index(row["mode"])))
         tqdm.write(table([row]))
         path = results.save(FLAGS.result, {"arguments": arguments(), "results": measured})
     print(f"\n{table(measured)}\n\nwritten to {path}")

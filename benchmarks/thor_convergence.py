@@ -49,12 +49,20 @@ def train(method, seed, arguments):
     return {"method": method, "seed": seed, "first": run["first"], **{k: run[k] for k in keep if k in run}}
 
 
-def reached(run, target):
-    """`(epochs, seconds)` of training until the test accuracy is at the target, or None. Seconds without the first step."""
-    for epoch, accuracy in enumerate(run["val_accuracy"]):
-        if accuracy >= target:
+def reached(run, target, metric="val_accuracy"):
+    """`(epochs, seconds)` of training until the test result is at the target, or None. Seconds without the first step."""
+    for epoch, value in enumerate(run[metric]):
+        if value >= target:
             return epoch + 1, run["seconds"][epoch] - run["first"]
     return None
+
+
+def spread(values, digits):
+    """Mean and standard deviation."""
+    if not values:
+        return "-"
+    deviation = statistics.stdev(values) if len(values) > 1 else 0.0
+    return f"{statistics.mean(values):.{digits}f} ± {deviation:.{digits}f}"
 
 
 def table(payload):
@@ -64,12 +72,6 @@ def table(payload):
     header = ["method", f"epochs to {target:.0%}", f"seconds to {target:.0%}", "seeds that reach it"]
     header += ["seconds to Momentum's best", "s per epoch", "final test accuracy", "final loss"]
     lines = ["| " + " | ".join(header) + " |", "|---" * len(header) + "|"]
-
-    def spread(values, digits):
-        if not values:
-            return "-"
-        deviation = statistics.stdev(values) if len(values) > 1 else 0.0
-        return f"{statistics.mean(values):.{digits}f} ± {deviation:.{digits}f}"
 
     for method in dict.fromkeys(run["method"] for run in payload["runs"]):
         runs = [run for run in payload["runs"] if run["method"] == method]
@@ -90,30 +92,33 @@ def table(payload):
     return "\n".join(lines)
 
 
-def plot(payload, path):
-    """Mean and range over the seeds, by epoch and by second."""
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(11, 7), layout="constrained")
-    axes = figure.subplots(2, 2)
+def draw(axes, payload, metric="val_accuracy", label="test accuracy"):
+    """Mean and range over the seeds, by epoch and by second, on two rows of two axes."""
     for i, method in enumerate(dict.fromkeys(run["method"] for run in payload["runs"])):
         runs = [run for run in payload["runs"] if run["method"] == method]
         seconds = np.mean([np.array(run["seconds"]) - run["first"] for run in runs], axis=0)
-        for row, key in zip(axes, ("loss", "val_accuracy"), strict=True):
+        for row, key in zip(axes, ("loss", metric), strict=True):
             values = np.array([run[key] for run in runs])
             for axis, x in zip(row, (np.arange(1, values.shape[1] + 1), seconds), strict=True):
                 axis.plot(x, values.mean(axis=0), label=method, color=f"C{i}")
                 axis.fill_between(x, values.min(axis=0), values.max(axis=0), color=f"C{i}", alpha=0.15, linewidth=0)
-    for row, label in zip(axes, ("training loss", "test accuracy"), strict=True):
-        row[0].set(ylabel=label, xlabel="epoch")
-        row[1].set(ylabel=label, xlabel="seconds of training, without the first step's tracing")
+    for row, name in zip(axes, ("training loss", label), strict=True):
+        row[0].set(ylabel=name, xlabel="epoch")
+        row[1].set(ylabel=name, xlabel="seconds of training, without the first step's tracing")
         for axis in row:
             axis.grid(alpha=0.3)
     for axis in axes[0]:
         axis.set_yscale("log")
     for axis in axes[1]:
         axis.axhline(payload["target"], color="black", linestyle=":", linewidth=1)
-    axes[1][1].legend(loc="upper left")
+    axes[1][1].legend()
+
+
+def plot(payload, path):
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(11, 7), layout="constrained")
+    draw(figure.subplots(2, 2), payload)
     figure.savefig(path, dpi=110)
 
 

@@ -8,14 +8,11 @@ third of the epochs (eq. 13), weight decay 0.0005; blocks of 72 for THOR, with i
 KFAC.
 """
 
-import json
-import pathlib
-import time
-
 import datasets  # isort: skip  (first: it imports TensorFlow without its greetings)
 import keras
 import networks
 import numpy as np
+import training
 from absl import app, flags
 
 import keras_ngd
@@ -65,15 +62,6 @@ def make_optimizer(method, steps_per_epoch):
     )
 
 
-def augmented(image):
-    """A random reflection, and a shift by up to four pixels."""
-    import tensorflow as tf
-
-    shape = tf.shape(image)
-    padded = tf.pad(tf.image.random_flip_left_right(image), [(4, 4), (4, 4), (0, 0)], "REFLECT")
-    return tf.image.random_crop(padded, shape)
-
-
 def load(split):
     """Batches of a split, scaled to about -2 to 2."""
     import tensorflow as tf
@@ -82,36 +70,16 @@ def load(split):
     if split == "train":
         examples = examples.shuffle(min(len(examples), 50_000), seed=FLAGS.seed)
         if FLAGS.augment:
-            examples = examples.map(lambda x, y: (augmented(x), y), tf.data.AUTOTUNE)
+            examples = examples.map(lambda x, y: (datasets.augmented(x), y), tf.data.AUTOTUNE)
     batches = examples.batch(FLAGS.batch_size, drop_remainder=split == "train")
     return batches.map(lambda x, y: ((tf.cast(x, "float32") - 127.5) / 64, y), tf.data.AUTOTUNE).prefetch(2)
-
-
-class Clock(keras.callbacks.Callback):
-    """Seconds of training at the end of each epoch, tests left out; `first` is the first step with its tracing."""
-
-    def on_train_begin(self, logs=None):
-        self.seconds, self.spent, self.first = [], 0.0, None
-
-    def on_epoch_begin(self, epoch, logs=None):
-        self.start = time.perf_counter()
-
-    def on_train_batch_end(self, batch, logs=None):
-        if self.first is None:
-            self.first = time.perf_counter() - self.start
-
-    def on_test_begin(self, logs=None):
-        # JAX returns before it has computed; reading a variable waits.
-        keras.ops.convert_to_numpy(self.model.optimizer.iterations)
-        self.spent += time.perf_counter() - self.start
-        self.seconds.append(self.spent)
 
 
 def train(method, train_data, test_data):
     """One method's history, with `seconds` of training and what its first step took."""
     keras.utils.set_random_seed(FLAGS.seed)
     model = networks.resnet18(32, FLAGS.classes, FLAGS.width)
-    optimizer, clock = make_optimizer(method, len(train_data)), Clock()
+    optimizer, clock = make_optimizer(method, len(train_data)), training.Clock()
     callbacks = [clock]
     if method != "momentum":
         report = keras_ngd.capture(model, optimizer)
@@ -132,52 +100,14 @@ def train(method, train_data, test_data):
     return {**history, "seconds": np.array(clock.seconds), "first": clock.first}
 
 
-def print_table(results):
-    print(f"\n{'method':12}{'loss':>9}{'test accuracy':>15}{'best':>8}{'seconds':>9}{'an epoch':>10}{'first step':>12}")
-    for method, run in results.items():
-        seconds = np.diff(run["seconds"]) if len(run["seconds"]) > 1 else run["seconds"]
-        print(
-            f"{method:12}{run['loss'][-1]:>9.4f}{run['val_accuracy'][-1]:>15.4f}{max(run['val_accuracy']):>8.4f}"
-            f"{run['seconds'][-1]:>9.1f}{np.median(seconds):>10.1f}{run['first']:>12.1f}"
-        )
-    print(
-        "Seconds: training alone, the first step with its tracing included; an epoch: the median of those after the first."
-    )
-
-
-def plot(results, path):
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(11, 7), layout="constrained")
-    axes = figure.subplots(2, 2)
-    for method, run in results.items():
-        epochs = np.arange(1, len(run["loss"]) + 1)
-        for row, key in zip(axes, ("loss", "val_accuracy"), strict=True):
-            row[0].plot(epochs, run[key], label=method, linewidth=2)
-            row[1].plot(run["seconds"], run[key], label=method, linewidth=2)
-    for row, label in zip(axes, ("training loss", "test accuracy"), strict=True):
-        row[0].set(ylabel=label, xlabel="epoch")
-        row[1].set(ylabel=label, xlabel="seconds of training")
-        for axis in row:
-            axis.grid(alpha=0.3)
-            axis.spines[["top", "right"]].set_visible(False)
-    axes[0][0].set_yscale("log")
-    axes[0][1].set_yscale("log")
-    axes[1][1].legend(loc="lower right")
-    figure.suptitle(f"ResNet-18 (width {FLAGS.width}) on {FLAGS.dataset}")
-    figure.savefig(path, dpi=110)
-    print(f"plot: {path}")
-
-
 def main(_):
     train_data, test_data = load("train"), load("test")
     results = {method: train(method, train_data, test_data) for method in FLAGS.method}
-    print_table(results)
+    training.print_table(results)
     if FLAGS.history:
-        values = {method: {key: np.asarray(v).tolist() for key, v in run.items()} for method, run in results.items()}
-        pathlib.Path(FLAGS.history).write_text(json.dumps(values))
+        training.save_history(results, FLAGS.history)
     if FLAGS.output:
-        plot(results, FLAGS.output)
+        training.plot(results, f"ResNet-18 (width {FLAGS.width}) on {FLAGS.dataset}", FLAGS.output)
 
 
 if __name__ == "__main__":

@@ -27,7 +27,7 @@ def _silent_stderr():
 
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
 with _silent_stderr():
-    import tensorflow  # noqa: F401
+    import tensorflow as tf
 import tensorflow_datasets as tfds
 from absl import logging
 
@@ -140,10 +140,70 @@ class Shapes32(tfds.core.GeneratorBasedBuilder):
             yield i, {"image": draw_shape(i, label), "label": label}
 
 
-EMBEDDED = (Digits.name, Shapes32.name)
+def draw_masked(seed, size=64):
+    """One uint8 image `[size, size, 3]` of one to three blobs, and their mask `[size, size, 1]`: 1 inside, 0 outside.
+
+    Bars in the same kinds of colours lie behind the blobs, all in uneven light, on a wavy background, behind noise.
+    """
+    rng = np.random.default_rng(seed)
+    y, x = np.mgrid[-1 : 1 : size * 1j, -1 : 1 : size * 1j]
+    kx, ky, phase = rng.uniform(-6, 6), rng.uniform(-6, 6), rng.uniform(0, 2 * np.pi)
+    image = rng.uniform(0.1, 0.4, 3) + rng.uniform(0, 0.15, 3) * np.sin(kx * x + ky * y + phase)[..., None]
+    for _ in range(rng.integers(1, 5)):
+        (cx, cy), angle = rng.uniform(-0.8, 0.8, 2), rng.uniform(0, np.pi)
+        u = (x - cx) * np.cos(angle) + (y - cy) * np.sin(angle)
+        v = (y - cy) * np.cos(angle) - (x - cx) * np.sin(angle)
+        inside = (np.abs(u) < rng.uniform(0.2, 0.7)) & (np.abs(v) < rng.uniform(0.04, 0.12))
+        image = np.where(inside[..., None], rng.uniform(0.4, 1, 3), image)
+    mask = np.zeros((size, size, 1), bool)
+    for _ in range(rng.integers(1, 4)):
+        (cx, cy), radius = rng.uniform(-0.7, 0.7, 2), rng.uniform(0.15, 0.4)
+        angle, edge = np.arctan2(y - cy, x - cx), radius
+        for k in (2, 3, 4):
+            edge = edge + radius * rng.uniform(0, 0.5 / k) * np.cos(k * angle + rng.uniform(0, 2 * np.pi))
+        inside = (np.hypot(x - cx, y - cy) < edge)[..., None]
+        image, mask = np.where(inside, rng.uniform(0.4, 1, 3), image), mask | inside
+    slope = rng.normal(0, 0.15, (2, 3))
+    image = image + slope[0] * x[..., None] + slope[1] * y[..., None]
+    image = image + rng.normal(0, rng.uniform(0.02, 0.2), image.shape)
+    return (255 * np.clip(image, 0, 1)).astype(np.uint8), mask.astype(np.uint8)
 
 
-def load(name="digits", split="train", data_dir=None):
+class Masks64(tfds.core.GeneratorBasedBuilder):
+    """Drawn 64x64 colour images of round blobs among straight bars, with the blobs' masks, to be segmented.
+
+    Blobs and bars are both brighter than the background; outlines tell them apart. 768 images are for training, 128 for testing.
+    """
+
+    VERSION = tfds.core.Version("1.0.0")
+    RELEASE_NOTES = {"1.0.0": "First version."}
+
+    def _info(self):
+        features = {
+            "image": tfds.features.Tensor(shape=(64, 64, 3), dtype=np.uint8),
+            "segmentation_mask": tfds.features.Tensor(shape=(64, 64, 1), dtype=np.uint8),
+        }
+        return tfds.core.DatasetInfo(
+            builder=self,
+            description="Drawn blobs among bars with their masks, 64x64x3.",
+            features=tfds.features.FeaturesDict(features),
+            supervised_keys=("image", "segmentation_mask"),
+        )
+
+    def _split_generators(self, dl_manager):
+        del dl_manager
+        return {"train": self._generate_examples(0, 768), "test": self._generate_examples(1_000_000, 128)}
+
+    def _generate_examples(self, first, count):
+        for i in range(first, first + count):
+            image, mask = draw_masked(i)
+            yield i, {"image": image, "segmentation_mask": mask}
+
+
+EMBEDDED = (Digits.name, Shapes32.name, Masks64.name)
+
+
+def load(name="digits", split="train", data_dir=None, keys=None):
     """A split as a `tf.data.Dataset` of `(input, label)`, prepared in `data_dir` on first use.
 
     Args:
@@ -151,6 +211,7 @@ def load(name="digits", split="train", data_dir=None):
         split: as for `tfds.load`.
         data_dir: where prepared sets are kept. Default None: where tensorflow-datasets keeps them (`TFDS_DATA_DIR`,
             or a folder in the home directory).
+        keys: names of the two features to load. Default None: the set's own choice.
     """
     verbosity = logging.get_verbosity()
     logging.set_verbosity(logging.WARNING)
@@ -161,7 +222,10 @@ def load(name="digits", split="train", data_dir=None):
                 tfds.disable_progress_bar()
                 tfds.builder(name, data_dir=data_dir).download_and_prepare()
                 tfds.enable_progress_bar()
-        return tfds.load(name, split=split, data_dir=data_dir, as_supervised=True)
+        if keys is None:
+            return tfds.load(name, split=split, data_dir=data_dir, as_supervised=True)
+        examples = tfds.load(name, split=split, data_dir=data_dir)
+        return examples.map(lambda example: tuple(example[key] for key in keys))
     finally:
         logging.set_verbosity(verbosity)
 
@@ -171,3 +235,10 @@ def arrays(name="digits", split="train", data_dir=None, scale=16.0):
     examples = load(name, split, data_dir)
     inputs, labels = examples.batch(len(examples)).get_single_element()
     return inputs.numpy().astype("float32") / scale, labels.numpy()
+
+
+def augmented(image):
+    """A random reflection, and a shift by up to four pixels."""
+    shape = tf.shape(image)
+    padded = tf.pad(tf.image.random_flip_left_right(image), [(4, 4), (4, 4), (0, 0)], "REFLECT")
+    return tf.image.random_crop(padded, shape)

@@ -4,6 +4,11 @@ import keras
 from keras import layers
 
 
+def normalized(x):
+    # Keras's own momentum, 0.99, takes hundreds of steps to forget the first ones.
+    return layers.BatchNormalization(momentum=0.9)(x)
+
+
 def resnet18(size=32, classes=10, width=64):
     """The ResNet-18 of He et al. (2016) as it is used on CIFAR: no pooling at the start, four stages of two blocks.
 
@@ -13,10 +18,6 @@ def resnet18(size=32, classes=10, width=64):
         width: channels of the first stage; doubled by each of the other three. Default 64, the paper's.
     """
     convolution = {"padding": "same", "use_bias": False}
-
-    def normalized(x):
-        # Keras's own momentum, 0.99, takes hundreds of steps to forget the first ones.
-        return layers.BatchNormalization(momentum=0.9)(x)
 
     def block(x, filters, stride):
         y = layers.ReLU()(normalized(layers.Conv2D(filters, 3, stride, **convolution)(x)))
@@ -32,3 +33,49 @@ def resnet18(size=32, classes=10, width=64):
             x = block(x, width * 2**stage, 2 if stage and i == 0 else 1)
     outputs = layers.Dense(classes)(layers.GlobalAveragePooling2D()(x))
     return keras.Model(inputs, outputs, name="resnet18")
+
+
+def cnn_3c1f(shape=(28, 28, 1), classes=10, width=16):
+    """Three convolutional layers, each with pooling, and one fully connected layer: the 3C1F of the HyLo paper.
+
+    Args:
+        shape: of the images.
+        classes: outputs.
+        width: channels of the first layer; doubled by each of the other two. Default 16.
+    """
+    x = inputs = keras.Input(shape)
+    for stage in range(3):
+        x = layers.Conv2D(width * 2**stage, 3, padding="same", activation="relu")(x)
+        x = layers.MaxPooling2D()(x)
+    outputs = layers.Dense(classes)(layers.Flatten()(x))
+    return keras.Model(inputs, outputs, name="3c1f")
+
+
+def unet(size=64, channels_in=3, width=16, depth=3):
+    """The U-Net of Ronneberger et al. (2015), with normalization and padding, for one-channel logits.
+
+    Args:
+        size: height and width of the images, a multiple of `2**depth`.
+        channels_in: channels of the images.
+        width: channels at full size; doubled at each halving. Default 16; the paper's has 64.
+        depth: how often the image is halved. Default 3; the paper's has 4.
+    """
+    if size % 2**depth:
+        raise ValueError(f"`size` must be a multiple of 2**depth = {2**depth}. Received: size={size}")
+
+    def twice(x, filters):
+        for _ in range(2):
+            x = layers.ReLU()(normalized(layers.Conv2D(filters, 3, padding="same", use_bias=False)(x)))
+        return x
+
+    x = inputs = keras.Input((size, size, channels_in))
+    skips = []
+    for level in range(depth):
+        skips.append(twice(x, width * 2**level))
+        x = layers.MaxPooling2D()(skips[-1])
+    x = twice(x, width * 2**depth)
+    for level in reversed(range(depth)):
+        x = layers.Conv2D(width * 2**level, 2, padding="same")(layers.UpSampling2D()(x))
+        x = twice(layers.Concatenate()([skips[level], x]), width * 2**level)
+    outputs = layers.Conv2D(1, 1)(x)
+    return keras.Model(inputs, outputs, name="unet")

@@ -225,7 +225,8 @@ def _describe(layer, optimizer):
     shapes = tuple(tuple(v.shape[1:] if v.shape[0] == 1 else v.shape) for v in averages if len(v.shape) > 2)
     size = itemsize * sum(math.prod(v.shape) for v in averages)
     kind = type(layer).plain.__name__
-    return LayerReport(layer.path, kind, shapes, size + optimizer.make_curvature(Group([block])).bytes)
+    size += optimizer.make_curvature(Group([block])).bytes + optimizer.further_bytes(block)
+    return LayerReport(layer.path, kind, shapes, size)
 
 
 def _forget_compiled_functions(model):

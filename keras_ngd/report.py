@@ -11,7 +11,7 @@ class LayerReport:
         layer: the layer's path.
         kind: its Keras class.
         shapes: shapes of what is averaged for it; empty where it is not captured.
-        bytes: size of the averages and of the curvature's state.
+        bytes: size of all second-order state: averages, the curvature's state, and what else a method keeps of the layer.
         reason: why it is not captured; empty where it is.
     """
 

@@ -1,13 +1,15 @@
 """The examples' data, and the examples themselves where nothing else runs them."""
 
+import json
 import pathlib
 import subprocess
 import sys
 
+import keras
 import numpy as np
 import pytest
 
-from examples import datasets
+from examples import datasets, networks, training
 
 EXAMPLES = pathlib.Path(__file__).parent.parent / "examples"
 
@@ -25,13 +27,99 @@ def test_drawn_shapes_are_the_same_every_time():
     assert (datasets.draw_shape(3, 5) != datasets.draw_shape(4, 5)).mean() > 0.5
 
 
-@pytest.mark.slow
-def test_cifar_resnet_runs(tmp_path):
-    command = [sys.executable, EXAMPLES / "cifar_resnet.py", "--width=2", "--epochs=1", "--batch_size=512"]
-    command += ["--method=momentum", "--method=thor_stop", "--first_interval=2", "--split=9", f"--data_dir={tmp_path}"]
-    command += [f"--output={tmp_path / 'plot.png'}"]
+def test_drawn_masks_are_binary_and_never_empty(tmp_path):
+    examples = datasets.load("masks64", "test", tmp_path)
+    images, masks = examples.batch(len(examples)).get_single_element()
+    assert images.shape == (128, 64, 64, 3)
+    assert masks.shape == (128, 64, 64, 1)
+    np.testing.assert_array_equal(np.unique(masks), [0, 1])
+    shares = masks.numpy().mean((1, 2, 3))
+    assert shares.min() > 0.005
+    assert shares.max() < 0.6
+
+
+def test_drawn_masks_are_the_same_every_time():
+    for one, same, other in zip(*map(datasets.draw_masked, (3, 3, 4)), strict=True):
+        np.testing.assert_array_equal(one, same)
+        assert (one != other).any()
+
+
+def test_features_are_loaded_by_name(tmp_path):
+    by_name = datasets.load("masks64", "test[:2]", tmp_path, keys=("segmentation_mask", "image"))
+    for (mask, image), supervised in zip(by_name, datasets.load("masks64", "test[:2]", tmp_path), strict=True):
+        np.testing.assert_array_equal(image, supervised[0])
+        np.testing.assert_array_equal(mask, supervised[1])
+
+
+def test_dice_is_numpys_over_all_batches():
+    rng = np.random.default_rng(0)
+    truth = rng.integers(0, 2, (6, 4, 4, 1)).astype("float32")
+    logits = rng.normal(size=truth.shape).astype("float32")
+    metric = training.Dice()
+    metric.update_state(truth[:4], logits[:4])
+    metric.update_state(truth[4:], logits[4:])
+    expected = 2 * ((logits > 0) & (truth == 1)).sum() / ((logits > 0).sum() + truth.sum())
+    np.testing.assert_allclose(metric.result(), expected, rtol=1e-6)
+    metric.reset_state()
+    metric.update_state(truth, logits, sample_weight=[0, 1, 0, 0, 0, 0])
+    expected = 2 * ((logits[1] > 0) & (truth[1] == 1)).sum() / ((logits[1] > 0).sum() + truth[1].sum())
+    np.testing.assert_allclose(metric.result(), expected, rtol=1e-6)
+
+
+def test_dice_at_its_ends():
+    metric = training.Dice()
+    assert float(metric.result()) == 1
+    metric.update_state(np.zeros((1, 2, 2, 1)), np.full((1, 2, 2, 1), -1.0))
+    assert float(metric.result()) == 1
+    metric.update_state(np.ones((1, 2, 2, 1)), np.zeros((1, 2, 2, 1)))
+    assert float(metric.result()) == 0
+
+
+def test_unet_has_a_logit_for_every_pixel():
+    model = networks.unet(size=16, channels_in=2, width=2, depth=2)
+    assert model.output_shape == (None, 16, 16, 1)
+    convolutions = [layer for layer in model.layers if isinstance(layer, keras.layers.Conv2D)]
+    assert [layer.filters for layer in convolutions] == [2, 2, 4, 4, 8, 8, 4, 4, 4, 2, 2, 2, 1]
+    with pytest.raises(ValueError, match=r"multiple of 2\*\*depth = 8"):
+        networks.unet(size=12, depth=3)
+
+
+def run_example(name, tmp_path, *arguments):
+    """What an example prints; its plot must be there in the end."""
+    plot = tmp_path / "plot.png"
+    command = [sys.executable, EXAMPLES / name, f"--data_dir={tmp_path}", f"--output={plot}", *arguments]
     done = subprocess.run(command, capture_output=True, text=True, timeout=600)
     assert done.returncode == 0, done.stderr[-3000:]
-    assert "thor_stop: 21 layers captured" in done.stdout
-    assert "test accuracy" in done.stdout
-    assert (tmp_path / "plot.png").stat().st_size > 10_000
+    assert plot.stat().st_size > 10_000
+    return done.stdout
+
+
+@pytest.mark.slow
+def test_cifar_resnet_runs(tmp_path):
+    small = ["--width=2", "--epochs=1", "--batch_size=512", "--first_interval=2", "--split=9"]
+    printed = run_example("cifar_resnet.py", tmp_path, *small, "--method=momentum", "--method=thor_stop")
+    assert "thor_stop: 21 layers captured" in printed
+    assert "test accuracy" in printed
+
+
+@pytest.mark.slow
+def test_fashion_3c1f_runs(tmp_path):
+    history = tmp_path / "history.json"
+    small = ["--width=2", "--epochs=2", "--batch_size=512", "--interval=3", f"--history={history}"]
+    printed = run_example("fashion_3c1f.py", tmp_path, *small)
+    for method in ("kfac", "skfac", "hylo"):
+        assert f"{method}: 4 layers captured" in printed
+    assert "test accuracy" in printed
+    runs = json.loads(history.read_text())
+    assert list(runs) == ["sgd", "adam", "kfac", "skfac", "hylo"]
+    assert all(np.isfinite(run["loss"]).all() and len(run["seconds"]) == 2 for run in runs.values())
+
+
+@pytest.mark.slow
+def test_unet_segmentation_runs(tmp_path):
+    small = ["--size=16", "--width=2", "--depth=1", "--epochs=1", "--batch_size=128", "--interval=2"]
+    methods = ["--method=adam", "--method=skfac", "--method=hylo"]
+    printed = run_example("unet_segmentation.py", tmp_path, *small, *methods)
+    assert "skfac: 8 layers captured" in printed
+    assert "hylo: 8 layers captured" in printed
+    assert "test dice" in printed

@@ -1,12 +1,19 @@
 """Measurements that help to choose a method's settings for a model and a device."""
 
-__all__ = ["split_dimension"]
+import importlib
+
+_MODULES = {
+    "gradient_error": "gradient_errors",
+    "kernel_rank": "kernel_ranks",
+    "plot_kernel_ranks": "kernel_ranks",
+    "split_dimension": "split_choice",
+}
+
+__all__ = sorted(_MODULES)
 
 
 def __getattr__(name):
     # Late, so that `python -m keras_ngd.analysis.split_dimension` does not import its module twice.
-    if name == "split_dimension":
-        from keras_ngd.analysis.split_choice import split_dimension
-
-        return split_dimension
+    if name in _MODULES:
+        return getattr(importlib.import_module(f"keras_ngd.analysis.{_MODULES[name]}"), name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

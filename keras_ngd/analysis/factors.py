@@ -4,7 +4,7 @@ import keras
 import numpy as np
 from keras import ops, tree
 
-from keras_ngd.capture import capture
+from keras_ngd.analysis.copies import captured_copy
 from keras_ngd.layers.captured import Captured
 from keras_ngd.optimizers import KFAC
 
@@ -35,11 +35,7 @@ def input_factors(model, data):
         model, data: as for `split_dimension`.
     """
     batches = _batches(data)
-    copy = keras.models.clone_model(model)
-    if not copy.built:
-        copy(batches[0])
-    copy.set_weights(model.get_weights())
-    capture(copy, KFAC())
+    copy = captured_copy(model, batches[0], KFAC())
     targets = [tree.map_structure(lambda t: np.zeros(t.shape, "float32"), copy(batch)) for batch in batches]
     losses = tree.map_structure(lambda _: lambda target, output: ops.mean(output, axis=-1), targets[0])
     copy.compile(optimizer=keras.optimizers.SGD(0.0), loss=losses)

@@ -64,11 +64,31 @@ def unfold(x, kernel, strides, dilation, padding):
 
 
 def patch_sums(x, kernel, strides, dilation, padding):
-    """Sum of the patches over the outputs of each example, `[n, prod(kernel), c]`, and the number of outputs."""
-    spatial = tuple(range(1, len(x.shape) - 1))
-    windows = list(_windows(x, kernel, strides, dilation, padding))
-    outputs = math.prod(_spatial_sizes(windows[0]))
-    return ops.stack([ops.sum(w, axis=spatial) for w in windows], axis=1), outputs
+    """Sum of the patches over the outputs of each example, `[n, prod(kernel), c]`, and the number of outputs.
+
+    Axis by axis, each by a product with a constant matrix that tells which inputs a kernel position sees: one pass over
+    `x`, where slices for all positions would take as many passes as there are positions.
+    """
+    sizes = _spatial_sizes(x)
+    axes = list(zip(sizes, kernel, strides, dilation, strict=True))
+    if not all(isinstance(size, int) for size in sizes):
+        windows = list(_windows(x, kernel, strides, dilation, padding))
+        spatial = tuple(range(1, len(x.shape) - 1))
+        return ops.stack([ops.sum(w, axis=spatial) for w in windows], axis=1), math.prod(_spatial_sizes(windows[0]))
+    channels, sums = x.shape[-1], x
+    for i, axis in enumerate(axes):
+        sums = ops.reshape(sums, (-1, sizes[i], math.prod(sizes[i + 1 :]) * channels))
+        sums = backend.matmul(ops.convert_to_tensor(_seen(*axis, padding), x.dtype), sums)
+    outputs = math.prod(pad_and_crop_sizes(*axis, padding)[2] for axis in axes)
+    return ops.reshape(sums, (-1, math.prod(kernel), channels)), outputs
+
+
+@functools.cache
+def _seen(size, kernel, stride, dilation, padding):
+    """`[kernel, size]`: at how many outputs each position of one axis' kernel sees each input, 0 or 1."""
+    before, _, outputs = pad_and_crop_sizes(size, kernel, stride, dilation, padding)
+    inputs = np.arange(kernel)[:, None] * dilation + np.arange(outputs) * stride - before
+    return (inputs[..., None] == np.arange(size)).sum(axis=1).astype("float32")
 
 
 def patches_at(x, positions, kernel, strides, dilation, padding):

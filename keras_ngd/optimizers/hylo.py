@@ -1,5 +1,7 @@
 """HyLo: hybrid low-rank natural gradient descent."""
 
+import math
+
 import keras
 from keras import ops
 
@@ -159,11 +161,14 @@ class HyLo(SNGD):
         )
         if self.mode == "random":
             return
-        for block in layout.blocks:
-            for variable in (block.kernel, block.bias):
-                if variable is not None:
-                    name = f"{variable.path.replace('/', '_')}_gradient_sum"
-                    self._sums.append(self._add_state(variable.shape, "zeros", variable.dtype, name))
+        for variable in (v for block in layout.blocks for v in _parts(block)):
+            name = f"{variable.path.replace('/', '_')}_gradient_sum"
+            self._sums.append(self._add_state(variable.shape, "zeros", variable.dtype, name))
+
+    def further_bytes(self, block):
+        if self.mode != "switch":
+            return 0
+        return sum(math.prod(v.shape) * (8 if v.dtype == "float64" else 4) for v in _parts(block))
 
     def start_statistics(self, block, number):
         super().start_statistics(block, number)
@@ -249,6 +254,10 @@ class HyLo(SNGD):
             "steps_per_epoch": self.steps_per_epoch,
             "seed": self.seed,
         }
+
+
+def _parts(block):
+    return [variable for variable in (block.kernel, block.bias) if variable is not None]
 
 
 def _check_rank(rank, batch_size):

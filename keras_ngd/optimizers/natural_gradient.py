@@ -91,6 +91,10 @@ class NaturalGradient(StrictState, WeightAveraging, keras.optimizers.SGD):
         """A new curvature for a `Group` of blocks of one shape."""
         raise NotImplementedError
 
+    def further_bytes(self, block):
+        """Size of what a block needs besides its statistics' averages and its curvature."""
+        return 0
+
     # Set-up
 
     def build(self, variables):

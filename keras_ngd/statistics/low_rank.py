@@ -69,10 +69,10 @@ class LowRankStatistics(Draws, RowStatistics):
         alpha = ops.cast(damping, a.dtype) * ops.ones_like(a[:, 0, 0])
 
         def interpolated():
-            return self._interpolated(a, g, alpha)
+            return self.interpolated(a, g, alpha)
 
         def sampled():
-            return self._sampled(a, g, draw)
+            return self.sampled(a, g, draw)
 
         if self.mode == "both":
             chosen = ops.cond(gate > (KIS + KID) / 2, interpolated, sampled)
@@ -80,7 +80,8 @@ class LowRankStatistics(Draws, RowStatistics):
             chosen = interpolated() if self.mode == "kid" else sampled()
         return [*chosen, alpha], [damping, self.next_draw(draw)]
 
-    def _interpolated(self, a, g, alpha):
+    def interpolated(self, a, g, alpha):
+        """KID of the rows `a` and `g` with the damping `alpha`, `[groups]`: `As`, `Gs` and `Y`."""
         q = kernel.kernel_matrix(a, g)
         chosen, combinations, residual = interpolative.interpolative_decomposition(q, self.rank)
         weighted = combinations
@@ -93,7 +94,8 @@ class LowRankStatistics(Draws, RowStatistics):
         weights = backend.matmul(combinations, weighted, transpose_a=True)
         return taken(a, chosen), taken(g, chosen), inverse.symmetrize(weights)
 
-    def _sampled(self, a, g, draw):
+    def sampled(self, a, g, draw):
+        """KIS of the rows `a` and `g`: `As`, `Gs` and `Y`."""
         count = self.rank if self.sampling == "replacement" else self.batch_size
         uniform = self.uniform(draw, (a.shape[0], count), backend.dtype_name(a))
         chosen, weights = sampling.draw(sampling.importance(a, g, self.power), self.rank, uniform, self.sampling)

@@ -45,7 +45,8 @@ class RowStatistics(Statistics):
             path = self.owner().path
             raise ValueError(
                 f"Layer {path!r} sees {x.shape[0]} examples in a batch, but was captured for {self.batch_size}. Set the "
-                f"optimizer's `batch_size` to the batch size you train with and capture again, or leave the layer out: `skip=[{path!r}]`."
+                "optimizer's `batch_size` to the batch size you train with and capture again, or leave the layer out: "
+                f"`skip=[{path!r}]`."
             )
 
     def _examples(self, x):

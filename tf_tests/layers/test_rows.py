@@ -85,8 +85,8 @@ def test_dense_rows(case):
     check_answers(found, reference.append_ones(a) if use_bias else a, reference.dense_rows(ds), mask)
 
 
-@given(convolution_cases())
-def test_convolution_rows(case):
+def convolution_batch(case):
+    """A case's `Rows`, its batch `(x, ds)` in its data format, and its rows `(a, ghat)` by the reference."""
     rng = np.random.default_rng(case["seed"])
     kernel_shape = (*case["kernel"], case["x_shape"][-1] // case["groups"], case["filters"])
     window = case["kernel"], case["strides"], case["dilation"], case["padding"]
@@ -111,8 +111,28 @@ def test_convolution_rows(case):
         case["padding"],
         data_format,
     )
+    return rows, (x, ds), (a, ghat)
+
+
+@given(convolution_cases())
+def test_convolution_rows(case):
+    rows, batch, (a, ghat) = convolution_batch(case)
     assert (rows.groups, rows.input_dim, rows.output_dim) == (case["groups"], a.shape[-1], ghat.shape[-1])
-    check_answers(answers(rows, x, ds), a, ghat)
+    check_answers(answers(rows, *batch), a, ghat)
+
+
+@given(convolution_cases())
+def test_convolution_rows_at_some_positions(case):
+    """Rows of `a` and `g` at the same positions, other ones of each example."""
+    rows, (x, ds), (a, ghat) = convolution_batch(case)
+    examples, outputs = a.shape[1:3]
+    assert rows.outputs(ds) == outputs
+    positions = np.random.default_rng(case["seed"]).integers(outputs, size=(examples, 3)).astype("int32")
+    found = run(lambda *batch: rows.rows_at(*batch), x, ds, positions)
+    for side, expected in zip(found, (a, ghat), strict=True):
+        expected = np.take_along_axis(expected, positions[None, :, :, None], axis=2)
+        expected = expected.reshape(case["groups"], 3 * examples, -1).astype("float32")
+        np.testing.assert_array_equal(side, expected)
 
 
 @given(convolution_cases())

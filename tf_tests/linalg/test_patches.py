@@ -90,6 +90,19 @@ def test_unfold_and_patch_sums(case):
         assert (before, count) == (-seen[0][0], len(seen))
 
 
+@given(window_cases())
+def test_patches_at_some_positions(case):
+    """Those of each example, in any order, and the same more than once."""
+    shape, window, seed = case
+    x = draw(shape, seed)
+    rows = reference.convolution_rows(x, *window)[0]
+    positions = np.random.default_rng(seed).integers(rows.shape[1], size=(len(x), 5)).astype("int32")
+    found = run(lambda x, positions: patches.patches_at(x, positions, *window), x, positions)
+    expected = np.take_along_axis(rows, positions[:, :, None], axis=1).astype("float32")
+    assert found.shape == (len(x), 5, np.prod(window[0]), shape[-1])
+    np.testing.assert_array_equal(found.reshape(expected.shape), expected)
+
+
 @pytest.mark.parametrize(
     ("kernel", "strides", "dilation", "padding"),
     [((3, 2), 1, 1, "same"), ((2, 3), 2, 1, "same"), ((2, 2), 1, 2, "valid"), ((3, 3), (2, 1), 1, "valid")],

@@ -1,0 +1,297 @@
+"""What SNGD, SKFAC and HyLo share: batches' sizes, intervals, batches that are not finite, and how misuse is told."""
+
+import json
+
+import keras
+import numpy as np
+import pytest
+from keras import layers
+
+import keras_ngd
+from tf_tests import small
+from tf_tests.small import array, assert_close, captured, compiled, fit, mlp, regression, statistics, weights
+
+METHODS = {
+    "SNGD": lambda **kwargs: keras_ngd.SNGD(**{"batch_size": 8, **kwargs}),
+    "SKFAC": lambda **kwargs: keras_ngd.SKFAC(**{"batch_size": 8, "interval": 1, **kwargs}),
+    "HyLo": lambda **kwargs: keras_ngd.HyLo(
+        **{"batch_size": 8, "interval": 1, "rank": 3, "steps_per_epoch": 4, **kwargs}
+    ),
+}
+ONE_ROW_EACH = ("SKFAC", "HyLo")
+
+
+@pytest.fixture(params=METHODS)
+def method(request):
+    return METHODS[request.param]
+
+
+def state(model):
+    """Copies of what was recorded and of what was made of it."""
+    blocks = model.optimizer.layout.blocks
+    recorded = [array(v) for block in blocks for v in block.statistics.averages]
+    return recorded, [array(v) for group in model.optimizer.layout.groups for v in group.curvature.variables]
+
+
+def same(one, other):
+    return all(np.array_equal(a, b) for a, b in zip(one, other, strict=True))
+
+
+def test_a_batch_that_is_not_finite(method):
+    """Rows and inverses stay as they are, and the next batch is recorded in its place; so if it is the first."""
+    model = captured(mlp(), method(interval=2, learning_rate=0.02, damping=0.1))
+    x, y = regression(64)
+    x[3, 1], y[8 * 3 + 2, 0] = np.nan, np.inf
+    losses, changed, opened = [], [], []
+    for i in range(8):
+        batch = slice(8 * i, 8 * i + 8)
+        if i:
+            opened.append(float(array(model.layers[1].statistics.gate)) > 0)
+            before = state(model)
+        losses.append(model.train_on_batch(x[batch], y[batch]))
+        if i:
+            changed.append([not same(old, new) for old, new in zip(before, state(model), strict=True)])
+    # Step 0 fails, 1 stands in for it; 3 fails, and 4 stands in.
+    assert opened == [True, False, True, True, False, True, False]
+    assert changed == [[True] * 2, [False] * 2, [False] * 2, [True] * 2, [False] * 2, [True] * 2, [False] * 2]
+    optimizer = model.optimizer
+    assert optimizer.skipped_statistics == optimizer.skipped_steps == 2
+    assert optimizer.factor_updates == 3
+    for path, value in {**weights(model), **statistics(model)}.items():
+        assert np.isfinite(value).all(), path
+    assert fit(model, *regression(64), epochs=3).history["loss"][-1] < losses[1]
+
+
+def test_a_static_loss_scale_changes_no_step(method):
+    """Nor what HyLo's switch decides: it is KIS from the third epoch."""
+    trained = []
+    for scale in (None, 1024.0):
+        keras.utils.set_random_seed(0)
+        optimizer = method(loss_scale_factor=scale, **({"eta": 1e9} if method is METHODS["HyLo"] else {}))
+        model = captured(mlp(), optimizer)
+        fit(model, *regression(), epochs=3)
+        trained.append(weights(model))
+    assert_close(*trained, tolerance=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("name", "arguments"),
+    [
+        ("SNGD", {}),
+        ("SKFAC", {}),
+        ("SKFAC", {"history": 3}),
+        ("SKFAC", {"convolution": "subsample", "positions": 2}),
+        ("HyLo", {}),
+        ("HyLo", {"mode": "kis", "rank": 0.25}),
+    ],
+)
+def test_the_report_counts_what_is_stored(name, arguments):
+    model = keras.Sequential(
+        [
+            keras.Input((5, 5, 4)),
+            layers.Conv2D(4, 3, groups=2),
+            layers.Conv2D(4, 3, groups=2, use_bias=False, padding="same"),
+            layers.Flatten(),
+            layers.Dense(20),
+            layers.Dense(4),
+        ]
+    )
+    optimizer = METHODS[name](**arguments)
+    report = keras_ngd.capture(model, optimizer)
+    compiled(model, optimizer)
+    optimizer.build(model.trainable_variables)
+    stored = [value for part in state(model) for value in part]
+    stored += [array(v) for v in optimizer.variables if v.path.endswith("gradient_sum")]
+    assert report.bytes == sum(value.nbytes for value in stored)
+    assert all(entry.shapes for entry in report.layers)
+
+
+# How large a batch is
+
+
+class Batches(keras.utils.PyDataset):
+    def __init__(self, *batches):
+        super().__init__()
+        self.batches = batches
+
+    def __len__(self):
+        return len(self.batches)
+
+    def __getitem__(self, index):
+        return self.batches[index]
+
+
+def dataset(*arrays, batch_size=6):
+    import tensorflow as tf
+
+    return tf.data.Dataset.from_tensor_slices(arrays if len(arrays) > 1 else arrays[0]).batch(batch_size)
+
+
+X, Y = regression(32)
+DATA = {
+    "array": (X[:6], 6, None),
+    "arrays": ([X[:6], Y[:6]], 6, None),
+    "dataset": (dataset(X, Y), 6, 6),
+    "dataset of inputs": (dataset(X), 6, 6),
+    "dataset of two inputs": (dataset(X, X).map(lambda a, b: ((a, b), a)), 6, 6),
+    "dataset of names": (dataset(X, Y).map(lambda a, b: ({"inputs": a}, b)), 6, 6),
+    "endless dataset": (dataset(X, Y).repeat(), 6, None),
+    "PyDataset": (Batches((X[:6], Y[:6]), (X[6:10], Y[6:10])), 6, 2),
+}
+
+
+@pytest.mark.parametrize("kind", DATA)
+def test_sizes_are_taken_from_the_data(kind, method):
+    data, batch_size, steps = DATA[kind]
+    optimizer = method(batch_size=None, **({"steps_per_epoch": None} if method is METHODS["HyLo"] else {}))
+    if method is METHODS["HyLo"] and steps is None:
+        with pytest.raises(ValueError, match="`mode='switch'` decides once an epoch.*steps_per_epoch=391"):
+            keras_ngd.capture(mlp(), optimizer, data=data)
+        assert optimizer.steps_per_epoch is None
+        return
+    model = mlp()
+    keras_ngd.capture(model, optimizer, data=data)
+    assert optimizer.batch_size == batch_size
+    assert optimizer.get_config()["batch_size"] == batch_size
+    assert model.layers[1].statistics.batch_size == batch_size
+    if method is METHODS["HyLo"]:
+        assert optimizer.steps_per_epoch == optimizer.get_config()["steps_per_epoch"] == steps
+
+
+def fixed(batch_size):
+    """A model whose batch dimension is known."""
+    inputs = keras.Input((4,), batch_size=batch_size)
+    return keras.Model(inputs, layers.Dense(4, name="outputs")(inputs), name="fixed")
+
+
+def test_the_batch_size_of_the_model_is_the_last_resort(method):
+    for given, data, expected in ((None, None, 16), (None, X[:6], 6), (12, X[:6], 12)):
+        optimizer = method(batch_size=given)
+        keras_ngd.capture(fixed(16), optimizer, data=data)
+        assert optimizer.batch_size == expected
+
+
+def test_an_unknown_batch_size(method):
+    model, optimizer = mlp(), method(batch_size=None)
+    name, count = type(optimizer).__name__, len(model.weights)
+    with pytest.raises(ValueError, match=rf"{name} keeps a row for each example.*model 'mlp'.*{name}\(..., batch_size="):
+        keras_ngd.capture(model, optimizer)
+    assert len(model.weights) == count
+    with pytest.raises(ValueError, match="keeps a row for each example"):
+        keras_ngd.capture(model, optimizer, data=X[:0])
+    different = [keras.Input((4,), batch_size=size) for size in (4, 6)]
+    with pytest.raises(ValueError, match="keras_ngd.capture.*data=train_dataset.*batch_size=128"):
+        keras_ngd.capture(keras.Model(different, [layers.Dense(2)(x) for x in different]), optimizer)
+    assert optimizer.batch_size is None
+    keras_ngd.capture(model, optimizer, data=X[:7])
+    assert optimizer.batch_size == 7
+
+
+def test_a_batch_larger_than_there_is_room_for(method):
+    """Where the model or the trace knows its size."""
+    for model in (fixed(16), mlp()):
+        with pytest.raises(
+            ValueError, match="Layer 'outputs' sees 16 examples in a batch, but was captured for 8.*`batch_size`.*skip="
+        ):
+            fit(captured(model, method()), *regression(), batch_size=16)
+
+
+def test_a_batch_larger_than_there_is_room_for_after_others():
+    """TensorFlow's traces no longer know sizes once these change."""
+    model = captured(mlp(), METHODS["SNGD"]())
+    x, y = regression()
+    fit(model, x[:8], y[:8])
+    kind, message = ValueError, "sees 16 examples in a batch, but was captured for 8"
+    if keras.backend.backend() == "tensorflow":
+        import tensorflow as tf
+
+        kind, message = tf.errors.InvalidArgumentError, "A batch has more examples than the optimizer.*`batch_size`, 8"
+    with pytest.raises(kind, match=message):
+        fit(model, x, y, batch_size=16)
+
+
+# Misuse
+
+
+# JAX without jit is very slow.
+@pytest.mark.parametrize("jit_compile", [True] if small.JIT else [True, False])
+@pytest.mark.parametrize("name", ONE_ROW_EACH)
+def test_a_layer_called_twice(name, jit_compile):
+    def model():
+        inputs, layer = keras.Input((4,)), layers.Dense(4, name="twice")
+        return keras.Model(inputs, layers.Dense(4, name="once")(layer(layer(inputs))))
+
+    message = f"Layer 'twice' is called several times in a training step, and what {name} records .*skip=..twice"
+    with pytest.raises(ValueError, match=message):
+        fit(captured(model(), METHODS[name](), jit_compile=jit_compile), *regression())
+    if jit_compile == small.JIT:
+        without = captured(model(), METHODS[name](), skip="twice")
+        fit(without, *regression(16))
+        assert without.optimizer.factor_updates == 2
+
+
+@pytest.mark.parametrize(
+    ("argument", "values", "message"),
+    [
+        ("damping", [0, 0.0, -1.0, float("nan"), None], "`damping` must be a positive float"),
+        ("interval", [0, -1, 1.5, True, None], "`interval` must be an int of at least 1"),
+        ("batch_size", [0, -8, 8.0, True, "8"], "`batch_size` must be an int of at least 1"),
+        ("losses_per_example", [0, -1, float("nan"), None], "`losses_per_example` must be a number above 0"),
+        ("kl_clip", [0, -1.0, float("nan")], "`kl_clip` must be a positive float or None"),
+        ("factor_interval", [1], "has one `interval`, not `factor_interval`"),
+        ("inverse_interval", [1], "has one `interval`, not `inverse_interval`"),
+        ("gradient_accumulation_steps", [2], "does not support `gradient_accumulation_steps`"),
+    ],
+)
+def test_argument_out_of_range(argument, values, message, method):
+    for value in values:
+        with pytest.raises(ValueError, match=message) as caught:
+            method(**{argument: value})
+        if "interval`, not" not in message:
+            assert f"{value}" in str(caught.value).split("Received:")[1]
+
+
+def test_captured_for_another_batch_size(method):
+    model = mlp()
+    keras_ngd.capture(model, method(batch_size=16))
+    with pytest.raises(ValueError, match="Layer 'hidden' was captured for another optimizer.*'batch_size': 16"):
+        fit(compiled(model, method()), *regression())
+
+
+def test_config_comes_back(method):
+    optimizer = method(
+        learning_rate=keras.optimizers.schedules.CosineDecay(0.1, 100),
+        damping=keras.optimizers.schedules.ExponentialDecay(0.1, 10, 0.5),
+        interval=keras_ngd.schedules.GrowingInterval(10, 1.5, 100),
+        momentum=0.5,
+        losses_per_example=4,
+        kl_clip=None,
+        weight_decay=5e-4,
+        name="mine",
+    )
+    config = json.loads(json.dumps(keras.saving.serialize_keras_object(optimizer)))
+    again = keras.saving.deserialize_keras_object(config)
+    assert type(again) is type(optimizer)
+    assert again.get_config() == optimizer.get_config()
+    assert (again.batch_size, again.losses_per_example, again.kl_clip, again.name) == (8, 4.0, None, "mine")
+    assert again.interval.get_config() == optimizer.interval.get_config()
+    plain = method()
+    assert type(plain).from_config(json.loads(json.dumps(plain.get_config()))).get_config() == plain.get_config()
+
+
+def test_statistics_come_back():
+    for make in METHODS.values():
+        made = make().make_statistics(None)
+        again = type(made).from_config(json.loads(json.dumps(made.get_config())))
+        assert again.spec == made.spec
+
+
+def test_capture_for_one_method_after_the_other():
+    model = mlp()
+    for make in (*METHODS.values(), small.kfac):
+        optimizer = make()
+        keras_ngd.capture(model, optimizer)
+        optimizer.build(model.trainable_variables)
+        assert {block.statistics.spec[0] for block in optimizer.layout.blocks} == {optimizer.make_statistics(None).spec[0]}
+    keras_ngd.release(model)
+    assert not statistics(model)
