@@ -3,7 +3,7 @@
     python examples/unet_segmentation.py                               # offline: a few minutes on two cores
     python examples/unet_segmentation.py --dataset=oxford_iiit_pet     # pets before their background, which downloads
 
-Learning rates and dampings are the best of four to thirteen trials for each method, by the loss on a fifth of the offline
+Learning rates and dampings are the best of four to fifteen trials for each method, by the loss on a fifth of the offline
 training images that was held out, at another seed. All learning rates fall to zero.
 """
 

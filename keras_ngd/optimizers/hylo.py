@@ -31,7 +31,7 @@ class HyLo(SNGD):
     or more in length, and where the learning rate decayed; KIS where neither did (eq. 10).
 
     ```python
-    optimizer = keras_ngd.HyLo(learning_rate=0.05, damping=0.01, batch_size=128, steps_per_epoch=391)
+    optimizer = keras_ngd.HyLo(learning_rate=0.05, damping=0.1, batch_size=128, steps_per_epoch=391)
     keras_ngd.capture(model, optimizer)  # or, without the two numbers: capture(model, optimizer, data=train_dataset)
     model.compile(optimizer=optimizer, loss="sparse_categorical_crossentropy")
     model.fit(x, y, batch_size=128)
@@ -40,7 +40,7 @@ class HyLo(SNGD):
     Args:
         learning_rate: float, `LearningRateSchedule` or callable. Default 0.05.
         damping: positive float or `LearningRateSchedule`: what is added to the curvature; the gradient's part outside the
-            chosen rows is divided by it alone. Default 0.01.
+            chosen rows is divided by it alone, so that far smaller ones take steps far too long. Default 0.1.
         momentum: float in [0, 1). Default 0.9.
         interval: int or schedule: steps between updates. Default 10.
         batch_size: int, the largest batch that will be seen; smaller ones are exact. Default None: from `capture`'s
@@ -69,7 +69,7 @@ class HyLo(SNGD):
     def __init__(
         self,
         learning_rate=0.05,
-        damping=0.01,
+        damping=0.1,
         momentum=0.9,
         interval=10,
         batch_size=None,

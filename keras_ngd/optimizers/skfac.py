@@ -27,7 +27,7 @@ class SKFAC(RowMethod):
     ("Spatial Subsampling"). Clip and step are KFAC's.
 
     ```python
-    optimizer = keras_ngd.SKFAC(learning_rate=0.05, damping=0.01, batch_size=128)
+    optimizer = keras_ngd.SKFAC(learning_rate=0.05, damping=0.03, batch_size=128)
     keras_ngd.capture(model, optimizer)
     model.compile(optimizer=optimizer, loss="sparse_categorical_crossentropy")
     model.fit(x, y, batch_size=128)
@@ -35,8 +35,9 @@ class SKFAC(RowMethod):
 
     Args:
         learning_rate: float, `LearningRateSchedule` or callable. Default 0.05.
-        damping: positive float or `LearningRateSchedule`, as for `keras_ngd.KFAC`. Woodbury's identity loses digits where a
-            factor's largest eigenvalue is more than a thousand times what is added to it. Default 0.01.
+        damping: positive float or `LearningRateSchedule`, as for `keras_ngd.KFAC`; factors of one batch alone may need
+            more than KFAC's averages. Woodbury's identity loses digits where a factor's largest eigenvalue is more than a
+            thousand times what is added to it. Default 0.03.
         momentum: float in [0, 1). Default 0.9.
         interval: int or schedule: steps between updates. Default 10.
         batch_size: int, the largest batch that will be seen; smaller ones are exact. Default None: from `capture`'s
@@ -59,7 +60,7 @@ class SKFAC(RowMethod):
     def __init__(
         self,
         learning_rate=0.05,
-        damping=0.01,
+        damping=0.03,
         momentum=0.9,
         interval=10,
         batch_size=None,

@@ -23,7 +23,7 @@ class SNGD(RowMethod):
     example: the cost is that of the batch size cubed and does not depend on the layer's.
 
     ```python
-    optimizer = keras_ngd.SNGD(learning_rate=0.05, damping=0.01, batch_size=128)
+    optimizer = keras_ngd.SNGD(learning_rate=0.05, damping=0.1, batch_size=128)
     keras_ngd.capture(model, optimizer)
     model.compile(optimizer=optimizer, loss="sparse_categorical_crossentropy")
     model.fit(x, y, batch_size=128)
@@ -32,7 +32,7 @@ class SNGD(RowMethod):
     Args:
         learning_rate: float, `LearningRateSchedule` or callable. Default 0.05.
         damping: positive float or `LearningRateSchedule`: what is added to the curvature. In float32, keep it above a
-            ten-thousandth of the kernel matrices' largest eigenvalues. Default 0.01.
+            ten-thousandth of the kernel matrices' largest eigenvalues. Default 0.1.
         momentum: float in [0, 1). Default 0.9.
         interval: int or schedule: steps between updates; in between, the last recorded batch's curvature is used. Default 1.
         batch_size: int, the largest batch that will be seen; smaller ones are exact. Default None: from `capture`'s
@@ -49,7 +49,7 @@ class SNGD(RowMethod):
     def __init__(
         self,
         learning_rate=0.05,
-        damping=0.01,
+        damping=0.1,
         momentum=0.9,
         interval=1,
         batch_size=None,

@@ -87,9 +87,7 @@ def test_before_the_first_refresh_gradients_pass_through(sides):
     curvature = WoodburyCurvature(2, (x.shape[1:], y.shape[1:]), "float32", "pi")
     curvature.build(lambda shape, initializer, dtype, name: keras.Variable(initializer, shape, dtype, name=name))
     state = [np.asarray(v) for v in curvature.variables]
-    np.testing.assert_array_equal(
-        run(lambda v, *state: curvature.precondition(v, DAMPING, state), v, *state, x, y), v
-    )
+    np.testing.assert_array_equal(run(lambda v, *state: curvature.precondition(v, DAMPING, state), v, *state, x, y), v)
     assert curvature.bytes == sum(v.nbytes for v in state)
 
 

@@ -49,33 +49,32 @@ def sngd_weights(repeated=1):
     return weights(model)
 
 
-EQUAL = {
-    "KID of all rows": ({"mode": "kid", "rank": 1.0}, 1),
-    "KID of all that differ": ({"mode": "kid", "rank": 4}, 2),
-    "KID of more than differ, without the residual": ({"mode": "kid", "rank": 6, "residual": False}, 2),
-    "KIS of all rows": ({"mode": "kis", "rank": 8}, 1),
-    "the paper's KIS of all rows": ({"mode": "kis", "rank": 1.0, "sampling": "paper", "power": 1.0}, 1),
-}
-
-
-@pytest.mark.parametrize("kind", EQUAL)
-def test_is_sngd(kind, float64):
+@pytest.mark.parametrize(
+    ("arguments", "repeated"),
+    [
+        pytest.param({"mode": "kid", "rank": 1.0}, 1, id="KID of all rows"),
+        pytest.param({"mode": "kid", "rank": 5}, 2, id="KID of more than differ"),
+        pytest.param(
+            {"mode": "kid", "rank": 4, "residual": False}, 2, id="KID without residual", marks=pytest.mark.slow
+        ),
+        pytest.param({"mode": "kis", "rank": 8}, 1, id="KIS of all rows"),
+        pytest.param(
+            {"mode": "kis", "rank": 1.0, "sampling": "paper", "power": 1.0},
+            1,
+            id="the paper's KIS of all rows",
+            marks=pytest.mark.slow,
+        ),
+    ],
+)
+def test_is_sngd(arguments, repeated, float64):
     """A whole training, to rounding."""
-    arguments, repeated = EQUAL[kind]
     model = captured(network(), keras_ngd.HyLo(interval=1, **ARGUMENTS, **arguments))
     fit(model, *signals(repeated))
     assert_close(weights(model), sngd_weights(repeated), tolerance=1e-9)
     assert model.optimizer.inverse_updates == 3
 
 
-def test_fewer_rows_than_that_are_not_sngd(float64):
-    model = captured(network(), keras_ngd.HyLo(interval=1, mode="kid", rank=3, **ARGUMENTS))
-    fit(model, *signals())
-    found, expected = weights(model).values(), sngd_weights().values()
-    assert max(error(a, b) for a, b in zip(found, expected, strict=True)) > 1e-3
-
-
-@pytest.mark.parametrize("residual", [True, False])
+@pytest.mark.parametrize("residual", [True, pytest.param(False, marks=pytest.mark.slow)])
 def test_steps_are_the_papers(residual, float64):
     """KID of three rows of eight, from the rows and the definition; what it leaves out is divided by the damping alone."""
     damping = 2.0**-2
@@ -99,18 +98,6 @@ def test_steps_are_the_papers(residual, float64):
         assert error(found, preconditioned(a, ghat, damping)) > 1e-3
 
 
-def test_between_updates_the_last_recorded_batch_counts():
-    model = captured(mlp(), keras_ngd.HyLo(interval=3, batch_size=8, rank=4, mode="kis"))
-    x, y = regression()
-    kept = []
-    for i in range(4):
-        model.train_on_batch(x[8 * i : 8 * i + 8], y[8 * i : 8 * i + 8])
-        kept.append([array(v) for v in model.layers[1].statistics.averages])
-    assert all(np.array_equal(one, other) for one, other in zip(kept[0], kept[2], strict=True))
-    assert not np.array_equal(kept[2][0], kept[3][0])
-    assert model.optimizer.factor_updates == model.optimizer.inverse_updates == 2
-
-
 def test_the_probe_knows_the_damping_of_its_step():
     """It interpolates with the damping that the step's gradients will be preconditioned with."""
     schedule = keras.optimizers.schedules.PiecewiseConstantDecay([0, 1], [0.5, 0.25, 0.125])
@@ -123,19 +110,21 @@ def test_the_probe_knows_the_damping_of_its_step():
         np.testing.assert_array_equal(np.concatenate(used), [expected] * 2)
 
 
-@pytest.mark.parametrize("mode", ["kid", "kis"])
-def test_trains(mode):
-    optimizer = keras_ngd.HyLo(learning_rate=0.03, damping=0.1, interval=2, batch_size=8, rank=0.5, mode=mode)
+def test_trains():
+    optimizer = keras_ngd.HyLo(
+        learning_rate=0.03, damping=0.1, interval=2, batch_size=8, rank=0.5, steps_per_epoch=4, eta=1e9
+    )
     losses = fit(captured(mlp(), optimizer), *regression(), epochs=10).history["loss"]
     assert losses[-1] < 0.6 * losses[0]
     assert optimizer.skipped_steps == optimizer.skipped_statistics == 0
+    assert optimizer.switch_report()["mode"] == "kis"
 
 
 def everything(model):
     return {f"{i} {v.path}": array(v) for i, v in enumerate(model.weights + model.optimizer.variables)}
 
 
-@pytest.mark.parametrize("mode", ["switch", "random"])
+@pytest.mark.parametrize("mode", ["switch", pytest.param("random", marks=pytest.mark.slow)])
 def test_survives_saving(mode, tmp_path):
     """In the middle of an epoch, its sum of gradients half done: loaded, training goes on to the same bits."""
     optimizer = keras_ngd.HyLo(
@@ -162,6 +151,23 @@ def test_draws_follow_the_seed_and_the_layer():
     assert len(draws) == len(set(draws)) == 6
 
 
+@pytest.mark.skipif(small.JIT, reason="JAX without jit is very slow")
+@pytest.mark.xfail(
+    reason="the first backward pass runs before the optimizer is built, with other controls", strict=False
+)
+def test_run_eagerly_it_does_the_same():
+    """From the first step: its damping, its seed, and a number for each layer to draw by."""
+    found = []
+    for run_eagerly in (True, False):
+        keras.utils.set_random_seed(0)
+        optimizer = keras_ngd.HyLo(interval=1, batch_size=8, rank=3, mode="kis", damping=0.5, seed=5)
+        model = captured(mlp(), optimizer, run_eagerly=run_eagerly)
+        fit(model, *regression(16))
+        found.append(statistics(model))
+    small.assert_close(*found, tolerance=1e-4)
+
+
+@pytest.mark.skipif(small.JIT, reason="JAX compiles it anyway")
 @pytest.mark.slow
 def test_compiled_by_xla_it_does_the_same():
     """But for its draws, of which TensorFlow's depend on whether it is."""
@@ -178,6 +184,7 @@ def test_compiled_by_xla_it_does_the_same():
     assert_close(*trained, tolerance=1e-3)
 
 
+@pytest.mark.skipif(small.JIT, reason="JAX compiles it anyway")
 @pytest.mark.slow
 @pytest.mark.parametrize("mode", ["switch", "random"])
 def test_compiled_by_xla_it_switches(mode):
@@ -223,7 +230,9 @@ def test_bad_arguments(arguments, message):
         keras_ngd.HyLo(**arguments)
 
 
-@pytest.mark.parametrize(("rank", "rows"), [(1, 1), (0.1, 1), (0.25, 2), (0.3, 2), (0.5, 4), (1.0, 8), (np.int64(8), 8)])
+@pytest.mark.parametrize(
+    ("rank", "rows"), [(1, 1), (0.1, 1), (0.25, 2), (0.3, 2), (0.5, 4), (1.0, 8), (np.int64(8), 8)]
+)
 def test_rank_is_rows_or_a_share(rank, rows):
     optimizer = keras_ngd.HyLo(batch_size=8, rank=rank, mode="kis")
     model = mlp()

@@ -117,19 +117,20 @@ def test_between_updates_the_last_recorded_batch_counts():
 
 
 def test_trains():
-    model = captured(mlp(), keras_ngd.SNGD(batch_size=8))
+    model = captured(mlp(), keras_ngd.SNGD(batch_size=8, damping=0.01))
     losses = fit(model, *regression(), epochs=6).history["loss"]
     assert losses[-1] < 0.5 * losses[0]
     assert model.optimizer.factor_updates == model.optimizer.inverse_updates == 24
     assert model.optimizer.skipped_steps == model.optimizer.skipped_statistics == 0
 
 
+@pytest.mark.skipif(small.JIT, reason="JAX compiles it anyway")
 @pytest.mark.slow
 def test_compiled_by_xla_it_does_the_same():
     trained = []
     for jit_compile in (True, False):
         keras.utils.set_random_seed(0)
-        model = captured(mlp(), keras_ngd.SNGD(batch_size=8), jit_compile=jit_compile)
+        model = captured(mlp(), keras_ngd.SNGD(batch_size=8, damping=0.1), jit_compile=jit_compile)
         fit(model, *regression())
         trained.append(small.weights(model))
     small.assert_close(*trained, tolerance=1e-4)

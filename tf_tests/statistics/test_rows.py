@@ -30,9 +30,7 @@ def observe(model, x, y, optimizer=None, jit_compile=small.JIT, **fitting):
 
 
 def check_rows(layer, a, ghat, divisor=BATCH, mask=None, tolerance=1e-5):
-    for rows, expected in zip(
-        layer.statistics.averages, low_rank.example_rows(a, ghat, divisor, mask), strict=True
-    ):
+    for rows, expected in zip(layer.statistics.averages, low_rank.example_rows(a, ghat, divisor, mask), strict=True):
         examples = expected.shape[1]
         close(np.asarray(rows)[:, :examples], expected, tolerance)
         assert not np.asarray(rows)[:, examples:].any()
