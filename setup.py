@@ -13,7 +13,7 @@ VERSION = re.search(r'^__version__ = "(.+)"$', (ROOT / "keras_ngd" / "__init__.p
 DATASETS = ["tensorflow-datasets", "scikit-learn", "importlib_resources"]
 PLOTS = ["matplotlib"]
 JAX = ["jax"]
-BENCHMARKS = [*DATASETS, *PLOTS, *JAX, "tqdm"]
+BENCHMARKS = [*DATASETS, *PLOTS, *JAX, "scipy", "tqdm"]
 
 setup(
     name="keras_ngd",

