@@ -187,7 +187,9 @@ def dtype_name(tensor):
 
 
 def uniform(shape, seed, dtype):
-    """Uniform random numbers in (0, 1), the same for the same seed wherever and whenever they are drawn.
+    """Uniform random numbers in (0, 1), the same whenever they are drawn with the same seed.
+
+    (On TensorFlow, other ones where XLA compiles them.)
 
     Args:
         shape: static shape.

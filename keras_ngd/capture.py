@@ -98,6 +98,8 @@ def capture(model, optimizer, skip=None, data=None):
                 for name in layer.path.split("/"):
                     scopes.enter_context(keras.name_scope(name))
                 layer.attach_statistics(optimizer.make_statistics(layer))
+            # Eager training records its first batch before it builds the optimizer, which starts all again in its order.
+            optimizer.start_statistics(layer.statistics, sum(entry.captured for entry in entries))
             entries.append(_describe(layer, optimizer))
     _forget_compiled_functions(model)
     return CaptureReport(entries)

@@ -10,7 +10,7 @@ def importance(a, g, power):
 
     All zero where all rows are.
     """
-    scores = ops.sqrt(ops.sum(a * a, axis=2) * ops.sum(g * g, axis=2))
+    scores = ops.sqrt(ops.sum(a * a, axis=2)) * ops.sqrt(ops.sum(g * g, axis=2))
     largest = ops.max(scores, axis=1, keepdims=True)
     scores = ops.power(scores / ops.where(largest > 0, largest, ops.ones_like(largest)), power)
     total = ops.sum(scores, axis=1, keepdims=True)

@@ -9,9 +9,11 @@ from keras_ngd.statistics.low_rank import KID, KIS
 STATE = ("mode", "epochs", "norm", "previous_norm", "rate", "previous_rate")
 
 
-def initial_state():
-    """The state before the first step: KID."""
-    return ops.convert_to_tensor([KID, 0.0, 0.0, 0.0, -1.0, -1.0])
+def initial_state(mode=KID):
+    """The state before the first step."""
+    return ops.stack(
+        [ops.cast(mode, "float32"), *ops.unstack(ops.convert_to_tensor([0.0, 0.0, 0.0, -1.0, -1.0], "float32"))]
+    )
 
 
 def after_epoch(state, norm, rate, eta, decay_ratio):

@@ -1,6 +1,7 @@
 """HyLo: hybrid low-rank natural gradient descent."""
 
 import math
+import numbers
 
 import keras
 from keras import ops
@@ -155,7 +156,7 @@ class HyLo(SNGD):
             return
         self._switch = self._add_state(
             (len(gradient_switch.STATE),),
-            lambda shape, dtype=None: gradient_switch.initial_state(),
+            lambda shape, dtype=None: gradient_switch.initial_state(self._first_mode()),
             "float32",
             "gradient_switch",
         )
@@ -170,15 +171,14 @@ class HyLo(SNGD):
             return 0
         return sum(math.prod(v.shape) * (8 if v.dtype == "float64" else 4) for v in _parts(block))
 
-    def start_statistics(self, block, number):
-        super().start_statistics(block, number)
-        block.statistics.draw.assign([self.seed * 4096 + number, 0])
-        block.statistics.damping.assign(self._damping_for_probe(0))
-        # The state itself may not have a value yet: TensorFlow initializes what is made in a trace at its end.
-        first = self._coin(0.0) if self.mode == "random" else KIS if self.mode == "kis" else KID
-        if self.mode == "random":
-            self._switch.assign(ops.stack([first, *ops.unstack(gradient_switch.initial_state())[1:]]))
-        block.statistics.gate.assign(first)
+    def start_statistics(self, statistics, number):
+        super().start_statistics(statistics, number)
+        statistics.draw.assign([self.seed * 4096 + number, 0])
+        statistics.damping.assign(self._damping_for_probe(0))
+        statistics.gate.assign(self._first_mode())
+
+    def _first_mode(self):
+        return self._coin(0.0) if self.mode == "random" else ops.convert_to_tensor(KIS if self.mode == "kis" else KID)
 
     def _damping_for_probe(self, step):
         return schedules.value_at(self.damping, step) * (self.loss_scale_factor or 1.0) ** 2
@@ -265,8 +265,8 @@ def _check_rank(rank, batch_size):
         if batch_size is not None and rank > batch_size:
             raise ValueError(f"`rank` must not exceed the batch size. Received: rank={rank}, batch_size={batch_size}")
         return int(rank)
-    if isinstance(rank, float) and 0 < rank <= 1:
-        return rank
+    if schedules.is_number(rank) and not isinstance(rank, numbers.Integral) and 0 < rank <= 1:
+        return float(rank)
     raise ValueError(
         "`rank` must be an int from 1 to the batch size, a number of rows, or a float in (0, 1], a share of the batch. "
         f"Received: rank={rank!r}"

@@ -129,7 +129,7 @@ class NaturalGradient(StrictState, WeightAveraging, keras.optimizers.SGD):
             if not self._restore_pending():
                 # A checkpoint restored here has brought its own gates, with the statistics.
                 for number, block in enumerate(layout.blocks):
-                    self.start_statistics(block, number)
+                    self.start_statistics(block.statistics, number)
 
     def build_curvature(self, layout):
         """Creates the curvatures, and lists in `_refreshed` all variables that a refresh renews."""
@@ -138,9 +138,9 @@ class NaturalGradient(StrictState, WeightAveraging, keras.optimizers.SGD):
             group.curvature.build(self._add_state)
         self._refreshed = [variable for group in layout.groups for variable in group.curvature.variables]
 
-    def start_statistics(self, block, number):
-        """Opens a block's gate for the first batch; `number` is the block's in the layout."""
-        block.statistics.gate.assign(1.0)
+    def start_statistics(self, statistics, number):
+        """Opens the gate of the layer `number` for the first batch."""
+        statistics.gate.assign(1.0)
 
     def _add_state(self, shape, initializer, dtype, name):
         return self.add_variable(shape, initializer=initializer, dtype=dtype, name=name)

@@ -13,7 +13,7 @@ def first_batch(data):
         data = data[0]
     elif hasattr(data, "element_spec"):
         data = next(iter(data.take(1)), None)
-    return data[0] if isinstance(data, (tuple, list)) else data
+    return (data[0] if len(data) else None) if isinstance(data, (tuple, list)) else data
 
 
 def steps_in(data):
@@ -66,7 +66,7 @@ class RowMethod(NaturalGradient):
 
     def measure(self, model, data):
         if self.batch_size is None and data is not None:
-            leaves = tree.flatten(first_batch(data))
+            leaves = [leaf for leaf in tree.flatten(first_batch(data)) if getattr(leaf, "shape", ())]
             self.batch_size = int(leaves[0].shape[0]) if leaves else None
         if self.batch_size is None:
             sizes = {tensor.shape[0] for tensor in tree.flatten(getattr(model, "inputs", None) or [])}

@@ -115,9 +115,9 @@ class SKFAC(RowMethod):
         shapes = [tuple(side.shape[1:]) for side in sides]
         return WoodburyCurvature(group.count, shapes, sides[0].dtype, self.damping_mode)
 
-    def start_statistics(self, block, number):
-        super().start_statistics(block, number)
-        block.statistics.draw.assign([self.seed * 4096 + number, 0])
+    def start_statistics(self, statistics, number):
+        super().start_statistics(statistics, number)
+        statistics.draw.assign([self.seed * 4096 + number, 0])
 
     def curvature_input(self, statistics, averages, calls):
         a, g = statistics.scaled(averages)

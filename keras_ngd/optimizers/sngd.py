@@ -58,6 +58,8 @@ class SNGD(RowMethod):
         name="sngd",
         **kwargs,
     ):
+        if "factor_decay" in kwargs:
+            raise ValueError(f"{type(self).__name__} averages nothing, so it takes no `factor_decay`.")
         super().__init__(
             learning_rate,
             damping,

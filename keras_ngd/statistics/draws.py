@@ -22,4 +22,4 @@ class Draws:
 
     @staticmethod
     def next_draw(draw):
-        return draw + ops.convert_to_tensor([0.0, 1.0])
+        return draw + ops.convert_to_tensor([0.0, 1.0], dtype=draw.dtype)

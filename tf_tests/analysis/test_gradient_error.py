@@ -42,12 +42,12 @@ def sngd(layer, damping):
 
 
 def kid(layer, damping, rank):
-    """HyLo, eq. 8, with the pivots of a Cholesky factorization, for which its core is `P^T (Q + damping I)^-1 P`."""
+    """HyLo, eq. 8, with the longest columns for pivots of a Cholesky factorization, for which its core is `P^T (Q + damping I)^-1 P`."""
     u = outer_products(layer)
     q = u @ u.T
     left, chosen = q.copy(), []
     for _ in range(rank):
-        pivot = int(np.argmax(np.diag(left)))
+        pivot = int(np.argmax(np.linalg.norm(left, axis=0)))
         chosen.append(pivot)
         left = left - np.outer(left[pivot], left[pivot]) / left[pivot, pivot]
     p = q[:, chosen] @ np.linalg.inv(q[np.ix_(chosen, chosen)])

@@ -49,7 +49,6 @@ def sngd_weights(repeated=1):
     return weights(model)
 
 
-@pytest.mark.xfail(small.JIT, reason="float64 on JAX: `Draws.next_draw` adds a float64 to a float32", strict=False)
 @pytest.mark.parametrize(
     ("arguments", "repeated"),
     [
@@ -75,7 +74,6 @@ def test_is_sngd(arguments, repeated, float64):
     assert model.optimizer.inverse_updates == 3
 
 
-@pytest.mark.xfail(small.JIT, reason="float64 on JAX: `Draws.next_draw` adds a float64 to a float32", strict=False)
 @pytest.mark.parametrize("residual", [True, pytest.param(False, marks=pytest.mark.slow)])
 def test_steps_are_the_papers(residual, float64):
     """KID of three rows of eight, from the rows and the definition; what it leaves out is divided by the damping alone."""
@@ -154,9 +152,6 @@ def test_draws_follow_the_seed_and_the_layer():
 
 
 @pytest.mark.skipif(small.JIT, reason="JAX without jit is very slow")
-@pytest.mark.xfail(
-    reason="the first backward pass runs before the optimizer is built, with other controls", strict=False
-)
 def test_run_eagerly_it_does_the_same():
     """From the first step: its damping, its seed, and a number for each layer to draw by."""
     found = []

@@ -55,7 +55,6 @@ SAME = {
 }
 
 
-@pytest.mark.xfail(small.JIT, reason="float64 on JAX: `Draws.next_draw` adds a float64 to a float32", strict=False)
 @pytest.mark.parametrize("kind", SAME)
 def test_is_kfac_on_one_batch(kind, float64):
     ours, theirs = SAME[kind]

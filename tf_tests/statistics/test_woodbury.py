@@ -165,7 +165,6 @@ def test_a_smaller_last_batch_is_exact():
         check_factors(layer, a, ghat, sharing, divisor=4)
 
 
-@pytest.mark.xfail(small.JIT, reason="float64 on JAX: `Draws.next_draw` adds a float64 to a float32", strict=False)
 def test_float64(float64):
     layer, batch = convolution(1, 4, 3), 8
     model = keras.Sequential([keras.Input((4, 3)), layer])
