@@ -42,7 +42,7 @@ def sngd(layer, damping):
 
 
 def kid(layer, damping, rank):
-    """HyLo, eq. 8, with the longest columns for pivots of a Cholesky factorization, for which its core is `P^T (Q + damping I)^-1 P`."""
+    """HyLo, eq. 8, with the longest columns for pivots, for which its core is `P^T (Q + damping I)^-1 P`."""
     u = outer_products(layer)
     q = u @ u.T
     left, chosen = q.copy(), []
