@@ -12,6 +12,7 @@ from keras_ngd.optimizers import gradient_switch
 from keras_ngd.optimizers.row_method import steps_in
 from keras_ngd.optimizers.sngd import SNGD
 from keras_ngd.statistics import LowRankStatistics
+from keras_ngd.statistics.draws import LAYERS, draw_number
 from keras_ngd.statistics.low_rank import KID, KIS
 
 MODES = ("switch", "kid", "kis", "random")
@@ -173,7 +174,7 @@ class HyLo(SNGD):
 
     def start_statistics(self, statistics, number):
         super().start_statistics(statistics, number)
-        statistics.draw.assign([self.seed * 4096 + number, 0])
+        statistics.start_draws(self.seed, number)
         statistics.damping.assign(self._damping_for_probe(0))
         statistics.gate.assign(self._first_mode())
 
@@ -187,7 +188,7 @@ class HyLo(SNGD):
         return [(block.statistics.damping, self._damping_for_probe(step + 1))]
 
     def _coin(self, epoch):
-        seed = ops.stack([float(self.seed * 4096 + 4095), epoch])
+        seed = ops.stack([float(draw_number(self.seed, LAYERS - 1)), epoch])
         return ops.where(backend.uniform((), ops.cast(seed, "int32"), "float32") < 0.5, KIS, KID)
 
     def _mode(self):

@@ -254,10 +254,10 @@ class NaturalGradient(StrictState, WeightAveraging, keras.optimizers.SGD):
         opened = self._count_statistics(grads, index, step)
         damping = schedules.value_at(self.damping, step)
 
-        def inputs():
+        def inputs(blocks):
             return {
                 block: self.curvature_input(block.statistics, averages[block], grads[index(block.statistics.calls)])
-                for block in self.layout.blocks
+                for block in blocks
             }
 
         self._refresh(inputs, damping, step, opened)
@@ -335,7 +335,7 @@ class NaturalGradient(StrictState, WeightAveraging, keras.optimizers.SGD):
         """Replaces the curvatures' states where a refresh is due."""
         old = [ops.convert_to_tensor(variable) for variable in self._refreshed]
         due = self.refresh_due(step, opened)
-        new = ops.cond(due, lambda: self.refresh(inputs(), damping, old), lambda: list(old))
+        new = ops.cond(due, lambda: self.refresh(inputs(self.layout.blocks), damping, old), lambda: list(old))
         for variable, value in zip(self._refreshed, new, strict=True):
             self.assign(variable, value)
         following = step + schedules.interval_at(self.inverse_interval, step)
@@ -381,7 +381,7 @@ class NaturalGradient(StrictState, WeightAveraging, keras.optimizers.SGD):
         return []
 
     def state_of(self, group, inputs):
-        """What the curvature of a group preconditions with; `inputs()` is what it was refreshed with."""
+        """What the curvature of a group preconditions with; `inputs(blocks)` is what these were refreshed with."""
         return [ops.convert_to_tensor(v) for v in group.curvature.variables]
 
     def _precondition(self, grads, index, damping, inputs):

@@ -84,7 +84,16 @@ class RowMethod(NaturalGradient):
         return opened
 
     def state_of(self, group, inputs):
-        return [*super().state_of(group, inputs), *stacked(group, inputs())]
+        return [*super().state_of(group, inputs), *stacked(group, inputs(group.blocks))]
+
+    def refresh_together(self, curvatures, inputs, damping):
+        """New states of all groups' curvatures from what they take."""
+        raise NotImplementedError
+
+    def refresh(self, inputs, damping, old):
+        groups = self.layout.groups
+        new = self.refresh_together([g.curvature for g in groups], [stacked(g, inputs) for g in groups], damping)
+        return [value for state in new for value in state]
 
     def curvature_input(self, statistics, averages, calls):
         # The mean over a layer's calls of `a`, and the sum of `g`: calls count like positions.

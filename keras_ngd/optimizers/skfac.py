@@ -1,13 +1,11 @@
 """SKFAC: KFAC with low-rank inverses."""
 
 import keras
-from keras import ops
 
 from keras_ngd import schedules
 from keras_ngd.curvature import WoodburyCurvature
 from keras_ngd.curvature.kronecker import DAMPING_MODES
 from keras_ngd.curvature.woodbury import refresh_together
-from keras_ngd.optimizers.natural_gradient import stacked
 from keras_ngd.optimizers.row_method import RowMethod
 from keras_ngd.statistics import WoodburyStatistics
 from keras_ngd.statistics.woodbury import are_rows
@@ -117,7 +115,7 @@ class SKFAC(RowMethod):
 
     def start_statistics(self, statistics, number):
         super().start_statistics(statistics, number)
-        statistics.draw.assign([self.seed * 4096 + number, 0])
+        statistics.start_draws(self.seed, number)
 
     def curvature_input(self, statistics, averages, calls):
         a, g = statistics.scaled(averages)
@@ -125,10 +123,8 @@ class SKFAC(RowMethod):
             return [a, g]
         return [a, g / self.loss_scale_factor ** (1 if are_rows(g) else 2)]
 
-    def refresh(self, inputs, damping, old):
-        groups = self.layout.groups
-        new = refresh_together([g.curvature for g in groups], [stacked(g, inputs) for g in groups], damping)
-        return [ops.convert_to_tensor(value) for state in new for value in state]
+    def refresh_together(self, curvatures, inputs, damping):
+        return refresh_together(curvatures, inputs, damping)
 
     def get_config(self):
         return {

@@ -4,7 +4,6 @@ import keras
 
 from keras_ngd.curvature import KernelCurvature
 from keras_ngd.curvature.kernel import refresh_together
-from keras_ngd.optimizers.natural_gradient import stacked
 from keras_ngd.optimizers.row_method import RowMethod
 from keras_ngd.statistics import RowStatistics
 
@@ -79,7 +78,5 @@ class SNGD(RowMethod):
         rows = group.blocks[0].statistics.averages[0]
         return KernelCurvature(group.count, rows.shape[1], rows.dtype)
 
-    def refresh(self, inputs, damping, old):
-        groups = self.layout.groups
-        new = refresh_together([g.curvature for g in groups], [stacked(g, inputs) for g in groups], damping)
-        return [value for state in new for value in state]
+    def refresh_together(self, curvatures, inputs, damping):
+        return refresh_together(curvatures, inputs, damping)

@@ -4,6 +4,14 @@ from keras import ops
 
 from keras_ngd import backend
 
+# Seeds are below this number, too: their product is the largest that a float32 counts to exactly.
+LAYERS = 2**12
+
+
+def draw_number(seed, layer):
+    """One number for a seed and a layer's number."""
+    return seed * LAYERS + layer
+
 
 class Draws:
     """Mixin for `Statistics` that draw random numbers: a control `draw`, of the layer's number and that of the next draw.
@@ -14,6 +22,10 @@ class Draws:
     def create_draw(self):
         self.draw = self._add("draw", (2,), "zeros", "float32")
         return self.draw
+
+    def start_draws(self, seed, number):
+        """Starts the draws of the layer `number`."""
+        self.draw.assign([draw_number(seed, number), 0])
 
     @staticmethod
     def uniform(draw, shape, dtype):

@@ -32,6 +32,12 @@ def _emission(observer, rows, x, ds, weights=None, *, values, controls):
     return (*new, gate / ops.maximum(calls, 1.0), ops.ones_like(calls), accepted)
 
 
+def mixed(average, value, gate):
+    """`(1 - gate) average + gate value`, for a gate of at most 1."""
+    mixing = ops.cast(ops.minimum(gate, 1.0), average.dtype)
+    return (1 - mixing) * average + mixing * value
+
+
 class Statistics(keras.layers.Layer):
     """Running averages of what one layer sees, updated in the backward pass.
 
@@ -126,12 +132,7 @@ class Statistics(keras.layers.Layer):
 
         The averages are used only where what was observed is `finite`.
         """
-        rate = ops.minimum(gate, 1.0)
-        new = []
-        for average, value in zip(averages, observed, strict=True):
-            mixing = ops.cast(rate, average.dtype)
-            new.append((1 - mixing) * average + mixing * value)
-        return new, controls
+        return [mixed(average, value, gate) for average, value in zip(averages, observed, strict=True)], controls
 
     def emit(self, rows, x, ds, weights, values):
         """New values of all weights from their old `values`: what the probe returns as their gradients."""

@@ -6,6 +6,7 @@ from keras import ops
 from keras_ngd import backend, schedules
 from keras_ngd.statistics.draws import Draws
 from keras_ngd.statistics.rows import RowStatistics, filled_up
+from keras_ngd.statistics.statistics import mixed
 
 CONVOLUTIONS = ("reduce", "subsample")
 
@@ -110,8 +111,7 @@ class WoodburyStatistics(Draws, RowStatistics):
             if are_rows(average):
                 new.append(ops.concatenate([value, average[:, : -value.shape[1]]], axis=1))
             else:
-                mixing = ops.cast(ops.minimum(gate, 1.0), average.dtype)
-                new.append((1 - mixing) * average + mixing * value)
+                new.append(mixed(average, value, gate))
         new.append(ops.concatenate([ops.ones_like(averages[2][:1]), self.decay * averages[2][:-1]]))
         return new, controls
 
