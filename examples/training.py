@@ -19,13 +19,14 @@ HYLO_MODES = ("switch", "kid", "kis", "random")
 FLAGS = flags.FLAGS
 
 
-def define_flags(learning_rates, dampings, epochs, batch_size, interval, output):
+def define_flags(learning_rates, dampings, epochs, batch_size, interval, output, skfac_history=1, hylo_rank=0.1):
     """Defines the flags that `train_all` and `finish` read, with these defaults.
 
     Args:
         learning_rates: by method.
         dampings: by second-order method.
         epochs, batch_size, interval, output: of all methods.
+        skfac_history, hylo_rank: of these methods.
     """
     flags.DEFINE_multi_enum("method", METHODS, METHODS, "Methods to train with; repeat for several. Default: all.")
     for method in METHODS:
@@ -33,7 +34,8 @@ def define_flags(learning_rates, dampings, epochs, batch_size, interval, output)
     for method in SECOND_ORDER:
         flags.DEFINE_float(f"{method}_damping", dampings[method], "What is added to the curvature.")
     flags.DEFINE_integer("interval", interval, "Steps between updates of the curvature.", lower_bound=1)
-    flags.DEFINE_float("hylo_rank", 0.1, "HyLo's rank, as a share of the batch.")
+    flags.DEFINE_integer("skfac_history", skfac_history, "Batches whose rows SKFAC keeps.", lower_bound=1)
+    flags.DEFINE_float("hylo_rank", hylo_rank, "HyLo's rank, as a share of the batch.")
     flags.DEFINE_enum("hylo_mode", "switch", HYLO_MODES, "How HyLo reduces a batch.")
     flags.DEFINE_integer("epochs", epochs, "Epochs of every method.", lower_bound=1)
     flags.DEFINE_integer("batch_size", batch_size, "Examples a step.", lower_bound=1)
@@ -61,7 +63,7 @@ def make_optimizer(method, steps_per_epoch, losses_per_example=1):
         return keras_ngd.KFAC(factor_interval=FLAGS.interval, inverse_interval=FLAGS.interval, **shared)
     shared = {**shared, "interval": FLAGS.interval, "batch_size": FLAGS.batch_size}
     if method == "skfac":
-        return keras_ngd.SKFAC(**shared)
+        return keras_ngd.SKFAC(history=FLAGS.skfac_history, **shared)
     return keras_ngd.HyLo(rank=FLAGS.hylo_rank, mode=FLAGS.hylo_mode, steps_per_epoch=steps_per_epoch, **shared)
 
 

@@ -1,6 +1,6 @@
 """Natural-gradient training for any Keras model, through plain `compile` and `fit`."""
 
-from keras_ngd import analysis, callbacks, layers, schedules
+from keras_ngd import analysis, callbacks, distributed, layers, schedules
 from keras_ngd.capture import capture, release
 from keras_ngd.optimizers import KFAC, SKFAC, SNGD, THOR, HyLo
 from keras_ngd.report import CaptureReport, LayerReport
@@ -18,6 +18,7 @@ __all__ = [
     "analysis",
     "callbacks",
     "capture",
+    "distributed",
     "layers",
     "release",
     "schedules",

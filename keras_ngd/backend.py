@@ -277,15 +277,25 @@ def is_sparse_tensor(x):
     return isinstance(x, sparse.JAXSparse)
 
 
-def parallel_workers():
-    """A description of the multi-worker set-up that is active, or None on one worker."""
-    horovod = sys.modules.get("horovod.tensorflow")
-    if horovod is not None and horovod.is_initialized() and horovod.size() > 1:
-        return f"Horovod with {horovod.size()} processes"
+def sparse(values, indices, like):
+    """A sparse gradient of the shape of the sparse gradient `like`."""
+    import tensorflow as tf
+
+    return tf.IndexedSlices(values, indices, like.dense_shape)
+
+
+def replicas():
+    """A description of the `tf.distribute` strategy of several replicas that is active, or None."""
     if name() == "tensorflow":
         import tensorflow as tf
 
-        replicas = tf.distribute.get_strategy().num_replicas_in_sync
-        if replicas > 1:
-            return f"{type(tf.distribute.get_strategy()).__name__} with {replicas} replicas"
+        count = tf.distribute.get_strategy().num_replicas_in_sync
+        if count > 1:
+            return f"{type(tf.distribute.get_strategy()).__name__} with {count} replicas"
     return None
+
+
+def several_processes():
+    """Whether Horovod has started more than one process. It is not imported unless the user has."""
+    horovod = sys.modules.get("horovod.tensorflow")
+    return horovod is not None and horovod.is_initialized() and horovod.size() > 1

@@ -101,6 +101,7 @@ def capture(model, optimizer, skip=None, data=None):
             # Eager training records its first batch before it builds the optimizer, which starts all again in its order.
             optimizer.start_statistics(layer.statistics, sum(entry.captured for entry in entries))
             entries.append(_describe(layer, optimizer))
+    optimizer.captured(model)
     _forget_compiled_functions(model)
     return CaptureReport(entries)
 

@@ -20,10 +20,11 @@ class KernelCurvature:
         count: `k`.
         rows: `n`.
         dtype: of the rows.
+        row_length: length of a row `a` and a row `g` together, which only the cost of a refresh depends on.
     """
 
-    def __init__(self, count, rows, dtype):
-        self.count, self.rows, self.dtype = count, rows, dtype
+    def __init__(self, count, rows, dtype, row_length=0):
+        self.count, self.rows, self.dtype, self.row_length = count, rows, dtype, row_length
 
     def build(self, add_variable):
         """Creates the state with `add_variable(shape, initializer, dtype, name)`."""
@@ -36,6 +37,14 @@ class KernelCurvature:
     def bytes(self):
         """Size of the state."""
         return self.count * (self.rows**2 + 1) * (8 if self.dtype == "float64" else 4)
+
+    @property
+    def refresh_cost(self):
+        """What a refresh takes, in multiplications of a factorization up to a constant."""
+        return self.count * self.rows**2 * (self.rows + self.row_length)
+
+    # All matrices of the state are.
+    symmetric = True
 
     @staticmethod
     def precondition(v, damping, state):

@@ -103,6 +103,16 @@ class KroneckerCurvature:
             sizes += self.input_dim + self.output_dim
         return self.count * sizes * itemsize
 
+    @property
+    def refresh_cost(self):
+        """What a refresh takes, in multiplications of a factorization up to a constant."""
+        return self.count * (self.input_dim**3 + self.output_dim**3)
+
+    @property
+    def symmetric(self):
+        """Whether all matrices of the state are."""
+        return self.inverse_method != "eigen"
+
     def refresh(self, a, g, damping, state):
         """New state from the factors `a` and `g`, `[k, d, d]`, and the state in use."""
         if self.inverse_method == "eigen":

@@ -49,6 +49,14 @@ class SplitCurvature:
         itemsize = 8 if self.dtype == "float64" else 4
         return self.count * itemsize * sum(count * size * size for count, size in self.parts)
 
+    @property
+    def refresh_cost(self):
+        """What a refresh takes, in multiplications of a factorization up to a constant."""
+        return self.count * sum(count * size**3 for count, size in self.parts)
+
+    # All matrices of the state are.
+    symmetric = True
+
     def divide(self, values):
         """A list by part as two: the input's and the output's."""
         return values[: len(self.sides[0])], values[len(self.sides[0]) :]

@@ -41,6 +41,14 @@ class WoodburyCurvature:
         itemsize = 8 if self.dtype == "float64" else 4
         return self.count * itemsize * sum(rows**2 + 1 for rows, _ in self.sides)
 
+    @property
+    def refresh_cost(self):
+        """What a refresh takes, in multiplications of a factorization up to a constant."""
+        return self.count * sum(rows**2 * (rows + (size if rows < size else 0)) for rows, size in self.sides)
+
+    # All matrices of the state are.
+    symmetric = True
+
     def dampings(self, given, damping):
         """`dA` and `dG`, each `[k]`."""
         means = []

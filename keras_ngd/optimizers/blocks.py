@@ -37,6 +37,11 @@ class Group:
     curvature: Any = None
 
     @property
+    def kind(self):
+        """The kind of its blocks."""
+        return self.blocks[0].kind
+
+    @property
     def count(self):
         return sum(block.rows.groups for block in self.blocks)
 
@@ -85,3 +90,10 @@ class Layout:
         for block in self.blocks:
             groups.setdefault(block.kind, Group()).blocks.append(block)
         return list(groups.values())
+
+    def part(self, blocks, make_curvature):
+        """The layout of some of the blocks, with curvatures for these from `make_curvature(group)`."""
+        part = Layout(blocks)
+        for group in part.groups:
+            group.curvature = make_curvature(group)
+        return part

@@ -8,7 +8,7 @@ from keras import ops
 
 from keras_ngd import backend, schedules
 from keras_ngd.linalg.sampling import SAMPLINGS
-from keras_ngd.optimizers import gradient_switch
+from keras_ngd.optimizers import gradient_switch, joining
 from keras_ngd.optimizers.row_method import steps_in
 from keras_ngd.optimizers.sngd import SNGD
 from keras_ngd.statistics import LowRankStatistics
@@ -141,8 +141,14 @@ class HyLo(SNGD):
 
     def curvature_input(self, statistics, averages, calls):
         a, g, weights, damping = averages
-        scale = self.loss_scale_factor
-        return averages if scale is None else [a, g / scale, weights, damping / scale**2]
+        scale, workers = self.loss_scale_factor or 1.0, self.connected().size
+        return averages if scale == workers == 1 else [a, g / scale, weights, damping / (workers * scale**2)]
+
+    def joins(self, shapes):
+        return [*super().joins(shapes), joining.WEIGHTS, joining.SAME]
+
+    def weights_travel(self, block):
+        return block.statistics.gate > (KIS + KID) / 2 if self.mode in ("switch", "random") else self.mode == "kid"
 
     def state_of(self, group, inputs):
         *state, a, g, _, _ = super().state_of(group, inputs)
@@ -168,13 +174,14 @@ class HyLo(SNGD):
             self._sums.append(self._add_state(variable.shape, "zeros", variable.dtype, name))
 
     def further_bytes(self, block):
+        rows = super().further_bytes(block)
         if self.mode != "switch":
-            return 0
-        return sum(math.prod(v.shape) * (8 if v.dtype == "float64" else 4) for v in _parts(block))
+            return rows
+        return rows + sum(math.prod(v.shape) * (8 if v.dtype == "float64" else 4) for v in _parts(block))
 
     def start_statistics(self, statistics, number):
         super().start_statistics(statistics, number)
-        statistics.start_draws(self.seed, number)
+        statistics.start_draws(self.worker_seed(), number)
         statistics.damping.assign(self._damping_for_probe(0))
         statistics.gate.assign(self._first_mode())
 
@@ -182,7 +189,8 @@ class HyLo(SNGD):
         return self._coin(0.0) if self.mode == "random" else ops.convert_to_tensor(KIS if self.mode == "kis" else KID)
 
     def _damping_for_probe(self, step):
-        return schedules.value_at(self.damping, step) * (self.loss_scale_factor or 1.0) ** 2
+        # A worker compares the damping with the sum over its own examples' rows; all workers' is as much larger.
+        return schedules.value_at(self.damping, step) * self.connected().size * (self.loss_scale_factor or 1.0) ** 2
 
     def control_values(self, block, step):
         return [(block.statistics.damping, self._damping_for_probe(step + 1))]
@@ -217,8 +225,10 @@ class HyLo(SNGD):
             if self.mode == "random":
                 epoch = state[gradient_switch.STATE.index("epochs")] + 1
                 return [ops.stack([self._coin(epoch), epoch, *ops.unstack(state, num=len(gradient_switch.STATE))[2:]])]
+            # The norms differ by rounding at most, but a worker in another mode than the others would wait for them.
             norm = ops.sqrt(sum(ops.sum(ops.square(ops.cast(s, "float32"))) for s in sums))
             new = gradient_switch.after_epoch(state, norm, following, self.eta, self.decay_ratio)
+            [new] = self._workers.agreed([new]) if self._workers else [new]
             return [new, *(ops.zeros_like(s) for s in sums)]
 
         new, *sums = ops.cond(ends, decided, lambda: [state, *sums])

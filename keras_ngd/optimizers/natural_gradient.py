@@ -1,12 +1,16 @@
 """The flow of a natural-gradient step, once for all methods."""
 
+import weakref
+
 import keras
 from keras import ops
 
-from keras_ngd import backend, schedules
+from keras_ngd import backend, distributed, schedules
 from keras_ngd.optimizers.averaging import WeightAveraging
-from keras_ngd.optimizers.blocks import Layout, find_blocks
+from keras_ngd.optimizers.blocks import Group, Layout, find_blocks
+from keras_ngd.optimizers.checks import Checks
 from keras_ngd.optimizers.state import StrictState
+from keras_ngd.optimizers.workers import Workers, check_same
 
 
 def stacked(group, inputs):
@@ -15,14 +19,14 @@ def stacked(group, inputs):
     return [part[0] if len(part) == 1 else ops.concatenate(part) for part in parts]
 
 
-class NaturalGradient(StrictState, WeightAveraging, keras.optimizers.SGD):
+class NaturalGradient(Checks, StrictState, WeightAveraging, keras.optimizers.SGD):
     """Base of all methods: statistics in, curvature updated, gradients preconditioned, then Keras's own SGD.
 
     One step does, in this order:
 
         1  pair          variables into blocks (kernel, bias, statistics) and the rest
-        2  average       statistics over the calls of layers called more than once
-        3  refresh       the curvature's inverses, where the interval is due
+        2  average       statistics over the calls of layers called more than once; all gradients and statistics over workers
+        3  refresh       the curvature's inverses, where the interval is due; each worker its share of the layers
         4  precondition  P = F^-1 V for every block
         5  clip          P <- nu P,  nu = min(1, sqrt(kl_clip / (lr^2 |sum <P, V>|)))   over all blocks
         6  step          keras.optimizers.SGD on P (blocks) and on the plain gradient (all other variables)
@@ -44,6 +48,8 @@ class NaturalGradient(StrictState, WeightAveraging, keras.optimizers.SGD):
         factor_interval: int or schedule: steps between updates of the statistics.
         inverse_interval: int or schedule: steps between refreshes of the inverses.
         kl_clip: positive float, or None for no clipping: bound on the squared length of a step in the Fisher metric.
+        communicator: `"auto"` (default): Horovod where `horovod.tensorflow.init()` has started several processes;
+            `"horovod"`, `"local"`, or a `keras_ngd.distributed.Communicator`.
         **kwargs: all other arguments of `keras.optimizers.SGD`: `nesterov`, `weight_decay` (decoupled), `clipnorm`,
             `clipvalue`, `global_clipnorm` (these clip the preconditioned gradient), `use_ema`, `ema_momentum`,
             `ema_overwrite_frequency`, `loss_scale_factor`, `name`.
@@ -58,6 +64,7 @@ class NaturalGradient(StrictState, WeightAveraging, keras.optimizers.SGD):
         factor_interval=10,
         inverse_interval=100,
         kl_clip=1e-3,
+        communicator="auto",
         **kwargs,
     ):
         name = type(self).__name__
@@ -74,14 +81,24 @@ class NaturalGradient(StrictState, WeightAveraging, keras.optimizers.SGD):
         damping = schedules.check_positive("damping", schedules.deserialize(damping))
         factor_interval = schedules.check_interval("factor_interval", schedules.deserialize(factor_interval))
         inverse_interval = schedules.check_interval("inverse_interval", schedules.deserialize(inverse_interval))
+        distributed.check(communicator)
         super().__init__(learning_rate=learning_rate, momentum=momentum, **kwargs)
         self.damping, self.factor_decay = damping, float(factor_decay)
         self.kl_clip = None if kl_clip is None else float(kl_clip)
         self.factor_interval, self.inverse_interval = factor_interval, inverse_interval
-        self.layout = Layout()
+        self.communicator = communicator
+        self.layout, self._workers, self._model = Layout(), None, None
 
     def measure(self, model, data):
         """Settles what is to be measured on a model about to be captured, and on a batch of its inputs (or None)."""
+
+    def connected(self):
+        """The communicator that this optimizer's argument stands for at present."""
+        return distributed.resolve(self.communicator)
+
+    def captured(self, model):
+        """Told which model was captured for this optimizer."""
+        self._model = weakref.ref(model)
 
     def make_statistics(self, layer):
         """New, unattached `Statistics` of the kind this method needs of a layer."""
@@ -102,18 +119,22 @@ class NaturalGradient(StrictState, WeightAveraging, keras.optimizers.SGD):
 
         Raises:
             ValueError: if the model was not captured for this kind of optimizer.
-            RuntimeError: if the set-up has several workers.
+            RuntimeError: under a `tf.distribute` strategy of several replicas.
         """
         if self.built:
             return
-        workers = backend.parallel_workers()
-        if workers is not None:
+        replicas = backend.replicas()
+        if replicas is not None:
             raise RuntimeError(
-                f"{type(self).__name__} runs on one worker so far, but found {workers}: the workers would precondition "
+                f"{type(self).__name__} does not run on several replicas yet, but found {replicas}: they would precondition "
                 "differently and drift apart."
             )
         variables = list(variables)
         layout = Layout(find_blocks(variables, self._var_key))
+        communicator = self.connected()
+        if communicator.size > 1:
+            with backend.outside_trace():
+                self._meet(communicator, layout, variables)
         self._check_blocks(layout.blocks)
         super().build(variables)
         self.layout = layout
@@ -131,12 +152,40 @@ class NaturalGradient(StrictState, WeightAveraging, keras.optimizers.SGD):
                 for number, block in enumerate(layout.blocks):
                     self.start_statistics(block.statistics, number)
 
+    def _meet(self, communicator, layout, variables):
+        """Makes sure that all workers train the same, and starts them with worker 0's values."""
+        check_same(
+            communicator,
+            {
+                "optimizer": type(self).__name__,
+                "argument": self.get_config(),
+                "number of trainable variables": len(variables),
+                "shape of variable": {str(i): [list(v.shape), str(v.dtype)] for i, v in enumerate(variables)},
+                "number of captured layers": len(layout.blocks),
+                "recorded of captured layer": {str(i): repr(b.statistics.spec) for i, b in enumerate(layout.blocks)},
+            },
+        )
+        distributed.broadcast_variables(communicator, [*variables, *self._other_variables(variables)])
+        self._pending_state = communicator.broadcast_object(self._pending_state)
+        self._workers = Workers(
+            communicator,
+            layout,
+            cost=lambda block: self.make_curvature(Group([block])).refresh_cost,
+            part=lambda blocks: layout.part(blocks, self.make_curvature),
+        )
+
+    def _other_variables(self, variables):
+        """The captured model's weights besides these, if the model is known; not its random seeds, which are to differ."""
+        model = None if self._model is None else self._model()
+        known = {self._var_key(v) for v in variables}
+        return [] if model is None else [v for v in model.weights if self._var_key(v) not in known]
+
     def build_curvature(self, layout):
-        """Creates the curvatures, and lists in `_refreshed` all variables that a refresh renews."""
+        """Creates the curvatures, and lists in `_decided` what else a refresh renews."""
         for group in layout.groups:
             group.curvature = self.make_curvature(group)
             group.curvature.build(self._add_state)
-        self._refreshed = [variable for group in layout.groups for variable in group.curvature.variables]
+        self._decided = []
 
     def start_statistics(self, statistics, number):
         """Opens the gate of the layer `number` for the first batch."""
@@ -144,32 +193,6 @@ class NaturalGradient(StrictState, WeightAveraging, keras.optimizers.SGD):
 
     def _add_state(self, shape, initializer, dtype, name):
         return self.add_variable(shape, initializer=initializer, dtype=dtype, name=name)
-
-    def _check_blocks(self, blocks):
-        name = type(self).__name__
-        if not blocks:
-            raise ValueError(
-                f"{name} found no captured layers, so it would train as plain SGD. Call "
-                "`keras_ngd.capture(model, optimizer)` before `model.compile` (or after unfreezing layers). A saved model "
-                "that makes its own layers: load it with `compile=False`, capture, compile, then `model.load_weights`."
-            )
-        for block in blocks:
-            expected = self.make_statistics(block.statistics.owner()).spec
-            if block.statistics.spec != expected:
-                raise ValueError(
-                    f"Layer {block.layer!r} was captured for another optimizer: it records {block.statistics.spec}, but "
-                    f"{name} needs {expected}. Call `keras_ngd.capture(model, optimizer)` with this optimizer."
-                )
-
-    def __setattr__(self, name, value):
-        # Keras's LossScaleOptimizer announces itself to the optimizer it wraps by resetting this attribute.
-        if name == "loss_scale_factor" and name in self.__dict__:
-            raise ValueError(
-                f"{type(self).__name__} cannot be wrapped in a LossScaleOptimizer (Keras does so under `mixed_float16`): "
-                "its statistics would carry the square of a loss scale it is not told. Use the `mixed_bfloat16` policy, or "
-                f"{type(self).__name__}(..., loss_scale_factor=1024.0) with model.compile(..., auto_scale_loss=False)."
-            )
-        super().__setattr__(name, value)
 
     # Reading
 
@@ -196,6 +219,13 @@ class NaturalGradient(StrictState, WeightAveraging, keras.optimizers.SGD):
         """How often the inverses were refreshed."""
         return self._read("_inverse_updates")
 
+    def received_bytes(self):
+        """What this worker has received from others in training steps, in bytes, by stage; `{}` on one worker.
+
+        Stages are `initial state`, `gradients`, `statistics`, `inverses` and `decisions`.
+        """
+        return {} if self._workers is None else self._workers.communicator.received_bytes()
+
     # The step
 
     def apply(self, grads, trainable_variables=None):
@@ -206,6 +236,11 @@ class NaturalGradient(StrictState, WeightAveraging, keras.optimizers.SGD):
                 self.build(variables)
         grads = list(grads)
         self._check_step(grads, variables)
+        if self._workers is not None and backend.under_xla():
+            raise ValueError(
+                "Workers cannot talk to each other inside a step that XLA compiles. Leave `jit_compile` of `model.compile` at "
+                "'auto', or set it to False; inversions are compiled all the same."
+            )
         position = {self._var_key(v): i for i, v in enumerate(variables)}
         with keras.name_scope(self.name):
             new = self._natural_gradients(grads, variables, lambda v: position[self._var_key(v)])
@@ -216,49 +251,19 @@ class NaturalGradient(StrictState, WeightAveraging, keras.optimizers.SGD):
             self._fail_on_changed_variables(len(trainable_variables))
         return super().stateless_apply(optimizer_variables, grads, trainable_variables)
 
-    def _fail_on_changed_variables(self, count):
-        raise ValueError(
-            f"{type(self).__name__} was built on {len(self._trainable_variables)} variables but is given {count}: layers were "
-            "frozen, unfrozen, captured or released since. Create a new optimizer, call `keras_ngd.capture(model, optimizer)` "
-            "with it, and compile again."
-        )
-
-    def _check_step(self, grads, variables):
-        with backend.outside_trace():
-            self._restore_pending()  # raises again what `build` raised
-        known = self._trainable_variables_indices
-        if len(variables) != len(known) or any(self._var_key(v) not in known for v in variables):
-            self._fail_on_changed_variables(len(variables))
-        missing = {self._var_key(v) for g, v in zip(grads, variables, strict=True) if g is None}
-        for block in self.layout.blocks:
-            if not block.statistics.reached or self._var_key(block.statistics.gate) in missing:
-                raise ValueError(
-                    f"Layer {block.layer!r} was captured, but the training step does not call it (it takes no part in the "
-                    "loss, or its kernel is used without it), so its statistics never arrive. Leave it out: "
-                    f"`keras_ngd.capture(model, optimizer, skip=[{block.layer!r}])`."
-                )
-            if not block.statistics.several_calls and block.statistics.traced_calls > 1:
-                raise ValueError(self._several_calls_message(block))
-            block.statistics.forget_trace()
-
-    def _several_calls_message(self, block):
-        return (
-            f"Layer {block.layer!r} is called several times in a training step, and what {type(self).__name__} records of its "
-            f"calls cannot be put together. Leave it out: `keras_ngd.capture(model, optimizer, skip=[{block.layer!r}])`."
-        )
-
     def _natural_gradients(self, grads, variables, index):
         """Steps 2 to 5 and 7: the gradients as the update rule and the overwriting of statistics are to see them."""
         step = ops.convert_to_tensor(self._iterations)
-        averages = self._average_over_calls(grads, index)
-        opened = self._count_statistics(grads, index, step)
+        averages, refused, given = self._average_over_calls(grads, index), self._refused(grads, index), {}
+        calls = {block: grads[index(block.statistics.calls)] for block in self.layout.blocks}
+        if self._workers is not None:
+            grads, share, refused = self._average_over_workers(grads, variables, index, refused)
+            averages, given = self.share_statistics(averages, calls, share, refused)
+        opened = self._count_statistics(refused, step)
         damping = schedules.value_at(self.damping, step)
 
         def inputs(blocks):
-            return {
-                block: self.curvature_input(block.statistics, averages[block], grads[index(block.statistics.calls)])
-                for block in blocks
-            }
+            return {b: given.get(b) or self.curvature_input(b.statistics, averages[b], calls[b]) for b in blocks}
 
         self._refresh(inputs, damping, step, opened)
         preconditioned, lengths = self._precondition(grads, index, damping, inputs)
@@ -307,17 +312,49 @@ class NaturalGradient(StrictState, WeightAveraging, keras.optimizers.SGD):
         flat = iter(ops.cond(several, divided, lambda: [t for b in blocks for t in emitted[b]]))
         return {block: [next(flat) for _ in emitted[block]] for block in blocks}
 
-    def _count_statistics(self, grads, index, step):
-        """Advances the counters of the statistics; whether any were recorded."""
+    def _refused(self, grads, index):
+        """`[blocks]`, whose statistics were to be recorded but are not finite."""
+        refused = []
         for block in self.layout.blocks:
+            calls = grads[index(block.statistics.calls)]
             if not block.statistics.several_calls:
-                calls = grads[index(block.statistics.calls)]
                 backend.check_at_most(calls, 1.0, self._several_calls_message(block))
-        blocks = [block.statistics for block in self.layout.blocks]
-        open_gates = ops.stack([s.gate > 0 for s in blocks])
-        opened = ops.any(open_gates)
-        refused = ops.stack([grads[index(s.accepted)] < grads[index(s.calls)] for s in blocks])
-        updated = opened & ~ops.any(refused & open_gates)
+            refused.append((block.statistics.gate > 0) & (grads[index(block.statistics.accepted)] < calls))
+        return ops.stack(refused)
+
+    def _average_over_workers(self, grads, variables, index, refused):
+        """The gradients as one worker with all examples would see them, this worker's share of these, what any refused."""
+        first = self.layout.blocks[0].statistics
+        examples = grads[index(first.examples)] / grads[index(first.calls)]
+        known = [
+            i
+            for i, (gradient, variable) in enumerate(zip(grads, variables, strict=True))
+            if gradient is not None and not self._overwrite_variable_with_gradient(variable)
+        ]
+        means, share, refused = self._workers.mean_gradients([grads[i] for i in known], examples, refused)
+        means = dict(zip(known, means, strict=True))
+        grads = [means.get(i, gradient) for i, gradient in enumerate(grads)]
+        return grads, share, refused
+
+    def share_statistics(self, averages, calls, share, refused):
+        """Brings the statistics of several workers together.
+
+        Args:
+            averages: for each block what this worker's probes emitted.
+            calls: for each block how often its layer was called.
+            share: scalar, this worker's share of all examples.
+            refused: `[blocks]`, whose statistics are not finite on some worker.
+
+        Returns:
+            For each block what its statistics go on with; and what its curvature takes, where that is not made of these by
+            `curvature_input`.
+        """
+        return self._workers.mean_statistics(averages, share, refused), {}
+
+    def _count_statistics(self, refused, step):
+        """Advances the counters of the statistics; whether any were recorded."""
+        opened = ops.any(ops.stack([block.statistics.gate > 0 for block in self.layout.blocks]))
+        updated = opened & ~ops.any(refused)
         due = step + schedules.interval_at(self.factor_interval, step)
         self._next_factors.assign(ops.where(updated, due, ops.convert_to_tensor(self._next_factors)))
         self._factor_updates.assign_add(ops.cast(updated, step.dtype))
@@ -333,37 +370,61 @@ class NaturalGradient(StrictState, WeightAveraging, keras.optimizers.SGD):
 
     def _refresh(self, inputs, damping, step, opened):
         """Replaces the curvatures' states where a refresh is due."""
-        old = [ops.convert_to_tensor(variable) for variable in self._refreshed]
+        variables = [v for group in self.layout.groups for v in group.curvature.variables] + self._decided
+        old = [ops.convert_to_tensor(variable) for variable in variables]
         due = self.refresh_due(step, opened)
-        new = ops.cond(due, lambda: self.refresh(inputs(self.layout.blocks), damping, old), lambda: list(old))
-        for variable, value in zip(self._refreshed, new, strict=True):
+        new = ops.cond(due, lambda: self._renewed(inputs, damping, list(old)), lambda: list(old))
+        for variable, value in zip(variables, new, strict=True):
             self.assign(variable, value)
         following = step + schedules.interval_at(self.inverse_interval, step)
         self._next_inverses.assign(ops.where(due, following, ops.convert_to_tensor(self._next_inverses)))
         self._inverse_updates.assign_add(ops.cast(due, step.dtype))
+
+    def _renewed(self, inputs, damping, old):
+        """New values of all variables that a refresh renews, from the old ones."""
+        values = iter(old)
+        states = [[next(values) for _ in group.curvature.variables] for group in self.layout.groups]
+        decided, update = self.decide(inputs, damping, list(values), self._workers.agreed if self._workers else list)
+
+        def renew(layout, states):
+            return self.refresh(layout, inputs(layout.blocks), damping, states, update)
+
+        new = self._workers.refresh(renew, states, update) if self._workers else renew(self.layout, states)
+        return [value for state in new for value in state] + list(decided)
 
     def refresh_due(self, step, opened):
         """Whether the curvatures are to be refreshed at `step`; `opened` tells whether it recorded statistics."""
         recorded = ops.convert_to_tensor(self._factor_updates) > 0
         return recorded & (step >= ops.convert_to_tensor(self._next_inverses))
 
-    def refresh(self, inputs, damping, old):
-        """New values of the refreshed variables.
+    def decide(self, inputs, damping, old, agreed):
+        """What is to be renewed at a refresh. Default: everything.
 
         Args:
-            inputs: for each block what its curvature takes.
+            inputs: as for `state_of`.
             damping: scalar.
-            old: the variables' values.
-        """
-        new = []
-        for group, state in zip(self.layout.groups, self._states(old), strict=True):
-            new += group.curvature.refresh(*stacked(group, inputs), damping, state)
-        return new
+            old: values of the variables in `_decided`.
+            agreed: a function that makes a list of tensors the same on all workers.
 
-    def _states(self, values):
-        """The refreshed variables' values as one state for each group."""
-        values = iter(values)
-        return [[next(values) for _ in group.curvature.variables] for group in self.layout.groups]
+        Returns:
+            The new values of these variables, and for each block whether it is to be renewed (a dict), or None for all.
+        """
+        return old, None
+
+    def refresh(self, layout, inputs, damping, states, update):
+        """New states of the groups of a layout, which may have some of the model's blocks only.
+
+        Args:
+            layout: a `Layout`.
+            inputs: for each of its blocks what its curvature takes.
+            damping: scalar.
+            states: for each of its groups the curvature's state.
+            update: as `decide` returns it.
+        """
+        return [
+            group.curvature.refresh(*stacked(group, inputs), damping, state)
+            for group, state in zip(layout.groups, states, strict=True)
+        ]
 
     def curvature_input(self, statistics, averages, calls):
         """A block's averages as its curvature takes them: summed over the layer's calls, without the loss scale."""
@@ -431,4 +492,6 @@ class NaturalGradient(StrictState, WeightAveraging, keras.optimizers.SGD):
             inverse_interval=schedules.serialize(self.inverse_interval),
             kl_clip=self.kl_clip,
         )
+        if isinstance(self.communicator, str) and self.communicator != "auto":
+            config["communicator"] = self.communicator
         return config

@@ -1,10 +1,15 @@
 """What the methods share that keep rows of examples in place of factors."""
 
+import functools
+import math
+
 import keras
 from keras import ops, tree
 
-from keras_ngd import schedules
+from keras_ngd import backend, schedules
+from keras_ngd.optimizers import joining
 from keras_ngd.optimizers.natural_gradient import NaturalGradient, stacked
+from keras_ngd.statistics.draws import LAYERS, Draws
 
 
 def first_batch(data):
@@ -90,10 +95,85 @@ class RowMethod(NaturalGradient):
         """New states of all groups' curvatures from what they take."""
         raise NotImplementedError
 
-    def refresh(self, inputs, damping, old):
-        groups = self.layout.groups
-        new = self.refresh_together([g.curvature for g in groups], [stacked(g, inputs) for g in groups], damping)
-        return [value for state in new for value in state]
+    def refresh(self, layout, inputs, damping, states, update):
+        curvatures = [group.curvature for group in layout.groups]
+        return self.refresh_together(curvatures, [stacked(group, inputs) for group in layout.groups], damping)
+
+    # Several workers
+
+    def joins(self, shapes):
+        """How each tensor that a curvature takes is made of those of all workers: kinds of `joining`, for their shapes."""
+        return [joining.ROWS, joining.WEIGHTED_ROWS]
+
+    def given_shapes(self, block):
+        """The shapes of what a block's curvature takes, of all workers together."""
+        shapes, workers = [tuple(v.shape) for v in self.given_weights(block)], self.connected().size
+        if workers == 1:
+            return shapes
+        return [joining.joined_shape(s, kind, workers) for s, kind in zip(shapes, self.joins(shapes), strict=True)]
+
+    def given_weights(self, block):
+        """The weights of a block's statistics that have the shapes of what its curvature takes."""
+        return block.statistics.averages
+
+    def weights_travel(self, block):
+        """Whether weights of rows are to be sent: True, or a scalar tensor. Those that are not are identities."""
+        return True
+
+    def further_bytes(self, block):
+        if self.connected().size == 1:
+            return 0
+        itemsize = 8 if block.shape[2] == "float64" else 4
+        return itemsize * sum(math.prod(shape) for shape in self.given_shapes(block))
+
+    def build_curvature(self, layout):
+        super().build_curvature(layout)
+        self._given = {}
+        if self._workers is None:
+            return
+        for i, block in enumerate(layout.blocks):
+            self._given[block] = [
+                self._add_state(shape, "zeros", block.shape[2], f"rows_of_all_{i}_{j}")
+                for j, shape in enumerate(self.given_shapes(block))
+            ]
+
+    def share_statistics(self, averages, calls, share, refused):
+        given = {}
+        for i, block in enumerate(self.layout.blocks):
+            old = [ops.convert_to_tensor(v) for v in self._given[block]]
+            given[block] = ops.cond(
+                block.statistics.gate > 0,
+                functools.partial(self._joined, i, block, averages[block], calls[block], share, refused[i], old),
+                functools.partial(list, old),
+            )
+            for variable, value in zip(self._given[block], given[block], strict=True):
+                self.assign(variable, value)
+        return averages, given
+
+    def _joined(self, number, block, averages, calls, share, refused, old):
+        tensors = self.curvature_input(block.statistics, averages, calls)
+        kinds = self.joins([t.shape for t in tensors])
+        new = [
+            joining.join(
+                self._workers.communicator, t, kind, share, self.weights_travel(block), f"keras_ngd_rows_{number}_{j}"
+            )
+            for j, (t, kind) in enumerate(zip(tensors, kinds, strict=True))
+        ]
+        return [ops.where(refused, o, t) for o, t in zip(old, new, strict=True)]
+
+    def worker_seed(self):
+        """A seed for what each worker draws for itself."""
+        return (self.seed + 1009 * self.connected().rank) % LAYERS
+
+    def build(self, variables):
+        built = self.built
+        super().build(variables)
+        if not built and self._workers is not None:
+            # All have worker 0's statistics now, and would draw the same.
+            with backend.outside_trace():
+                for number, block in enumerate(self.layout.blocks):
+                    if isinstance(block.statistics, Draws):
+                        block.statistics.start_draws(self.worker_seed(), number, block.statistics.draw[1])
 
     def curvature_input(self, statistics, averages, calls):
         # The mean over a layer's calls of `a`, and the sum of `g`: calls count like positions.

@@ -6,6 +6,7 @@ from keras_ngd import schedules
 from keras_ngd.curvature import WoodburyCurvature
 from keras_ngd.curvature.kronecker import DAMPING_MODES
 from keras_ngd.curvature.woodbury import refresh_together
+from keras_ngd.optimizers import joining
 from keras_ngd.optimizers.row_method import RowMethod
 from keras_ngd.statistics import WoodburyStatistics
 from keras_ngd.statistics.woodbury import are_rows
@@ -109,13 +110,27 @@ class SKFAC(RowMethod):
         )
 
     def make_curvature(self, group):
-        sides = group.blocks[0].statistics.averages[:2]
-        shapes = [tuple(side.shape[1:]) for side in sides]
-        return WoodburyCurvature(group.count, shapes, sides[0].dtype, self.damping_mode)
+        block = group.blocks[0]
+        sides = [shape[1:] for shape in self.given_shapes(block)]
+        return WoodburyCurvature(group.count, sides, block.shape[2], self.damping_mode)
+
+    def given_weights(self, block):
+        return block.statistics.averages[:2]
+
+    def joins(self, shapes):
+        workers = self.connected().size
+        return [
+            joining.FACTOR
+            if rows == size
+            else joining.WEIGHTED_ROWS
+            if rows * workers < size
+            else joining.ROWS_OF_FACTOR
+            for _, rows, size in shapes
+        ]
 
     def start_statistics(self, statistics, number):
         super().start_statistics(statistics, number)
-        statistics.start_draws(self.seed, number)
+        statistics.start_draws(self.worker_seed(), number)
 
     def curvature_input(self, statistics, averages, calls):
         a, g = statistics.scaled(averages)

@@ -75,8 +75,10 @@ class SNGD(RowMethod):
         return RowStatistics(self.batch_size, self.losses_per_example)
 
     def make_curvature(self, group):
-        rows = group.blocks[0].statistics.averages[0]
-        return KernelCurvature(group.count, rows.shape[1], rows.dtype)
+        block = group.blocks[0]
+        return KernelCurvature(
+            group.count, self.given_shapes(block)[0][1], block.shape[2], block.shape[0] + block.shape[1]
+        )
 
     def refresh_together(self, curvatures, inputs, damping):
         return refresh_together(curvatures, inputs, damping)

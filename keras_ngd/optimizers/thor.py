@@ -162,25 +162,28 @@ class THOR(KFAC):
             "float32",
             "trace_rule",
         )
-        self._refreshed.append(self._rule)
+        self._decided.append(self._rule)
 
-    def refresh(self, inputs, damping, old):
-        rule, groups = old[-1], self.layout.groups
-        factors = [stacked(group, inputs) for group in groups]
-        rule = trace_rule.decide(rule, self._traces(factors, damping), self.omega, self.stop_patience)
+    def decide(self, inputs, damping, old, agreed):
+        traces = self._traces(inputs(self.layout.blocks), damping)
+        [rule] = agreed([trace_rule.decide(old[0], traces, self.omega, self.stop_patience)])
         update = rule[trace_rule.STATE.index("decision")] == trace_rule.UPDATE
-        position = {block: i for i, block in enumerate(self.layout.blocks)}
-        chosen = [
-            ops.concatenate([ops.repeat(update[position[b]], b.rows.groups) for b in group.blocks]) for group in groups
-        ]
-        new = refresh_together([group.curvature for group in groups], factors, damping, self._states(old), chosen)
-        return [value for state in new for value in state] + [rule]
+        return [rule], {block: update[i] for i, block in enumerate(self.layout.blocks)}
 
-    def _traces(self, factors, damping):
+    def refresh(self, layout, inputs, damping, states, update):
+        curvatures = [group.curvature for group in layout.groups]
+        factors = [stacked(group, inputs) for group in layout.groups]
+        chosen = [
+            ops.concatenate([ops.repeat(update[block], block.rows.groups) for block in group.blocks])
+            for group in layout.groups
+        ]
+        return refresh_together(curvatures, factors, damping, states, chosen)
+
+    def _traces(self, inputs, damping):
         """`tr F` of every block of the layout."""
         found = {}
-        for group, parts in zip(self.layout.groups, factors, strict=True):
-            trace_a, trace_g = group.curvature.traces(parts)
+        for group in self.layout.groups:
+            trace_a, trace_g = group.curvature.traces(stacked(group, inputs))
             trace = trace_a * trace_g
             if self.trace_damping == "full":
                 trace = trace + ops.cast(damping, trace.dtype) * group.blocks[0].shape[0] * group.blocks[0].shape[1]

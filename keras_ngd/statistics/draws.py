@@ -23,9 +23,9 @@ class Draws:
         self.draw = self._add("draw", (2,), "zeros", "float32")
         return self.draw
 
-    def start_draws(self, seed, number):
-        """Starts the draws of the layer `number`."""
-        self.draw.assign([draw_number(seed, number), 0])
+    def start_draws(self, seed, number, drawn=0):
+        """Starts the draws of the layer `number` after the first `drawn`."""
+        self.draw.assign(ops.stack([ops.cast(draw_number(seed, number), "float32"), ops.cast(drawn, "float32")]))
 
     @staticmethod
     def uniform(draw, shape, dtype):

@@ -13,7 +13,7 @@ _EMISSIONS = {}
 
 
 def _emission(observer, rows, x, ds, weights=None, *, values, controls):
-    *state, gate, calls, _ = values
+    *state, gate, calls, _, _ = values
     averages, controls = state[: len(state) - controls], state[len(state) - controls :]
 
     def opened():
@@ -29,7 +29,8 @@ def _emission(observer, rows, x, ds, weights=None, *, values, controls):
     *new, accepted = ops.cond(gate > 0, opened, closed)
     # Each call emits its share of the gate, so that over all calls it sums to what it was: emitting nothing would close
     # every gate after one step under an optimizer that only overwrites.
-    return (*new, gate / ops.maximum(calls, 1.0), ops.ones_like(calls), accepted)
+    examples = ops.cast(ops.shape(x)[0], "float32")
+    return (*new, gate / ops.maximum(calls, 1.0), ops.ones_like(calls), accepted, examples)
 
 
 def mixed(average, value, gate):
@@ -52,6 +53,7 @@ class Statistics(keras.layers.Layer):
             the optimizer; a plain optimizer leaves it at 1.
         calls: how often the layer was called in the last pass.
         accepted: how many of these calls were observed; fewer than `calls` if some were not finite.
+        examples: the length of the batch in the last pass, summed over the calls.
 
     `controls` are further weights that `merge` reads and may change, such as a seed; the optimizer may write them.
 
@@ -80,6 +82,9 @@ class Statistics(keras.layers.Layer):
         self.gate = self._add("gate", (), "ones", "float32")
         self.calls = self._add("calls", (), "ones", "float32")
         self.accepted = self._add("accepted", (), "zeros", "float32")
+        self.examples = self._add("examples", (), "zeros", "float32")
+        # Keras compiles no step with XLA that has a layer which does not support it; workers cannot meet inside one.
+        self.supports_jit = not backend.several_processes()
         self.built = True
 
     def _add(self, name, shape, initializer, dtype):

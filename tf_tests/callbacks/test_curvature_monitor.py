@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 import keras_ngd
-from keras_ngd.callbacks import CurvatureMonitor, _condition, plot_change_rate
+from keras_ngd.callbacks.curvature_monitor import CurvatureMonitor, _condition, plot_change_rate
 from tf_tests.small import array, captured, compiled, fit, kfac, mlp, regression
 
 

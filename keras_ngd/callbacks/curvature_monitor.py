@@ -1,4 +1,4 @@
-"""Keras callbacks that show what the second-order part of a training is doing."""
+"""What THOR's trace rule sees and decides, recorded and drawn."""
 
 import csv
 import importlib.util

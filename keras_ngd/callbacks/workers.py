@@ -1,0 +1,86 @@
+"""What workers share outside their training steps."""
+
+import json
+
+import keras
+import numpy as np
+
+from keras_ngd import distributed
+
+
+class BroadcastInitialState(keras.callbacks.Callback):
+    """Starts all workers with worker `root`'s model and optimizer, when `fit` begins.
+
+    The first step of a `keras_ngd` optimizer does so, too, with worker 0's values. This callback is for what happens later: a
+    second `fit` after worker 0 alone has loaded or changed something. It also stops a training of which one worker has fewer
+    steps than the others, which would wait for it forever.
+
+    Args:
+        root: rank of the worker whose values are taken. Default 0.
+        communicator: as for `keras_ngd.KFAC`. Default `"auto"`.
+
+    Raises:
+        ValueError: on all workers, if their numbers of steps differ.
+    """
+
+    def __init__(self, root=0, communicator="auto"):
+        super().__init__()
+        distributed.check(communicator)
+        self.root, self.communicator = root, communicator
+
+    def on_train_begin(self, logs=None):
+        communicator = distributed.resolve(self.communicator)
+        if not 0 <= self.root < communicator.size:
+            raise ValueError(
+                f"`root` must be the rank of one of {communicator.size} workers, from 0. Received: root={self.root!r}"
+            )
+        steps = communicator.gather_objects(self.params.get("steps"))
+        if len(set(steps)) > 1:
+            raise ValueError(
+                f"Workers have different numbers of steps in an epoch, by rank: {steps}. Those with fewer would leave the others "
+                "waiting. Give all equally many, as `keras_ngd.distributed.shard(dataset)` does."
+            )
+        variables = list(self.model.weights)
+        if self.model.optimizer is not None and all(communicator.gather_objects(self.model.optimizer.built)):
+            variables += self.model.optimizer.variables
+        distributed.broadcast_variables(communicator, variables, self.root)
+
+
+class MetricAverage(keras.callbacks.Callback):
+    """Replaces an epoch's logs with their means over all workers.
+
+    Put it before callbacks that look at the logs (`ModelCheckpoint`, `ReduceLROnPlateau`, `EarlyStopping`): workers that see
+    different metrics would decide differently.
+
+    Args:
+        communicator: as for `keras_ngd.KFAC`. Default `"auto"`.
+
+    Raises:
+        ValueError: on all workers, if they have different logs.
+    """
+
+    def __init__(self, communicator="auto"):
+        super().__init__()
+        distributed.check(communicator)
+        self.communicator = communicator
+
+    def on_epoch_end(self, epoch, logs=None):
+        self._average(logs)
+
+    def on_test_end(self, logs=None):
+        self._average(logs)
+
+    def _average(self, logs):
+        communicator = distributed.resolve(self.communicator)
+        if communicator.size == 1 or logs is None:
+            return
+        numbers = {name: float(value) for name, value in logs.items() if np.ndim(value) == 0}
+        found = [json.loads(text) for text in communicator.gather_objects(json.dumps(numbers))]
+        for rank, other in enumerate(found):
+            if other.keys() != found[0].keys():
+                raise ValueError(
+                    f"Workers have different logs: {sorted(found[0])} on worker 0 but {sorted(other)} on worker {rank}. Give "
+                    "all the same metrics and validation data."
+                )
+        for name in found[0]:
+            logs[name] = float(np.mean([other[name] for other in found]))

@@ -1,0 +1,95 @@
+"""How workers talk to each other, and who that is when there is only one."""
+
+from keras_ngd import backend
+
+
+class Communicator:
+    """One worker, on its own; the base of those for several.
+
+    The collectives take and return lists of tensors, and belong to a `stage` of the training step (`"gradients"`,
+    `"statistics"`, ...), by which the bytes received are counted. All workers must call the same collectives with the same
+    `name`s; the order does not matter. One worker's collectives return what they are given.
+
+    Attributes:
+        size: number of workers.
+        rank: which of them this is, from 0.
+    """
+
+    size, rank = 1, 0
+
+    def all_reduce(self, tensors, stage, name):
+        """Sums over all workers, on all workers; received are `2 (P - 1) / P` times the tensors' size (in a ring)."""
+        return list(tensors)
+
+    def all_gather(self, tensors, stage, name):
+        """All workers' tensors, one after the other along the first axis, along which they may differ in length.
+
+        Received is what the others give.
+        """
+        return list(tensors)
+
+    def reduce_scatter(self, tensors, owners, stage, name):
+        """Sums over all workers, each on its owner only; None on all others.
+
+        Received are `P - 1` times the tensors that this worker owns.
+
+        Args:
+            owners: the rank that is to have the sum, for each tensor.
+        """
+        return list(tensors)
+
+    def broadcast(self, tensors, root, stage, name):
+        """The tensors of the worker `root`, on all workers; the others' are looked at for their shapes only.
+
+        Received are the tensors' sizes, by all but `root`.
+        """
+        return list(tensors)
+
+    def gather_objects(self, value):
+        """All workers' Python objects, by rank, at once (not as a part of a graph)."""
+        return [value]
+
+    def broadcast_object(self, value):
+        """The Python object of worker 0, at once."""
+        return value
+
+    def received_bytes(self):
+        """Bytes that this worker has received so far, by stage."""
+        return {}
+
+
+def check(communicator):
+    """Raises a `ValueError` if an optimizer's argument cannot stand for a communicator."""
+    if not isinstance(communicator, Communicator) and communicator not in ("auto", "horovod", "local"):
+        raise ValueError(
+            "`communicator` must be 'auto', 'horovod', 'local' or a `keras_ngd.distributed.Communicator`. Received: "
+            f"communicator={communicator!r}"
+        )
+
+
+def resolve(communicator):
+    """The communicator that an optimizer's argument stands for.
+
+    Args:
+        communicator: `"auto"`: Horovod where it is initialised with more than one process, else none; `"horovod"`; `"local"`;
+            or a `Communicator`.
+
+    Raises:
+        ValueError: for anything else, and where Horovod is asked for but is not installed, not initialised or of no use to
+            the running backend.
+    """
+    check(communicator)
+    if isinstance(communicator, Communicator):
+        return communicator
+    if communicator == "local":
+        return Communicator()
+    if communicator == "auto" and not backend.several_processes():
+        return Communicator()
+    if backend.name() != "tensorflow":
+        raise ValueError(
+            f"Horovod serves the TensorFlow backend, but KERAS_BACKEND={backend.name()!r}. Received: "
+            f"communicator={communicator!r}"
+        )
+    from keras_ngd.distributed.horovod import Horovod
+
+    return Horovod()

@@ -1,0 +1,148 @@
+"""Horovod's collectives, of `horovod.tensorflow` alone: its Keras wrappers hook what Keras 3 never calls."""
+
+import tensorflow as tf
+
+from keras_ngd.distributed.communicator import Communicator
+
+WIRE_DTYPES = (None, "float16", "bfloat16")
+# The stages of a step to which `wire_dtype` applies.
+SHORTENED = ("statistics", "inverses")
+
+
+def _load():
+    try:
+        import horovod.tensorflow as horovod
+    except ImportError as error:
+        raise ValueError(
+            "`communicator='horovod'` needs Horovod, which is not installed: run `horovod_scripts/install_horovod.sh`. "
+            f"({error})"
+        ) from error
+    if not horovod.is_initialized():
+        raise ValueError(
+            "`communicator='horovod'` needs `horovod.tensorflow.init()` to be called first, before the model is captured."
+        )
+    return horovod
+
+
+def _bytes(tensor):
+    """Size of a tensor, as a number where its shape is static."""
+    count = tensor.shape.num_elements()
+    return (tf.size(tensor, out_type="int64") if count is None else count) * tensor.dtype.size
+
+
+class Horovod(Communicator):
+    """All processes of a Horovod job.
+
+    Every process says which collective it is in by a name; names are ours and do not depend on where in a graph they are, since
+    workers trace different graphs.
+
+    Args:
+        wire_dtype: `"bfloat16"` or `"float16"` to send float32 tensors of the second order (not gradients) with half the
+            bytes; sums are taken in float32. Default None, as they are.
+
+    Raises:
+        ValueError: if Horovod is not installed or `horovod.tensorflow.init()` was not called.
+    """
+
+    def __init__(self, wire_dtype=None):
+        if wire_dtype not in WIRE_DTYPES:
+            raise ValueError(f"`wire_dtype` must be one of {WIRE_DTYPES}. Received: wire_dtype={wire_dtype!r}")
+        self._horovod = _load()
+        self.wire_dtype = wire_dtype
+        self.size, self.rank = self._horovod.size(), self._horovod.rank()
+        self._received = {}
+
+    def all_reduce(self, tensors, stage, name):
+        tensors = [tf.convert_to_tensor(t) for t in tensors]
+        sums, by_dtype = {}, {}
+        for i, tensor in enumerate(tensors):
+            # Horovod adds no bfloat16.
+            sent = tf.cast(tensor, tf.float32) if tensor.dtype == tf.bfloat16 else tensor
+            by_dtype.setdefault(sent.dtype, []).append((i, sent))
+        for dtype, entries in by_dtype.items():
+            reduced = self._horovod.grouped_allreduce(
+                [sent for _, sent in entries],
+                op=self._horovod.Sum,
+                name=f"{name}_{dtype.name}",
+                ignore_name_scope=True,
+            )
+            for (i, sent), total in zip(entries, reduced, strict=True):
+                sums[i] = tf.cast(tf.ensure_shape(total, sent.shape), tensors[i].dtype)
+        size = sum(_bytes(sent) for entries in by_dtype.values() for _, sent in entries)
+        self._count(stage, 2 * (self.size - 1) * size // self.size)
+        return [sums[i] for i in range(len(tensors))]
+
+    def all_gather(self, tensors, stage, name):
+        gathered = []
+        for i, tensor in enumerate(tensors):
+            tensor = tf.convert_to_tensor(tensor)
+            sent = self._encode(tensor, stage)
+            received = self._horovod.allgather(sent, name=f"{name}_{i}", ignore_name_scope=True)
+            self._count(stage, _bytes(received) - _bytes(sent))
+            gathered.append(self._decode(received, tensor.dtype))
+        return gathered
+
+    def reduce_scatter(self, tensors, owners, stage, name):
+        # Horovod's own divides equally; layers are not equal, and padding them to the largest can send many times as much.
+        # An exchange moves the same bytes as a ring would, and adds them in the same order whoever owns them.
+        tensors = [tf.convert_to_tensor(t) for t in tensors]
+        if not tensors:
+            return []
+        order = sorted(range(len(tensors)), key=lambda i: (owners[i], i))
+        counts = [t.shape.num_elements() for t in tensors]
+        splits = [sum(c for c, owner in zip(counts, owners, strict=True) if owner == rank) for rank in range(self.size)]
+        flat = self._encode(tf.concat([tf.reshape(tensors[i], [-1]) for i in order], axis=0), stage)
+        received, _ = self._horovod.alltoall(
+            flat, splits=tf.constant(splits, tf.int32), name=name, ignore_name_scope=True
+        )
+        mine = splits[self.rank]
+        self._count(stage, (self.size - 1) * mine * flat.dtype.size)
+        contributions = tf.reshape(self._decode(received, tensors[0].dtype), [self.size, mine])
+        total, start, sums = tf.reduce_sum(contributions, axis=0), 0, [None] * len(tensors)
+        for i in order:
+            if owners[i] == self.rank:
+                sums[i] = tf.reshape(total[start : start + counts[i]], tensors[i].shape)
+                start += counts[i]
+        return sums
+
+    def broadcast(self, tensors, root, stage, name):
+        received = []
+        for i, tensor in enumerate(tensors):
+            tensor = tf.convert_to_tensor(tensor)
+            sent = self._encode(tensor, stage)
+            result = self._horovod.broadcast(sent, root, name=f"{name}_{i}", ignore_name_scope=True)
+            if self.rank != root:
+                self._count(stage, _bytes(sent))
+            # The root, too, goes on with what was sent: what it has is more exact, and it would be out of step.
+            received.append(tf.ensure_shape(self._decode(result, tensor.dtype), tensor.shape))
+        return received
+
+    def _encode(self, tensor, stage):
+        """A tensor as it travels. Horovod knows no bfloat16, but moves the bits."""
+        if tensor.dtype == tf.float32 and self.wire_dtype is not None and stage in SHORTENED:
+            tensor = tf.cast(tensor, self.wire_dtype)
+        return tf.bitcast(tensor, tf.uint16) if tensor.dtype == tf.bfloat16 else tensor
+
+    def _decode(self, tensor, dtype):
+        if tensor.dtype == tf.uint16:
+            tensor = tf.bitcast(tensor, tf.bfloat16)
+        return tf.cast(tensor, dtype)
+
+    def gather_objects(self, value):
+        from horovod.tensorflow.functions import allgather_object
+
+        return allgather_object(value, name="keras_ngd_object")
+
+    def broadcast_object(self, value):
+        from horovod.tensorflow.functions import broadcast_object
+
+        return broadcast_object(value, root_rank=0, name="keras_ngd_object")
+
+    def _count(self, stage, size):
+        if stage not in self._received:
+            with tf.init_scope():
+                self._received[stage] = tf.Variable(0, dtype=tf.int64, trainable=False, name=f"received_{stage}")
+        self._received[stage].assign_add(tf.cast(size, tf.int64))
+
+    def received_bytes(self):
+        return {stage: int(total) for stage, total in self._received.items()}

@@ -1,0 +1,52 @@
+"""Symmetric matrices as the numbers of one triangle, for sending."""
+
+import math
+
+from keras import ops
+
+
+def packed_size(dimension):
+    """How many numbers a packed symmetric matrix has: `d (d + 1) / 2`."""
+    return dimension * (dimension + 1) // 2
+
+
+def pack(matrices):
+    """The upper triangles of symmetric matrices, once each.
+
+    Row `i` of a triangle is as long as what row `d - 1 - i` lacks, so two rows fill one of `d + 1` numbers: slices and a
+    selection, where gathering the entries one by one would take many times as long.
+
+    Args:
+        matrices: `[..., d, d]`; what is below the diagonals is not looked at.
+
+    Returns:
+        `[k, d (d + 1) / 2]`, with the leading axes made one. The order of the numbers is `unpack`'s business.
+    """
+    d, count = matrices.shape[-1], math.prod(matrices.shape[:-2])
+    matrices = ops.reshape(matrices, (count, d, d))
+    half = d // 2
+    top = ops.pad(matrices[:, :half], [[0, 0], [0, 0], [1, 0]])
+    bottom = ops.pad(ops.flip(matrices[:, d - half :], axis=(1, 2)), [[0, 0], [0, 0], [0, 1]])
+    folded = ops.reshape(ops.where(_from_bottom(half, d), bottom, top), (count, half * (d + 1)))
+    return folded if d == 2 * half else ops.concatenate([folded, matrices[:, half, half:]], axis=1)
+
+
+def unpack(packed, dimension):
+    """The symmetric matrices `[k, d, d]` that `pack` was given."""
+    d, half = dimension, dimension // 2
+    folded = ops.reshape(packed[:, : half * (d + 1)], (packed.shape[0], half, d + 1))
+    from_bottom = _from_bottom(half, d)
+    zero = ops.zeros((), packed.dtype)
+    top = ops.where(from_bottom, zero, folded)[:, :, 1:]
+    bottom = ops.flip(ops.where(from_bottom, folded, zero)[:, :, :d], axis=(1, 2))
+    rows = [top, bottom]
+    if d > 2 * half:
+        rows.insert(1, ops.pad(packed[:, None, half * (d + 1) :], [[0, 0], [0, 0], [half, 0]]))
+    upper = ops.concatenate(rows, axis=1)
+    eye = ops.eye(d, dtype="bool")
+    return ops.where(eye, upper, upper + ops.swapaxes(upper, 1, 2))
+
+
+def _from_bottom(half, dimension):
+    """Which numbers of the folded rows are of the lower rows of the matrix."""
+    return ops.arange(dimension + 1)[None, :] <= ops.arange(half)[:, None]

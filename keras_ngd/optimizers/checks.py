@@ -1,0 +1,64 @@
+"""What an optimizer refuses to train with, and how it says so."""
+
+from keras_ngd import backend
+
+
+class Checks:
+    """Mixin: what would otherwise train as plain SGD, or wrongly, is an error at the earliest point."""
+
+    def _check_blocks(self, blocks):
+        name = type(self).__name__
+        if not blocks:
+            raise ValueError(
+                f"{name} found no captured layers, so it would train as plain SGD. Call "
+                "`keras_ngd.capture(model, optimizer)` before `model.compile` (or after unfreezing layers). A saved model "
+                "that makes its own layers: load it with `compile=False`, capture, compile, then `model.load_weights`."
+            )
+        for block in blocks:
+            expected = self.make_statistics(block.statistics.owner()).spec
+            if block.statistics.spec != expected:
+                raise ValueError(
+                    f"Layer {block.layer!r} was captured for another optimizer: it records {block.statistics.spec}, but "
+                    f"{name} needs {expected}. Call `keras_ngd.capture(model, optimizer)` with this optimizer."
+                )
+
+    def __setattr__(self, name, value):
+        # Keras's LossScaleOptimizer announces itself to the optimizer it wraps by resetting this attribute.
+        if name == "loss_scale_factor" and name in self.__dict__:
+            raise ValueError(
+                f"{type(self).__name__} cannot be wrapped in a LossScaleOptimizer (Keras does so under `mixed_float16`): "
+                "its statistics would carry the square of a loss scale it is not told. Use the `mixed_bfloat16` policy, or "
+                f"{type(self).__name__}(..., loss_scale_factor=1024.0) with model.compile(..., auto_scale_loss=False)."
+            )
+        super().__setattr__(name, value)
+
+    def _fail_on_changed_variables(self, count):
+        raise ValueError(
+            f"{type(self).__name__} was built on {len(self._trainable_variables)} variables but is given {count}: layers were "
+            "frozen, unfrozen, captured or released since. Create a new optimizer, call `keras_ngd.capture(model, optimizer)` "
+            "with it, and compile again."
+        )
+
+    def _check_step(self, grads, variables):
+        with backend.outside_trace():
+            self._restore_pending()  # raises again what `build` raised
+        known = self._trainable_variables_indices
+        if len(variables) != len(known) or any(self._var_key(v) not in known for v in variables):
+            self._fail_on_changed_variables(len(variables))
+        missing = {self._var_key(v) for g, v in zip(grads, variables, strict=True) if g is None}
+        for block in self.layout.blocks:
+            if not block.statistics.reached or self._var_key(block.statistics.gate) in missing:
+                raise ValueError(
+                    f"Layer {block.layer!r} was captured, but the training step does not call it (it takes no part in the "
+                    "loss, or its kernel is used without it), so its statistics never arrive. Leave it out: "
+                    f"`keras_ngd.capture(model, optimizer, skip=[{block.layer!r}])`."
+                )
+            if not block.statistics.several_calls and block.statistics.traced_calls > 1:
+                raise ValueError(self._several_calls_message(block))
+            block.statistics.forget_trace()
+
+    def _several_calls_message(self, block):
+        return (
+            f"Layer {block.layer!r} is called several times in a training step, and what {type(self).__name__} records of its "
+            f"calls cannot be put together. Leave it out: `keras_ngd.capture(model, optimizer, skip=[{block.layer!r}])`."
+        )
