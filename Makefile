@@ -11,6 +11,7 @@ PYTHON ?= $(shell command -v python3.11 >/dev/null && python3.11 --version >/dev
 # Each set-up leaves a stamp, and is repeated only when what it installs has changed.
 DEMO := $(VENV)/.installed-demo
 TEST := $(VENV)/.installed-test
+HOROVOD := $(VENV)/.installed-horovod
 
 .PHONY: help demo test lint clean distclean
 BENCHMARKS := benchmark-step-cost benchmark-update-cost benchmark-convergence benchmark-thor-convergence \
@@ -32,8 +33,8 @@ help:
 demo: $(DEMO)
 	$(BIN)/python examples/quickstart.py
 
-test: lint
-	KERAS_BACKEND=tensorflow $(BIN)/pytest -m "" -n $(JOBS) --durations=12
+test: lint $(HOROVOD)
+	KERAS_BACKEND=tensorflow $(BIN)/pytest -m "" -n $(JOBS) --dist loadgroup --durations=12
 	KERAS_BACKEND=jax $(BIN)/pytest -m "" -n $(JOBS) --durations=12
 
 lint: $(TEST)
@@ -61,4 +62,8 @@ $(DEMO): setup.py pyproject.toml constraints.txt | $(BIN)/pip
 
 $(TEST): setup.py pyproject.toml constraints.txt | $(DEMO)
 	$(INSTALL) --editable ".[test]"
+	@touch $@
+
+$(HOROVOD): horovod_scripts/install_horovod.sh | $(TEST)
+	horovod_scripts/install_horovod.sh --python $(BIN)/python
 	@touch $@

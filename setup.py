@@ -30,7 +30,7 @@ setup(
         "plots": PLOTS,
         "tensorboard": ["tensorboard"],
         "jax": JAX,
-        "horovod": ["horovod"],
+        "horovod": ["horovod>=0.28"],
         "benchmarks": BENCHMARKS,
         "test": [*BENCHMARKS, "hypothesis", "pytest", "pytest-xdist", "ruff", "tensorboard"],
     },

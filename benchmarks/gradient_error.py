@@ -24,8 +24,7 @@ from absl import app, flags
 from keras import ops
 
 from benchmarks import results
-from benchmarks.networks import resnet32
-from examples.networks import cnn_3c1f
+from examples.networks import cnn_3c1f, resnet32
 from keras_ngd.analysis import gradient_errors, kernel_ranks
 from keras_ngd.analysis.rows import RowProbe
 from keras_ngd.linalg import interpolative

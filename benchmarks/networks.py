@@ -1,30 +1,8 @@
 """The networks that step costs are measured on."""
 
 import keras
-from keras import layers
 
-from examples.networks import resnet18
-
-
-def resnet32(classes=10):
-    """The CIFAR ResNet-32 of He et al. (2016), with projection shortcuts, for 32x32x3 images."""
-    convolution = {"padding": "same", "use_bias": False}
-
-    def block(x, filters, stride):
-        y = layers.Conv2D(filters, 3, stride, **convolution)(x)
-        y = layers.ReLU()(layers.BatchNormalization()(y))
-        y = layers.BatchNormalization()(layers.Conv2D(filters, 3, **convolution)(y))
-        if stride > 1:
-            x = layers.BatchNormalization()(layers.Conv2D(filters, 1, stride, **convolution)(x))
-        return layers.ReLU()(layers.Add()([x, y]))
-
-    inputs = keras.Input((32, 32, 3))
-    x = layers.ReLU()(layers.BatchNormalization()(layers.Conv2D(16, 3, **convolution)(inputs)))
-    for stage, filters in enumerate((16, 32, 64)):
-        for i in range(5):
-            x = block(x, filters, 2 if stage and i == 0 else 1)
-    outputs = layers.Dense(classes)(layers.GlobalAveragePooling2D()(x))
-    return keras.Model(inputs, outputs, name="resnet32")
+from examples.networks import resnet18, resnet32
 
 
 def resnet50(size=64, classes=10):

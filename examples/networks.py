@@ -9,13 +9,15 @@ def normalized(x):
     return layers.BatchNormalization(momentum=0.9)(x)
 
 
-def resnet18(size=32, classes=10, width=64):
-    """The ResNet-18 of He et al. (2016) as it is used on CIFAR: no pooling at the start, four stages of two blocks.
+def residual_network(name, size, classes, widths, blocks):
+    """A residual network of He et al. (2016) for small images: no pooling at the start, projections where shapes change.
 
     Args:
+        name: of the model.
         size: height and width of the images.
         classes: outputs.
-        width: channels of the first stage; doubled by each of the other three. Default 64, the paper's.
+        widths: channels of each stage; all but the first halve the image.
+        blocks: blocks of two convolutions in each stage.
     """
     convolution = {"padding": "same", "use_bias": False}
 
@@ -27,12 +29,34 @@ def resnet18(size=32, classes=10, width=64):
         return layers.ReLU()(layers.Add()([x, y]))
 
     inputs = keras.Input((size, size, 3))
-    x = layers.ReLU()(normalized(layers.Conv2D(width, 3, **convolution)(inputs)))
-    for stage in range(4):
-        for i in range(2):
-            x = block(x, width * 2**stage, 2 if stage and i == 0 else 1)
+    x = layers.ReLU()(normalized(layers.Conv2D(widths[0], 3, **convolution)(inputs)))
+    for stage, width in enumerate(widths):
+        for i in range(blocks):
+            x = block(x, width, 2 if stage and i == 0 else 1)
     outputs = layers.Dense(classes)(layers.GlobalAveragePooling2D()(x))
-    return keras.Model(inputs, outputs, name="resnet18")
+    return keras.Model(inputs, outputs, name=name)
+
+
+def resnet18(size=32, classes=10, width=64):
+    """The ResNet-18 as it is used on CIFAR: four stages of two blocks.
+
+    Args:
+        size: height and width of the images.
+        classes: outputs.
+        width: channels of the first stage; doubled by each of the other three. Default 64, the paper's.
+    """
+    return residual_network("resnet18", size, classes, [width * 2**stage for stage in range(4)], 2)
+
+
+def resnet32(size=32, classes=10, width=16):
+    """The ResNet-32 for CIFAR: three stages of five blocks.
+
+    Args:
+        size: height and width of the images.
+        classes: outputs.
+        width: channels of the first stage; doubled by each of the other two. Default 16, the paper's.
+    """
+    return residual_network("resnet32", size, classes, [width * 2**stage for stage in range(3)], 5)
 
 
 def cnn_3c1f(shape=(28, 28, 1), classes=10, width=16):

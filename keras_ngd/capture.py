@@ -86,6 +86,7 @@ def capture(model, optimizer, skip=None, data=None):
             f"No layer of model {model.name!r} can be captured, so {optimizer.name} would be plain SGD:\n{report}"
         )
     _check_float16(optimizer, [layer for layer, reason in decisions if not reason])
+    optimizer.connected()
     optimizer.measure(model, data)
     entries = []
     for layer, reason in decisions:

@@ -34,6 +34,12 @@ from tf_tests.small import captured, compiled, fit, kfac, mlp, policy, regressio
         ("losses_per_example", [0, -1, float("nan"), True, "3", None], "`losses_per_example` must be a number above 0"),
         ("statistics_fraction", [0, -0.5, 1.01, True, "1", None], r"`statistics_fraction` must be in \(0, 1\]"),
         ("gradient_accumulation_steps", [2, 8], "KFAC does not support `gradient_accumulation_steps`"),
+        ("communicator", ["mpi", None, 2], "`communicator` must be 'auto', 'horovod', 'local' or a"),
+        (
+            "gradient_worker_fraction",
+            [-0.5, 1.01, float("nan"), True, "1", None],
+            r"`gradient_worker_fraction` must be in \[0, 1\]",
+        ),
         ("momentum", [-0.1, 1.1], "`momentum` must be a float between"),
     ],
 )
@@ -269,14 +275,55 @@ def test_dynamic_loss_scale():
 # Workers and backends
 
 
-def test_horovod(monkeypatch):
-    class Horovod:
+@pytest.mark.skipif(keras.backend.backend() != "tensorflow", reason="on JAX nothing of Horovod is looked at")
+def test_horovod_that_is_not_there(monkeypatch):
+    monkeypatch.setitem(sys.modules, "horovod.tensorflow", None)
+    with pytest.raises(
+        ValueError, match="needs Horovod, which is not installed: run `horovod_scripts/install_horovod.sh`"
+    ):
+        captured(mlp(), kfac(communicator="horovod"))
+
+
+@pytest.mark.skipif(keras.backend.backend() != "tensorflow", reason="on JAX nothing of Horovod is looked at")
+def test_horovod_that_is_not_initialised():
+    pytest.importorskip("horovod.tensorflow")
+    with pytest.raises(ValueError, match=r"needs `horovod.tensorflow.init\(\)` to be called first"):
+        captured(mlp(), kfac(communicator="horovod"))
+
+
+@pytest.mark.skipif(keras.backend.backend() == "tensorflow", reason="Horovod serves TensorFlow")
+def test_horovod_on_another_backend(monkeypatch):
+    class Started:
         is_initialized = staticmethod(lambda: True)
         size = staticmethod(lambda: 4)
 
-    monkeypatch.setitem(sys.modules, "horovod.tensorflow", Horovod)
-    with pytest.raises(RuntimeError, match="KFAC runs on one worker so far, but found Horovod with 4 processes"):
-        fit(captured(mlp()), *regression())
+    monkeypatch.setitem(sys.modules, "horovod.tensorflow", Started)
+    for communicator in ("auto", "horovod"):
+        with pytest.raises(ValueError, match="Horovod serves the TensorFlow backend, but KERAS_BACKEND='jax'"):
+            captured(mlp(), kfac(communicator=communicator))
+
+
+def test_rows_are_held_by_all_workers():
+    with pytest.raises(
+        ValueError, match="SNGD holds its small inverses on all workers. Received: gradient_worker_fraction"
+    ):
+        keras_ngd.SNGD(gradient_worker_fraction=0.5)
+
+
+def test_data_without_a_length_cannot_be_shared_out():
+    import tensorflow as tf
+
+    class Two(keras_ngd.distributed.Communicator):
+        size = 2
+
+    endless = tf.data.Dataset.range(3).repeat()
+    with pytest.raises(ValueError, match="`dataset` must have a known length.*infinite"):
+        keras_ngd.distributed.shard(endless, Two())
+    with pytest.raises(ValueError, match="`dataset` must have a known length.*unknown"):
+        keras_ngd.distributed.shard(endless.filter(lambda i: i > 0).take(4), Two())
+    with pytest.raises(ValueError, match="an example for each of 2 workers. Received one of 1 examples"):
+        keras_ngd.distributed.shard(tf.data.Dataset.range(1), Two())
+    assert keras_ngd.distributed.shard(endless) is endless
 
 
 MIRRORED = """
@@ -300,7 +347,7 @@ def test_distribution_strategy():
     command = [sys.executable, "-c", MIRRORED]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr[-3000:]
-    assert "raised KFAC runs on one worker so far, but found MirroredStrategy with 2 replicas" in done.stdout
+    assert "raised KFAC does not run on several replicas yet, but found MirroredStrategy with 2 replicas" in done.stdout
 
 
 def test_unsupported_backend(monkeypatch):

@@ -3,9 +3,15 @@
 import importlib
 
 _MODULES = {
+    "Rates": "rates",
+    "cost_model": "projection",
     "gradient_error": "gradient_errors",
     "kernel_rank": "kernel_ranks",
+    "layer_shapes": "exchanges",
+    "measure_rates": "rates",
+    "plot_cost_model": "projection",
     "plot_kernel_ranks": "kernel_ranks",
+    "received": "exchanges",
     "split_dimension": "split_choice",
 }
 

@@ -155,7 +155,7 @@ class CurvatureMonitor(keras.callbacks.Callback):
     @staticmethod
     def _conditions(optimizer):
         result = {}
-        for group in optimizer.layout.groups:
+        for group in optimizer.held.groups:
             parts = [ops.convert_to_numpy(variable) for variable in group.curvature.variables]
             for block, part in group.slices():
                 result[block.layer] = max(_condition(p[part].reshape(-1, *p.shape[2:])) for p in parts)

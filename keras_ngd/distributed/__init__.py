@@ -1,11 +1,25 @@
 """Several workers: how they talk to each other, and what they divide among them."""
 
 from keras_ngd.distributed.communicator import Communicator, check, resolve
-from keras_ngd.distributed.data import shard
-from keras_ngd.distributed.initial_state import broadcast_variables
-from keras_ngd.distributed.placement import place
+from keras_ngd.distributed.data import in_turn, shard
+from keras_ngd.distributed.initial_state import broadcast_variables, check_same, description
+from keras_ngd.distributed.placement import gradient_workers, holders_of, place, row_of
 
-__all__ = ["Communicator", "Horovod", "broadcast_variables", "check", "place", "resolve", "shard"]
+__all__ = [
+    "Communicator",
+    "Horovod",
+    "broadcast_variables",
+    "check",
+    "check_same",
+    "description",
+    "gradient_workers",
+    "holders_of",
+    "in_turn",
+    "place",
+    "resolve",
+    "row_of",
+    "shard",
+]
 
 
 def __getattr__(name):

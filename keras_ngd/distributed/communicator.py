@@ -13,9 +13,10 @@ class Communicator:
     Attributes:
         size: number of workers.
         rank: which of them this is, from 0.
+        local_rank: the same, among the workers of its machine.
     """
 
-    size, rank = 1, 0
+    size, rank, local_rank = 1, 0, 0
 
     def all_reduce(self, tensors, stage, name):
         """Sums over all workers, on all workers; received are `2 (P - 1) / P` times the tensors' size (in a ring)."""
@@ -43,6 +44,25 @@ class Communicator:
 
         Received are the tensors' sizes, by all but `root`.
         """
+        return list(tensors)
+
+    def exchange(self, tensors, receivers, lengths, stage, name):
+        """Gives one vector to some of the workers, and takes theirs.
+
+        Received is what is taken.
+
+        Args:
+            tensors: this worker's vectors, sent as one.
+            receivers: ranks of the others that are to have it.
+            lengths: of what each worker has for this one: numbers by rank, 0 for those that have nothing.
+
+        Returns:
+            What each worker has sent to this one, by rank; None of those that have nothing.
+        """
+        return [None] * self.size
+
+    def as_sent(self, tensors, stage):
+        """Tensors as those that receive them have them: rounded, where less than they are is sent."""
         return list(tensors)
 
     def gather_objects(self, value):

@@ -3,6 +3,20 @@
 from keras_ngd.distributed.communicator import resolve
 
 
+def in_turn(function, communicator="auto"):
+    """What `function()` returns; the first worker of every machine calls it before all others do.
+
+    For what downloads or writes a file that the others then find.
+    """
+    communicator = resolve(communicator)
+    result = None
+    for first in (True, False):
+        if (communicator.local_rank == 0) == first:
+            result = function()
+        communicator.gather_objects(None)
+    return result
+
+
 def shard(dataset, communicator="auto"):
     """This worker's part of a `tf.data.Dataset` of examples: every `P`-th, from its rank on.
 

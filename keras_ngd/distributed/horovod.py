@@ -47,14 +47,14 @@ class Horovod(Communicator):
     def __init__(self, wire_dtype=None):
         if wire_dtype not in WIRE_DTYPES:
             raise ValueError(f"`wire_dtype` must be one of {WIRE_DTYPES}. Received: wire_dtype={wire_dtype!r}")
-        self._horovod = _load()
+        self._horovod = hvd = _load()
         self.wire_dtype = wire_dtype
-        self.size, self.rank = self._horovod.size(), self._horovod.rank()
+        self.size, self.rank, self.local_rank = (ask() for ask in (hvd.size, hvd.rank, hvd.local_rank))
         self._received = {}
 
     def all_reduce(self, tensors, stage, name):
         tensors = [tf.convert_to_tensor(t) for t in tensors]
-        sums, by_dtype = {}, {}
+        sums, by_dtype, totals = {}, {}, []
         for i, tensor in enumerate(tensors):
             # Horovod adds no bfloat16.
             sent = tf.cast(tensor, tf.float32) if tensor.dtype == tf.bfloat16 else tensor
@@ -66,10 +66,11 @@ class Horovod(Communicator):
                 name=f"{name}_{dtype.name}",
                 ignore_name_scope=True,
             )
+            totals += reduced
             for (i, sent), total in zip(entries, reduced, strict=True):
                 sums[i] = tf.cast(tf.ensure_shape(total, sent.shape), tensors[i].dtype)
         size = sum(_bytes(sent) for entries in by_dtype.values() for _, sent in entries)
-        self._count(stage, 2 * (self.size - 1) * size // self.size)
+        self._count(stage, 2 * (self.size - 1) * size // self.size, totals)
         return [sums[i] for i in range(len(tensors))]
 
     def all_gather(self, tensors, stage, name):
@@ -78,7 +79,7 @@ class Horovod(Communicator):
             tensor = tf.convert_to_tensor(tensor)
             sent = self._encode(tensor, stage)
             received = self._horovod.allgather(sent, name=f"{name}_{i}", ignore_name_scope=True)
-            self._count(stage, _bytes(received) - _bytes(sent))
+            self._count(stage, _bytes(received) - _bytes(sent), [received])
             gathered.append(self._decode(received, tensor.dtype))
         return gathered
 
@@ -96,7 +97,7 @@ class Horovod(Communicator):
             flat, splits=tf.constant(splits, tf.int32), name=name, ignore_name_scope=True
         )
         mine = splits[self.rank]
-        self._count(stage, (self.size - 1) * mine * flat.dtype.size)
+        self._count(stage, (self.size - 1) * mine * flat.dtype.size, [received])
         contributions = tf.reshape(self._decode(received, tensors[0].dtype), [self.size, mine])
         total, start, sums = tf.reduce_sum(contributions, axis=0), 0, [None] * len(tensors)
         for i in order:
@@ -111,11 +112,25 @@ class Horovod(Communicator):
             tensor = tf.convert_to_tensor(tensor)
             sent = self._encode(tensor, stage)
             result = self._horovod.broadcast(sent, root, name=f"{name}_{i}", ignore_name_scope=True)
-            if self.rank != root:
-                self._count(stage, _bytes(sent))
+            self._count(stage, 0 if self.rank == root else _bytes(sent), [result])
             # The root, too, goes on with what was sent: what it has is more exact, and it would be out of step.
             received.append(tf.ensure_shape(self._decode(result, tensor.dtype), tensor.shape))
         return received
+
+    def exchange(self, tensors, receivers, lengths, stage, name):
+        flat = self._encode(tf.concat([tf.reshape(t, [-1]) for t in tensors], axis=0), stage)
+        length = flat.shape.num_elements()
+        splits = [length if rank in receivers else 0 for rank in range(self.size)]
+        copies = tf.tile(flat, [len(receivers)])
+        received, _ = self._horovod.alltoall(
+            copies, splits=tf.constant(splits, tf.int32), name=name, ignore_name_scope=True
+        )
+        self._count(stage, sum(lengths) * flat.dtype.size, [received])
+        parts = tf.split(self._decode(tf.ensure_shape(received, [sum(lengths)]), tensors[0].dtype), lengths)
+        return [part if length else None for part, length in zip(parts, lengths, strict=True)]
+
+    def as_sent(self, tensors, stage):
+        return [self._decode(self._encode(tf.convert_to_tensor(t), stage), t.dtype) for t in tensors]
 
     def _encode(self, tensor, stage):
         """A tensor as it travels. Horovod knows no bfloat16, but moves the bits."""
@@ -138,11 +153,17 @@ class Horovod(Communicator):
 
         return broadcast_object(value, root_rank=0, name="keras_ngd_object")
 
-    def _count(self, stage, size):
+    def _count(self, stage, size, done):
+        """Counts bytes once the tensors `done` are there.
+
+        So every exchange happens, too: a graph drops operations whose results nobody uses, and a worker that has no use for
+        them would leave the others waiting.
+        """
         if stage not in self._received:
             with tf.init_scope():
                 self._received[stage] = tf.Variable(0, dtype=tf.int64, trainable=False, name=f"received_{stage}")
-        self._received[stage].assign_add(tf.cast(size, tf.int64))
+        with tf.control_dependencies(done):
+            self._received[stage].assign_add(tf.cast(size, tf.int64))
 
     def received_bytes(self):
         return {stage: int(total) for stage, total in self._received.items()}

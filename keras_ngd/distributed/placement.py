@@ -30,6 +30,49 @@ def place(costs, workers):
     return owners
 
 
+def holders_of(owner, count, workers):
+    """The workers that hold a layer's inverse and precondition its gradient: `count` of them, its owner among them.
+
+    Workers are a grid of `count` rows; a column's workers hold the same layers, so that every row has one holder of each layer,
+    which sends the preconditioned gradient to the others of its row (KAISA, Pauloski et al., 2021).
+
+    Args:
+        owner: rank of the worker that inverts.
+        count: how many hold what one has inverted; a divisor of `workers`.
+        workers: how many workers there are.
+
+    Returns:
+        Ranks in ascending order.
+    """
+    width = workers // count
+    return [row * width + owner % width for row in range(count)]
+
+
+def row_of(rank, count, workers):
+    """The ranks of the workers in one's row of the grid, oneself included; see `holders_of`."""
+    width = workers // count
+    start = rank // width * width
+    return list(range(start, start + width))
+
+
+def gradient_workers(fraction, workers):
+    """How many workers hold each layer's inverse: `fraction * workers`, for one worker, and for the fraction 0, one.
+
+    Raises:
+        ValueError: if that is not an int that divides `workers`.
+    """
+    count = fraction * workers
+    if workers == 1 or fraction == 0:
+        return 1
+    if round(count) < 1 or abs(count - round(count)) > 1e-6 or workers % round(count):
+        possible = [d / workers for d in range(1, workers + 1) if workers % d == 0]
+        raise ValueError(
+            f"`gradient_worker_fraction` times the number of workers, {workers}, must divide it: one of 0, "
+            f"{', '.join(f'{p:.6g}' for p in possible)}. Received: gradient_worker_fraction={fraction}"
+        )
+    return round(count)
+
+
 def loads(costs, owners, workers):
     """What each worker has to do under a placement."""
     totals = [0] * workers

@@ -228,7 +228,7 @@ class HyLo(SNGD):
             # The norms differ by rounding at most, but a worker in another mode than the others would wait for them.
             norm = ops.sqrt(sum(ops.sum(ops.square(ops.cast(s, "float32"))) for s in sums))
             new = gradient_switch.after_epoch(state, norm, following, self.eta, self.decay_ratio)
-            [new] = self._workers.agreed([new]) if self._workers else [new]
+            [new] = self._agreed([new])
             return [new, *(ops.zeros_like(s) for s in sums)]
 
         new, *sums = ops.cond(ends, decided, lambda: [state, *sums])

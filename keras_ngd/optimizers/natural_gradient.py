@@ -7,10 +7,11 @@ from keras import ops
 
 from keras_ngd import backend, distributed, schedules
 from keras_ngd.optimizers.averaging import WeightAveraging
-from keras_ngd.optimizers.blocks import Group, Layout, find_blocks
+from keras_ngd.optimizers.blocks import Layout, find_blocks
 from keras_ngd.optimizers.checks import Checks
+from keras_ngd.optimizers.counters import Counters
+from keras_ngd.optimizers.data_parallel import DataParallel
 from keras_ngd.optimizers.state import StrictState
-from keras_ngd.optimizers.workers import Workers, check_same
 
 
 def stacked(group, inputs):
@@ -19,7 +20,7 @@ def stacked(group, inputs):
     return [part[0] if len(part) == 1 else ops.concatenate(part) for part in parts]
 
 
-class NaturalGradient(Checks, StrictState, WeightAveraging, keras.optimizers.SGD):
+class NaturalGradient(Checks, Counters, DataParallel, StrictState, WeightAveraging, keras.optimizers.SGD):
     """Base of all methods: statistics in, curvature updated, gradients preconditioned, then Keras's own SGD.
 
     One step does, in this order:
@@ -50,6 +51,9 @@ class NaturalGradient(Checks, StrictState, WeightAveraging, keras.optimizers.SGD
         kl_clip: positive float, or None for no clipping: bound on the squared length of a step in the Fisher metric.
         communicator: `"auto"` (default): Horovod where `horovod.tensorflow.init()` has started several processes;
             `"horovod"`, `"local"`, or a `keras_ngd.distributed.Communicator`.
+        gradient_worker_fraction: share of several workers that hold each layer's inverses; its product with their number must
+            divide it, and 0 stands for one of them. Others get the layer's preconditioned gradient instead, at every step. With
+            less than 1 (the default) inverses are not saved: training that goes on begins with a refresh.
         **kwargs: all other arguments of `keras.optimizers.SGD`: `nesterov`, `weight_decay` (decoupled), `clipnorm`,
             `clipvalue`, `global_clipnorm` (these clip the preconditioned gradient), `use_ema`, `ema_momentum`,
             `ema_overwrite_frequency`, `loss_scale_factor`, `name`.
@@ -65,6 +69,7 @@ class NaturalGradient(Checks, StrictState, WeightAveraging, keras.optimizers.SGD
         inverse_interval=100,
         kl_clip=1e-3,
         communicator="auto",
+        gradient_worker_fraction=1.0,
         **kwargs,
     ):
         name = type(self).__name__
@@ -82,19 +87,20 @@ class NaturalGradient(Checks, StrictState, WeightAveraging, keras.optimizers.SGD
         factor_interval = schedules.check_interval("factor_interval", schedules.deserialize(factor_interval))
         inverse_interval = schedules.check_interval("inverse_interval", schedules.deserialize(inverse_interval))
         distributed.check(communicator)
+        if not schedules.is_number(gradient_worker_fraction) or not 0 <= gradient_worker_fraction <= 1:
+            raise ValueError(
+                "`gradient_worker_fraction` must be in [0, 1]. Received: "
+                f"gradient_worker_fraction={gradient_worker_fraction!r}"
+            )
         super().__init__(learning_rate=learning_rate, momentum=momentum, **kwargs)
         self.damping, self.factor_decay = damping, float(factor_decay)
         self.kl_clip = None if kl_clip is None else float(kl_clip)
         self.factor_interval, self.inverse_interval = factor_interval, inverse_interval
-        self.communicator = communicator
-        self.layout, self._workers, self._model = Layout(), None, None
+        self.communicator, self.gradient_worker_fraction = communicator, float(gradient_worker_fraction)
+        self.layout = Layout()
 
     def measure(self, model, data):
         """Settles what is to be measured on a model about to be captured, and on a batch of its inputs (or None)."""
-
-    def connected(self):
-        """The communicator that this optimizer's argument stands for at present."""
-        return distributed.resolve(self.communicator)
 
     def captured(self, model):
         """Told which model was captured for this optimizer."""
@@ -131,60 +137,30 @@ class NaturalGradient(Checks, StrictState, WeightAveraging, keras.optimizers.SGD
             )
         variables = list(variables)
         layout = Layout(find_blocks(variables, self._var_key))
-        communicator = self.connected()
-        if communicator.size > 1:
-            with backend.outside_trace():
-                self._meet(communicator, layout, variables)
         self._check_blocks(layout.blocks)
         super().build(variables)
-        self.layout = layout
+        self.layout, self._workers = layout, self._make_workers(layout)
         self.build_curvature(layout)
-        self._next_factors = self.add_variable((), dtype="int", name="next_factor_step")
-        self._next_inverses = self.add_variable((), dtype="int", name="next_inverse_step")
-        self._factor_updates = self.add_variable((), dtype="int", name="factor_updates")
-        self._inverse_updates = self.add_variable((), dtype="int", name="inverse_updates")
-        self._skipped_statistics = self.add_variable((), dtype="int", name="skipped_statistics")
-        self._skipped_steps = self.add_variable((), dtype="int", name="skipped_steps")
+        self.add_counters()
         # TensorFlow's trainer builds the optimizer of a built model while it traces the first step.
         with backend.outside_trace():
             if not self._restore_pending():
                 # A checkpoint restored here has brought its own gates, with the statistics.
                 for number, block in enumerate(layout.blocks):
                     self.start_statistics(block.statistics, number)
+            if self._workers is not None:
+                self.separate_draws()
 
-    def _meet(self, communicator, layout, variables):
-        """Makes sure that all workers train the same, and starts them with worker 0's values."""
-        check_same(
-            communicator,
-            {
-                "optimizer": type(self).__name__,
-                "argument": self.get_config(),
-                "number of trainable variables": len(variables),
-                "shape of variable": {str(i): [list(v.shape), str(v.dtype)] for i, v in enumerate(variables)},
-                "number of captured layers": len(layout.blocks),
-                "recorded of captured layer": {str(i): repr(b.statistics.spec) for i, b in enumerate(layout.blocks)},
-            },
-        )
-        distributed.broadcast_variables(communicator, [*variables, *self._other_variables(variables)])
-        self._pending_state = communicator.broadcast_object(self._pending_state)
-        self._workers = Workers(
-            communicator,
-            layout,
-            cost=lambda block: self.make_curvature(Group([block])).refresh_cost,
-            part=lambda blocks: layout.part(blocks, self.make_curvature),
-        )
-
-    def _other_variables(self, variables):
-        """The captured model's weights besides these, if the model is known; not its random seeds, which are to differ."""
-        model = None if self._model is None else self._model()
-        known = {self._var_key(v) for v in variables}
-        return [] if model is None else [v for v in model.weights if self._var_key(v) not in known]
+    def restored(self, renew):
+        if self.gradient_worker_fraction < 1:
+            self._next_inverses.assign(0)
 
     def build_curvature(self, layout):
         """Creates the curvatures, and lists in `_decided` what else a refresh renews."""
         for group in layout.groups:
             group.curvature = self.make_curvature(group)
-            group.curvature.build(self._add_state)
+        for group in self.held.groups:
+            group.curvature.build(self._add_state if self.gradient_worker_fraction == 1 else _unsaved)
         self._decided = []
 
     def start_statistics(self, statistics, number):
@@ -194,53 +170,17 @@ class NaturalGradient(Checks, StrictState, WeightAveraging, keras.optimizers.SGD
     def _add_state(self, shape, initializer, dtype, name):
         return self.add_variable(shape, initializer=initializer, dtype=dtype, name=name)
 
-    # Reading
-
-    def _read(self, counter):
-        return int(getattr(self, counter)) if self.built else 0
-
-    @property
-    def skipped_statistics(self):
-        """How many updates of the statistics were left out because some of them were not finite."""
-        return self._read("_skipped_statistics")
-
-    @property
-    def skipped_steps(self):
-        """How many steps took a zero gradient because some gradient was not finite."""
-        return self._read("_skipped_steps")
-
-    @property
-    def factor_updates(self):
-        """How many batches have entered the statistics' averages."""
-        return self._read("_factor_updates")
-
-    @property
-    def inverse_updates(self):
-        """How often the inverses were refreshed."""
-        return self._read("_inverse_updates")
-
-    def received_bytes(self):
-        """What this worker has received from others in training steps, in bytes, by stage; `{}` on one worker.
-
-        Stages are `initial state`, `gradients`, `statistics`, `inverses` and `decisions`.
-        """
-        return {} if self._workers is None else self._workers.communicator.received_bytes()
-
     # The step
 
     def apply(self, grads, trainable_variables=None):
         """One step; see the class. Arguments as for `keras.optimizers.Optimizer.apply`."""
         variables = self._trainable_variables if trainable_variables is None else list(trainable_variables)
+        self._meet(variables)
         if not self.built:
             with keras.name_scope(self.name):
                 self.build(variables)
         grads = list(grads)
         self._check_step(grads, variables)
-        if self._workers is not None and backend.under_xla():
-            raise ValueError(
-                "Workers cannot talk to each other inside a step that XLA compiles. Leave `jit_compile` of `model.compile` at "
-                "'auto', or set it to False; inversions are compiled all the same."
-            )
         position = {self._var_key(v): i for i, v in enumerate(variables)}
         with keras.name_scope(self.name):
             new = self._natural_gradients(grads, variables, lambda v: position[self._var_key(v)])
@@ -322,35 +262,6 @@ class NaturalGradient(Checks, StrictState, WeightAveraging, keras.optimizers.SGD
             refused.append((block.statistics.gate > 0) & (grads[index(block.statistics.accepted)] < calls))
         return ops.stack(refused)
 
-    def _average_over_workers(self, grads, variables, index, refused):
-        """The gradients as one worker with all examples would see them, this worker's share of these, what any refused."""
-        first = self.layout.blocks[0].statistics
-        examples = grads[index(first.examples)] / grads[index(first.calls)]
-        known = [
-            i
-            for i, (gradient, variable) in enumerate(zip(grads, variables, strict=True))
-            if gradient is not None and not self._overwrite_variable_with_gradient(variable)
-        ]
-        means, share, refused = self._workers.mean_gradients([grads[i] for i in known], examples, refused)
-        means = dict(zip(known, means, strict=True))
-        grads = [means.get(i, gradient) for i, gradient in enumerate(grads)]
-        return grads, share, refused
-
-    def share_statistics(self, averages, calls, share, refused):
-        """Brings the statistics of several workers together.
-
-        Args:
-            averages: for each block what this worker's probes emitted.
-            calls: for each block how often its layer was called.
-            share: scalar, this worker's share of all examples.
-            refused: `[blocks]`, whose statistics are not finite on some worker.
-
-        Returns:
-            For each block what its statistics go on with; and what its curvature takes, where that is not made of these by
-            `curvature_input`.
-        """
-        return self._workers.mean_statistics(averages, share, refused), {}
-
     def _count_statistics(self, refused, step):
         """Advances the counters of the statistics; whether any were recorded."""
         opened = ops.any(ops.stack([block.statistics.gate > 0 for block in self.layout.blocks]))
@@ -363,14 +274,17 @@ class NaturalGradient(Checks, StrictState, WeightAveraging, keras.optimizers.SGD
 
     def _next_gate(self, step):
         """The weight with which the next batch enters the averages; 0 where none is due."""
+        return ops.where(step + 1 >= ops.convert_to_tensor(self._next_factors), self._rate(), 0.0)
+
+    def _rate(self):
+        """The weight with which a batch enters the averages now."""
         decay = ops.convert_to_tensor(self.factor_decay, "float32")
         updates = ops.cast(ops.convert_to_tensor(self._factor_updates), "float32")
-        rate = (1 - decay) / (1 - ops.power(decay, updates + 1))
-        return ops.where(step + 1 >= ops.convert_to_tensor(self._next_factors), rate, 0.0)
+        return (1 - decay) / (1 - ops.power(decay, updates + 1))
 
     def _refresh(self, inputs, damping, step, opened):
         """Replaces the curvatures' states where a refresh is due."""
-        variables = [v for group in self.layout.groups for v in group.curvature.variables] + self._decided
+        variables = [v for group in self.held.groups for v in group.curvature.variables] + self._decided
         old = [ops.convert_to_tensor(variable) for variable in variables]
         due = self.refresh_due(step, opened)
         new = ops.cond(due, lambda: self._renewed(inputs, damping, list(old)), lambda: list(old))
@@ -383,13 +297,13 @@ class NaturalGradient(Checks, StrictState, WeightAveraging, keras.optimizers.SGD
     def _renewed(self, inputs, damping, old):
         """New values of all variables that a refresh renews, from the old ones."""
         values = iter(old)
-        states = [[next(values) for _ in group.curvature.variables] for group in self.layout.groups]
-        decided, update = self.decide(inputs, damping, list(values), self._workers.agreed if self._workers else list)
+        states = [[next(values) for _ in group.curvature.variables] for group in self.held.groups]
+        decided, update = self.decide(inputs, damping, list(values))
 
         def renew(layout, states):
             return self.refresh(layout, inputs(layout.blocks), damping, states, update)
 
-        new = self._workers.refresh(renew, states, update) if self._workers else renew(self.layout, states)
+        new = self._refreshed_states(renew, states, update)
         return [value for state in new for value in state] + list(decided)
 
     def refresh_due(self, step, opened):
@@ -397,14 +311,13 @@ class NaturalGradient(Checks, StrictState, WeightAveraging, keras.optimizers.SGD
         recorded = ops.convert_to_tensor(self._factor_updates) > 0
         return recorded & (step >= ops.convert_to_tensor(self._next_inverses))
 
-    def decide(self, inputs, damping, old, agreed):
+    def decide(self, inputs, damping, old):
         """What is to be renewed at a refresh. Default: everything.
 
         Args:
             inputs: as for `state_of`.
             damping: scalar.
             old: values of the variables in `_decided`.
-            agreed: a function that makes a list of tensors the same on all workers.
 
         Returns:
             The new values of these variables, and for each block whether it is to be renewed (a dict), or None for all.
@@ -446,22 +359,26 @@ class NaturalGradient(Checks, StrictState, WeightAveraging, keras.optimizers.SGD
         return [ops.convert_to_tensor(v) for v in group.curvature.variables]
 
     def _precondition(self, grads, index, damping, inputs):
-        """Preconditioned kernel and bias gradients by position, and `<P, V>` of each group."""
-        preconditioned, lengths = {}, []
-        for group in self.layout.groups:
-            state = self.state_of(group, inputs)
-            parts = []
-            for block in group.blocks:
-                bias = None if block.bias is None else grads[index(block.bias)]
-                parts.append(ops.cast(block.rows.matrix(grads[index(block.kernel)], bias), block.shape[2]))
+        """Preconditioned kernel and bias gradients by position, and parts of the sum of all `<P, V>`."""
+        gradients, found, lengths = {}, {}, []
+        for block in self.layout.blocks:
+            bias = None if block.bias is None else grads[index(block.bias)]
+            gradients[block] = ops.cast(block.rows.matrix(grads[index(block.kernel)], bias), block.shape[2])
+        for group in self.held.groups:
+            parts = [gradients[block] for block in group.blocks]
             v = parts[0] if len(parts) == 1 else ops.concatenate(parts)
-            p = group.curvature.precondition(v, damping, state)
+            p = group.curvature.precondition(v, damping, self.state_of(group, inputs))
             lengths.append(ops.cast(ops.sum(p * v), "float32"))
-            for block, part in group.slices():
-                kernel, bias = block.rows.kernel_and_bias(p[part])
-                preconditioned[index(block.kernel)] = kernel
-                if bias is not None:
-                    preconditioned[index(block.bias)] = bias
+            found |= {block: p[part] for block, part in group.slices()}
+        if self.held is not self.layout:
+            found = self._preconditioned_everywhere(found)
+            lengths = [ops.cast(ops.sum(found[b] * gradients[b]), "float32") for b in self.layout.blocks]
+        preconditioned = {}
+        for block in self.layout.blocks:
+            kernel, bias = block.rows.kernel_and_bias(found[block])
+            preconditioned[index(block.kernel)] = kernel
+            if bias is not None:
+                preconditioned[index(block.bias)] = bias
         return preconditioned, lengths
 
     def _step_scale(self, preconditioned, lengths, grads, variables):
@@ -492,6 +409,13 @@ class NaturalGradient(Checks, StrictState, WeightAveraging, keras.optimizers.SGD
             inverse_interval=schedules.serialize(self.inverse_interval),
             kl_clip=self.kl_clip,
         )
+        if self.gradient_worker_fraction != 1:
+            config["gradient_worker_fraction"] = self.gradient_worker_fraction
         if isinstance(self.communicator, str) and self.communicator != "auto":
             config["communicator"] = self.communicator
         return config
+
+
+def _unsaved(shape, initializer, dtype, name):
+    """A variable that is not a part of the optimizer's state: workers have different ones."""
+    return keras.Variable(initializer, shape, dtype, trainable=False, name=name)

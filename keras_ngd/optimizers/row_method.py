@@ -6,7 +6,7 @@ import math
 import keras
 from keras import ops, tree
 
-from keras_ngd import backend, schedules
+from keras_ngd import schedules
 from keras_ngd.optimizers import joining
 from keras_ngd.optimizers.natural_gradient import NaturalGradient, stacked
 from keras_ngd.statistics.draws import LAYERS, Draws
@@ -63,6 +63,11 @@ class RowMethod(NaturalGradient):
         return self.factor_interval
 
     def _check_unknown(self, kwargs):
+        if kwargs.get("gradient_worker_fraction", 1) != 1:
+            raise ValueError(
+                f"{type(self).__name__} holds its small inverses on all workers. Received: "
+                f"gradient_worker_fraction={kwargs['gradient_worker_fraction']!r}"
+            )
         for name in ("factor_interval", "inverse_interval"):
             if name in kwargs:
                 raise ValueError(
@@ -128,25 +133,37 @@ class RowMethod(NaturalGradient):
 
     def build_curvature(self, layout):
         super().build_curvature(layout)
-        self._given = {}
         if self._workers is None:
             return
         for i, block in enumerate(layout.blocks):
-            self._given[block] = [
-                self._add_state(shape, "zeros", block.shape[2], f"rows_of_all_{i}_{j}")
+            # Not a part of what is saved: other numbers of workers would have no use for it. Keras tracks attributes of its own.
+            self._workers.given[block] = [
+                keras.Variable("zeros", shape, block.shape[2], trainable=False, name=f"rows_of_all_{i}_{j}")
                 for j, shape in enumerate(self.given_shapes(block))
             ]
+
+    def can_renew(self, variable):
+        return any(variable is v for group in self.layout.groups for v in group.curvature.variables)
+
+    def restored(self, renew):
+        # The rows of all workers are not saved, and inverses of another number of workers' rows are of no use: the next batch
+        # makes new ones of both.
+        if renew or self._workers is not None:
+            for block, gate in zip(self.layout.blocks, self.gates(self._rate()), strict=True):
+                block.statistics.gate.assign(gate)
+                for variable, value in self.control_values(block, self.iterations - 1):
+                    variable.assign(value)
 
     def share_statistics(self, averages, calls, share, refused):
         given = {}
         for i, block in enumerate(self.layout.blocks):
-            old = [ops.convert_to_tensor(v) for v in self._given[block]]
+            old = [ops.convert_to_tensor(v) for v in self._workers.given[block]]
             given[block] = ops.cond(
                 block.statistics.gate > 0,
                 functools.partial(self._joined, i, block, averages[block], calls[block], share, refused[i], old),
                 functools.partial(list, old),
             )
-            for variable, value in zip(self._given[block], given[block], strict=True):
+            for variable, value in zip(self._workers.given[block], given[block], strict=True):
                 self.assign(variable, value)
         return averages, given
 
@@ -165,15 +182,10 @@ class RowMethod(NaturalGradient):
         """A seed for what each worker draws for itself."""
         return (self.seed + 1009 * self.connected().rank) % LAYERS
 
-    def build(self, variables):
-        built = self.built
-        super().build(variables)
-        if not built and self._workers is not None:
-            # All have worker 0's statistics now, and would draw the same.
-            with backend.outside_trace():
-                for number, block in enumerate(self.layout.blocks):
-                    if isinstance(block.statistics, Draws):
-                        block.statistics.start_draws(self.worker_seed(), number, block.statistics.draw[1])
+    def separate_draws(self):
+        for number, block in enumerate(self.layout.blocks):
+            if isinstance(block.statistics, Draws):
+                block.statistics.start_draws(self.worker_seed(), number, block.statistics.draw[1])
 
     def curvature_input(self, statistics, averages, calls):
         # The mean over a layer's calls of `a`, and the sum of `g`: calls count like positions.

@@ -1,6 +1,7 @@
 """Saving and loading of optimizer state without ever losing any of it."""
 
 import numpy as np
+from keras import ops
 
 
 class StrictState:
@@ -34,6 +35,24 @@ class StrictState:
         """Whether a state is that of an optimizer compiled but never built: step 0 and perhaps a learning rate."""
         return len(state) <= 2 and all(v.shape == () for v in state.values()) and state.get("0") == 0
 
+    def restored_step(self):
+        """The step that training goes on from, as a number; 0 at a fresh start."""
+        if self.built:
+            return int(self.iterations)
+        return 0 if self._pending_state is None else int(self._pending_state["0"])
+
+    def current_state(self):
+        """Copies of all variables' values, as a checkpoint has them, of an optimizer that goes on from somewhere."""
+        if not self.built:
+            return self._pending_state
+        return {str(i): np.array(ops.convert_to_numpy(v)) for i, v in enumerate(self.variables)}
+
+    def restore(self, state):
+        """Takes over what `current_state` gave, now or once it is built."""
+        self._pending_state = state
+        if self.built:
+            self._restore_pending()
+
     def _restore_pending(self):
         """Restores what was loaded before `build`; whether there was anything."""
         if self._pending_state is None:
@@ -53,13 +72,26 @@ class StrictState:
             raise ValueError(
                 f"Optimizer {self.name!r} has {len(variables)} variables but the checkpoint has {len(state)}. {advice}"
             )
+        renewed = []
         for i, variable in enumerate(variables):
             if str(i) not in state or state[str(i)].shape != tuple(variable.shape):
+                if str(i) in state and self.can_renew(variable):
+                    renewed.append(i)
+                    continue
                 found = state[str(i)].shape if str(i) in state else "nothing"
                 raise ValueError(
                     f"Optimizer variable {variable.path!r} (number {i}) has shape {tuple(variable.shape)} but the checkpoint "
                     f"has {found}. {advice}"
                 )
         for i, variable in enumerate(variables):
-            variable.assign(state[str(i)])
+            if i not in renewed:
+                variable.assign(state[str(i)])
         self._pending_state = None
+        self.restored(bool(renewed))
+
+    def can_renew(self, variable):
+        """Whether training can go on without a variable's value, if it is of another shape than here."""
+        return False
+
+    def restored(self, renew):
+        """Told that a state was restored; `renew` if some values that `can_renew` were left out."""

@@ -164,9 +164,15 @@ class THOR(KFAC):
         )
         self._decided.append(self._rule)
 
-    def decide(self, inputs, damping, old, agreed):
+    def restored(self, renew):
+        super().restored(renew)
+        if self.gradient_worker_fraction < 1:
+            # All inverses are to be made anew.
+            self._rule.assign(trace_rule.initial_state(len(self.layout.blocks)))
+
+    def decide(self, inputs, damping, old):
         traces = self._traces(inputs(self.layout.blocks), damping)
-        [rule] = agreed([trace_rule.decide(old[0], traces, self.omega, self.stop_patience)])
+        [rule] = self._agreed([trace_rule.decide(old[0], traces, self.omega, self.stop_patience)])
         update = rule[trace_rule.STATE.index("decision")] == trace_rule.UPDATE
         return [rule], {block: update[i] for i, block in enumerate(self.layout.blocks)}
 

@@ -1,12 +1,12 @@
 """What the workers of a data-parallel training do together in a step."""
 
 import functools
-import json
+import math
 
 from keras import ops
 
 from keras_ngd import backend
-from keras_ngd.distributed import place
+from keras_ngd.distributed import gradient_workers, holders_of, place, row_of
 from keras_ngd.linalg.packing import pack, unpack
 
 
@@ -51,8 +51,12 @@ class Workers:
 
         gradients      means over all examples:  all-reduce at every step
         statistics     means over all examples:  all-reduce of the layers that recorded any, one triangle of each factor
-        inverses       a layer's owner inverts, and broadcasts one triangle of each inverse
+        inverses       a layer's owner inverts, and sends one triangle of each inverse to all that hold it
+        preconditioned the holder of a layer sends its gradient, preconditioned, to others that do not hold it, at every step
         decisions      (THOR's trace rule) worker 0's
+
+    With the fraction 1 all workers hold all inverses, and no preconditioned gradients are sent (KAISA's COMM-OPT); with `1 / P`
+    only owners hold them, and no inverses are sent (MEM-OPT); others lie in between (HYBRID; `distributed.holders_of`).
 
     Means weigh workers by how many examples their batches had, so unequal batches count as one large batch would. Statistics
     that are not finite on one worker are left out on all.
@@ -62,13 +66,26 @@ class Workers:
         layout: the model's `Layout`.
         cost: function of a block: what its inversion takes.
         part: function of a list of blocks: the `Layout` of these alone.
+        fraction: share of the workers that hold each layer's inverses.
     """
 
-    def __init__(self, communicator, layout, cost, part):
+    def __init__(self, communicator, layout, cost, part, fraction):
         self.communicator, self.layout = communicator, layout
+        # Of each block, variables with what its curvature takes, where statistics alone do not hold it.
+        self.given = {}
+        self.holding = gradient_workers(fraction, communicator.size)
         owners = place([cost(block) for block in layout.blocks], communicator.size)
         self.owners = dict(zip(layout.blocks, owners, strict=True))
         self.own = part([block for block in layout.blocks if self.owners[block] == communicator.rank])
+        self.everywhere = self.holding == communicator.size
+        self.held = layout if self.everywhere else part(self.held_by(communicator.rank))
+
+    def _holders(self, block):
+        return holders_of(self.owners[block], self.holding, self.communicator.size)
+
+    def held_by(self, rank):
+        """The blocks that a worker holds the inverses of."""
+        return [block for block in self.layout.blocks if rank in self._holders(block)]
 
     def mean_gradients(self, gradients, examples, refused):
         """Means over all examples of all workers.
@@ -123,48 +140,80 @@ class Workers:
         return self.communicator.broadcast(tensors, 0, "decisions", "keras_ngd_decision") if tensors else []
 
     def refresh(self, renew, states, update):
-        """New states of all groups, each block's from its owner.
+        """New states of the groups of what is held, each block's from its owner.
 
         Args:
             renew: function of a part of the layout and its groups' states: their new states.
-            states: for each group of the layout its state.
+            states: for each group of `held` its state.
             update: for each block of the layout, whether it is renewed; None where all are.
         """
-        old, mine = by_block(self.layout, states), {}
+        old, mine = by_block(self.held, states), {}
         if self.own.blocks:
             mine = by_block(self.own, renew(self.own, by_group(self.own, old)))
+        if self.holding == 1:
+            return by_group(self.held, mine)
         new = {}
         for group in self.layout.groups:
             for block in group.blocks:
-                share = functools.partial(self._share, block, mine.get(block, old[block]), group.curvature.symmetric)
-                kept = functools.partial(list, old[block])
+                state = mine.get(block) or old.get(block)
+                share = functools.partial(self._share, block, state, group.curvature.symmetric)
+                kept = functools.partial(list, old.get(block, [ops.zeros((1,))]))
                 new[block] = share() if update is None else ops.cond(update[block], share, kept)
-        return by_group(self.layout, new)
+        return by_group(self.held, new)
 
     def _share(self, block, state, symmetric):
-        """The state of a block as its owner has it."""
-        name = f"keras_ngd_inverse_{self.layout.blocks.index(block)}"
-        sent = packed(state) if symmetric else state
-        received = self.communicator.broadcast(sent, self.owners[block], "inverses", name)
+        """The state of a block as its owner has it; of no meaning where it is not held."""
+        name, owner = f"keras_ngd_inverse_{self.layout.blocks.index(block)}", self.owners[block]
+        sent = None if state is None else packed(state) if symmetric else state
+        if self.everywhere:
+            received = self.communicator.broadcast(sent, owner, "inverses", name)
+        else:
+            received = self._send_to_holders(block, sent, name)
+        if received is None:
+            return [ops.zeros((1,))]
         return unpacked(received, state) if symmetric else received
 
+    def _send_to_holders(self, block, tensors, name):
+        communicator, owner = self.communicator, self.owners[block]
+        others = [rank for rank in self._holders(block) if rank != owner]
+        lengths = [0] * communicator.size
+        if communicator.rank in others:
+            lengths[owner] = sum(math.prod(t.shape) for t in tensors)
+        if communicator.rank == owner:
+            communicator.exchange(tensors, others, lengths, "inverses", name)
+            return communicator.as_sent(tensors, "inverses")
+        nothing = [ops.zeros((1,), block.shape[2])]
+        received = communicator.exchange(nothing, [], lengths, "inverses", name)[owner]
+        return None if received is None else split_like(received, [t.shape for t in tensors])
 
-def check_same(communicator, description):
-    """Raises a `ValueError` on every worker if one of them is about to train something else.
+    def preconditioned(self, found):
+        """Preconditioned gradients of all blocks, from those of the blocks that are held.
 
-    Args:
-        description: dict of what has to be the same everywhere, of what JSON can hold.
-    """
-    found = [json.loads(text) for text in communicator.gather_objects(json.dumps(description, default=str))]
-    for rank, other in enumerate(found[1:], 1):
-        for what, value in found[0].items():
-            if other[what] != value:
-                raise ValueError(f"Workers are not training the same: {_difference(what, value, other[what], rank)}")
+        Args:
+            found: dict from each held block to its preconditioned gradient, `[groups, input_dim, output_dim]`.
+        """
+        if self.everywhere:
+            return found
+        rank, size = self.communicator.rank, self.communicator.size
+        others = [other for other in row_of(rank, self.holding, size) if other != rank]
+        theirs = {
+            other: [(block, (block.rows.groups, *block.shape[:2])) for block in self.held_by(other)] for other in others
+        }
+        lengths = [sum(math.prod(shape) for _, shape in theirs.get(other, ())) for other in range(size)]
+        mine = [found[block] for block in self.held.blocks] or [ops.zeros((0,))]
+        received = self.communicator.exchange(mine, others, lengths, "preconditioned", "keras_ngd_preconditioned")
+        found = dict(found)
+        for other, blocks in theirs.items():
+            if blocks:
+                parts = split_like(received[other], [shape for _, shape in blocks])
+                found |= {block: part for (block, _), part in zip(blocks, parts, strict=True)}
+        return found
 
 
-def _difference(what, first, second, rank):
-    if isinstance(first, dict) and isinstance(second, dict):
-        for key in {**first, **second}:
-            if first.get(key) != second.get(key):
-                return _difference(f"{what}: {key}", first.get(key), second.get(key), rank)
-    return f"{what} is {first!r} on worker 0 but {second!r} on worker {rank}."
+def split_like(vector, shapes):
+    """A vector as tensors of these shapes, one after the other."""
+    start, parts = 0, []
+    for shape in shapes:
+        parts.append(ops.reshape(vector[start : start + math.prod(shape)], shape))
+        start += math.prod(shape)
+    return parts

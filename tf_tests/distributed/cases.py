@@ -1,6 +1,7 @@
 """What the tests run in each of several processes."""
 
 import hashlib
+import os
 
 import keras
 import numpy as np
@@ -30,42 +31,44 @@ def network():
     return keras.Model(inputs, layers.Dense(4, name="logits")(h))
 
 
+def _kfac(size, **arguments):
+    return keras_ngd.KFAC(0.05, 0.03, **{"factor_interval": 2, "inverse_interval": 4, **arguments})
+
+
+def _thor(size, **arguments):
+    return keras_ngd.THOR(0.05, 0.03, factor_interval=1, inverse_interval=2, split=4, omega=(0.02, 0.005), **arguments)
+
+
+def _rows(method, size, **arguments):
+    return method(0.05, 0.1, **{"interval": 2, "batch_size": BATCH // size, **arguments})
+
+
+# Functions of the number of workers. What equals one worker's training with all examples:
 METHODS = {
-    "skfac": lambda size, **k: keras_ngd.SKFAC(0.05, 0.03, interval=2, batch_size=BATCH // size, **k),
-    "sngd": lambda size, **k: keras_ngd.SNGD(0.05, 0.1, interval=2, batch_size=BATCH // size, **k),
-    "hylo-kid": lambda size, **k: keras_ngd.HyLo(
-        0.05, 0.1, interval=2, batch_size=BATCH // size, rank=1.0, mode="kid", **k
-    ),
-    "hylo-kis": lambda size, **k: keras_ngd.HyLo(
-        0.05, 0.1, interval=2, batch_size=BATCH // size, rank=1.0, mode="kis", **k
-    ),
-    "kfac": lambda size, **k: keras_ngd.KFAC(0.05, 0.03, factor_interval=2, inverse_interval=4, **k),
-    "kfac-eigen": lambda size, **k: keras_ngd.KFAC(
-        0.05, 0.03, factor_interval=1, inverse_interval=5, inverse="eigen", **k
-    ),
-    "thor": lambda size, **k: keras_ngd.THOR(
-        0.05, 0.03, factor_interval=1, inverse_interval=2, split=4, omega=(0.02, 0.005), **k
-    ),
+    "kfac": _kfac,
+    "kfac-eigen": lambda size: _kfac(size, factor_interval=1, inverse_interval=5, inverse="eigen"),
+    "kfac-mem-opt": lambda size: _kfac(size, gradient_worker_fraction=0),
+    "kfac-half": lambda size: _kfac(size, gradient_worker_fraction=0.5),
+    "thor": _thor,
+    "thor-half": lambda size: _thor(size, gradient_worker_fraction=0.5),
+    "skfac": lambda size: _rows(keras_ngd.SKFAC, size),
+    "sngd": lambda size: _rows(keras_ngd.SNGD, size),
+    "hylo-kid": lambda size: _rows(keras_ngd.HyLo, size, rank=1.0, mode="kid"),
+    "hylo-kis": lambda size: _rows(keras_ngd.HyLo, size, rank=1.0, mode="kis"),
 }
-
-# What does not equal one worker's training: each compresses its own batch.
+# And what does not, since each worker compresses or samples its own batch, or is not tried here:
 COMPRESSING = {
-    "hylo-switch": lambda size, **k: keras_ngd.HyLo(
-        0.05, 0.1, interval=2, batch_size=BATCH // size, rank=0.5, steps_per_epoch=7, eta=0.1, **k
-    ),
-    "hylo-random": lambda size, **k: keras_ngd.HyLo(
-        0.05, 0.1, interval=3, batch_size=BATCH // size, rank=0.5, mode="random", steps_per_epoch=10, **k
-    ),
-    "skfac-subsample": lambda size, **k: keras_ngd.SKFAC(
-        0.05, 0.03, interval=2, batch_size=BATCH // size, convolution="subsample", history=2, **k
-    ),
+    "hylo-switch": lambda size: _rows(keras_ngd.HyLo, size, rank=0.5, steps_per_epoch=7, eta=0.1),
+    "hylo-random": lambda size: _rows(keras_ngd.HyLo, size, rank=0.5, mode="random", steps_per_epoch=10),
+    # Room for all examples, of which each worker has a part.
+    "sngd-roomy": lambda size: _rows(keras_ngd.SNGD, 1),
+    "skfac-subsample": lambda size: _rows(keras_ngd.SKFAC, size, convolution="subsample", history=2),
 }
 
 
-def prepared(method, size=1, model=None, **arguments):
+def prepared(method, size=1):
     """A captured and compiled model."""
-    model = network() if model is None else model
-    optimizer = {**METHODS, **COMPRESSING}[method](size, **arguments)
+    model, optimizer = network(), {**METHODS, **COMPRESSING}[method](size)
     keras_ngd.capture(model, optimizer)
     loss = keras.losses.SparseCategoricalCrossentropy(from_logits=True)
     model.compile(optimizer=optimizer, loss=loss, metrics=["accuracy"])
@@ -81,7 +84,10 @@ def digest(model):
     """A number that differs where any bit of a weight, a statistic or the optimizer's state does."""
     # Row methods' own rows are each worker's own.
     mean = isinstance(model.optimizer, keras_ngd.KFAC)
-    variables = [v for v in model.trainable_variables if mean or not hasattr(v, "keras_ngd_statistics")]
+    own = ("examples", "accepted")
+    variables = [
+        v for v in model.trainable_variables if not hasattr(v, "keras_ngd_statistics") or (mean and v.name not in own)
+    ]
     variables += model.optimizer.variables
     return hashlib.sha256(b"".join(array(v).tobytes() for v in variables)).hexdigest()
 
@@ -109,3 +115,245 @@ def methods(names, steps=200):
         found[name]["digests"].append(digest(model))
         found[name]["finite"] = bool(all(np.isfinite(v).all() for v in weights(model).values()))
     return found
+
+
+def tensors(rank):
+    """What worker `rank` gives to each collective."""
+    import ml_dtypes
+
+    rng = np.random.default_rng(rank)
+    return {
+        "float32": rng.normal(size=(3, 4)).astype("float32"),
+        "float64": rng.normal(size=6),
+        "int32": rng.integers(0, 9, size=(2, 3), dtype="int32"),
+        "bfloat16": rng.normal(size=(4,)).astype(ml_dtypes.bfloat16),
+        "ragged": rng.normal(size=(2 * rank, 3)).astype("float32"),
+        "layers": [rng.normal(size=shape).astype("float32") for shape in ((2, 3), (5,), (1, 1, 4), (3, 3))],
+    }
+
+
+def first_come(file):
+    """0 where the file is not there, which it is from then on; else 1."""
+    there = os.path.exists(file)
+    open(file, "w").close()
+    return int(there)
+
+
+def collectives(owners, file):
+    """The results of all collectives on `tensors(rank)`, at once and inside a condition of a graph."""
+    import tensorflow as tf
+
+    from keras_ngd.distributed import Horovod, in_turn, shard
+
+    def exchanged(communicator):
+        mine = tensors(communicator.rank)
+        kinds = ("float32", "float64", "int32", "bfloat16")
+        reduced = communicator.all_reduce([mine[kind] for kind in kinds], "gradients", "reduce")
+        [gathered] = communicator.all_gather([mine["ragged"]], "rows", "gather")
+        scattered = communicator.reduce_scatter(mine["layers"], owners, "statistics", "scatter")
+        return {
+            "all_reduce": dict(zip(kinds, reduced, strict=True)),
+            "all_gather": gathered,
+            "reduce_scatter": scattered,
+            "broadcast": communicator.broadcast(mine["layers"], 1, "inverses", "broadcast"),
+        }
+
+    def shortened(communicator):
+        mine = tensors(communicator.rank)
+        communicator.reduce_scatter(mine["layers"], owners, "statistics", "scatter")
+        return {"broadcast": communicator.broadcast(mine["layers"], 1, "inverses", "broadcast")}
+
+    def numbers(found):
+        return tf.nest.map_structure(lambda t: None if t is None else np.array(t), found)
+
+    def inside_a_graph(communicator, like):
+        flat = tf.nest.flatten(like)
+        kept = [i for i, value in enumerate(flat) if value is not None]
+
+        @tf.function(autograph=False)
+        def compiled(due):
+            def exchange():
+                tensors = tf.nest.flatten(exchanged(communicator))
+                return [tensors[i] for i in kept]
+
+            return tf.cond(due, exchange, lambda: [tf.zeros(flat[i].shape, flat[i].dtype) for i in kept])
+
+        compiled(tf.constant(False))
+        for i, value in zip(kept, compiled(tf.constant(True)), strict=True):
+            flat[i] = np.array(value)
+        return tf.nest.pack_sequence_as(like, flat)
+
+    communicator = Horovod()
+    found = {"eager": numbers(exchanged(communicator))}
+    received = {"eager": communicator.received_bytes()}
+    communicator = Horovod()
+    found["graph"] = inside_a_graph(communicator, found["eager"])
+    received["graph"] = communicator.received_bytes()
+    for dtype in ("bfloat16", "float16"):
+        communicator = Horovod(wire_dtype=dtype)
+        found[dtype] = numbers(shortened(communicator))
+        received[dtype] = communicator.received_bytes()
+    for where, sizes in received.items():
+        found[where]["bytes"] = sizes
+    communicator = Horovod()
+    found["gathered"] = communicator.gather_objects({"rank": communicator.rank})
+    found["of worker 0"] = communicator.broadcast_object(f"from {communicator.rank}")
+    found["in turn"] = in_turn(lambda: first_come(file))
+    found["shard"] = [int(i) for i in shard(tf.data.Dataset.range(11))]
+    return found
+
+
+def unequal(method, sizes, bad=None):
+    """Trains on batches of which each worker has its own size; worker `bad` has a NaN in its second batch.
+
+    What a worker with all examples would end with, is in `together`.
+    """
+    import horovod.tensorflow as hvd
+
+    rank, steps = hvd.rank(), 6
+    x, y = data(sum(sizes) * steps)
+    first = np.cumsum([0, *sizes])
+    mine = np.arange(len(x)).reshape(steps, sum(sizes))[:, first[rank] : first[rank + 1]].ravel()
+    x = x.copy()
+    if rank == bad:
+        x[mine[sizes[rank]]] = np.nan
+    model = prepared(method)
+    model.fit(x[mine], y[mine], batch_size=sizes[rank], shuffle=False, verbose=0)
+    optimizer = model.optimizer
+    counters = (optimizer.skipped_statistics, optimizer.skipped_steps, optimizer.factor_updates)
+    return {"weights": weights(model), "digest": digest(model), "counters": counters}
+
+
+def shares(method):
+    """Which matrices this worker inverts, how large its optimizer's state is, and the bytes it received."""
+    import horovod.tensorflow as hvd
+    import tensorflow as tf
+
+    from keras_ngd.curvature import kronecker
+
+    inverted = {}
+    invert = kronecker.inverse.damped_inverse
+
+    def counting(factors, *rest):
+        size = factors.shape[-1]
+        if size not in inverted:
+            with tf.init_scope():
+                inverted[size] = tf.Variable(0)
+        inverted[size].assign_add(factors.shape[0])
+        return invert(factors, *rest)
+
+    kronecker.inverse.damped_inverse = counting
+    try:
+        model = prepared(method, hvd.size())
+        fit(model, *data(), hvd.rank(), hvd.size())
+    finally:
+        kronecker.inverse.damped_inverse = invert
+    return {
+        "inverted": {size: int(count) for size, count in inverted.items()},
+        "held": sum(array(v).nbytes for group in model.optimizer.held.groups for v in group.curvature.variables),
+        "received": model.optimizer.received_bytes(),
+        "updates": (model.optimizer.factor_updates, model.optimizer.inverse_updates),
+        "shapes": [block.shape[:2] for block in model.optimizer.layout.blocks],
+        "plain": sum(
+            int(np.prod(v.shape)) for v in model.trainable_variables if not hasattr(v, "keras_ngd_statistics")
+        ),
+    }
+
+
+def disagreements(kinds):
+    """The messages of the errors that a worker gets when worker 1 trains something else."""
+    return {what: disagreement(what) for what in kinds}
+
+
+def disagreement(what):
+    """One of them."""
+    import horovod.tensorflow as hvd
+
+    other = hvd.rank() == 1
+    keras.utils.set_random_seed(1)
+    inputs = keras.Input((6, 6, 2))
+    h = layers.Dense(9 if what == "model" and other else 8, name="hidden")(layers.Flatten()(inputs))
+    model = keras.Model(inputs, layers.Dense(4, name="logits")(h))
+    method = keras_ngd.THOR if what == "optimizer" and other else keras_ngd.KFAC
+    fraction = 0.3 if what == "fraction" else 1.0
+    optimizer = method(0.1 if what == "argument" and other else 0.05, gradient_worker_fraction=fraction)
+    if not (what == "nothing captured" and other):
+        keras_ngd.capture(model, optimizer, skip="hidden" if what == "captured" and other else None)
+    loss = keras.losses.SparseCategoricalCrossentropy(from_logits=True)
+    model.compile(optimizer=optimizer, loss=loss)
+    x, y = data(48)
+    callbacks = []
+    if what == "steps":
+        callbacks.append(keras_ngd.callbacks.BroadcastInitialState())
+        x, y = (x[:24], y[:24]) if other else (x, y)
+    try:
+        model.fit(x, y, batch_size=12, verbose=0, callbacks=callbacks)
+    except ValueError as error:
+        return str(error)
+    return "no error"
+
+
+def resumed(methods, steps, save=None, load=None):
+    """Of each method: weights and step after going on from what is in the folder `load`, and saving to `save`."""
+    import horovod.tensorflow as hvd
+
+    rank, size = hvd.rank(), hvd.size()
+    x, y = data(BATCH * steps)
+    found = {}
+    for method in methods:
+        # Worker 0 alone has the file.
+        model = keras.models.load_model(f"{load}/{method}.keras") if load and rank == 0 else prepared(method, size)
+        callbacks = [keras_ngd.callbacks.BroadcastInitialState()]
+        if save is not None and rank == 0:
+            callbacks.append(keras.callbacks.ModelCheckpoint(f"{save}/{method}.keras"))
+        fit(model, x, y, rank, size, callbacks=callbacks)
+        found[method] = {
+            "weights": weights(model),
+            "digest": digest(model),
+            "step": int(model.optimizer.iterations),
+            "jit": model.jit_compile,
+        }
+    return found
+
+
+def glue():
+    """What the callbacks do to weights that differ and to metrics."""
+    import horovod.tensorflow as hvd
+
+    rank = hvd.rank()
+    keras.utils.set_random_seed(rank)
+    model = keras.Sequential([keras.Input((3,)), layers.Dense(2), layers.BatchNormalization(), layers.Dropout(0.5)])
+    keras_ngd.capture(model, optimizer := keras_ngd.KFAC(0.05))
+    model.compile(optimizer=optimizer, loss="mse", metrics=["mae"])
+    model.layers[1].moving_mean.assign([float(rank), 1.0])
+    started = {}
+
+    class AtStart(keras.callbacks.Callback):
+        def on_train_begin(self, logs=None):
+            started.update(weights(self.model))
+
+    rng = np.random.default_rng(rank)
+    x, y = rng.normal(size=(8, 3)).astype("float32"), rng.normal(size=(8, 2)).astype("float32")
+    own = model.evaluate(x, y, verbose=0, return_dict=True)
+    callbacks = [keras_ngd.callbacks.BroadcastInitialState(), AtStart(), keras_ngd.callbacks.MetricAverage()]
+    history = model.fit(x, y, batch_size=4, verbose=0, callbacks=callbacks, validation_data=(x, y)).history
+    averaged = {"a": float(rank), "b": 2.0 * rank}
+    keras_ngd.callbacks.MetricAverage().on_epoch_end(0, averaged)
+    return {"start": started, "history": history, "averaged": averaged, "own": own}
+
+
+def killed(path, method="kfac"):
+    """Trains for ever; worker 1 dies in the second epoch."""
+    import signal
+
+    import horovod.tensorflow as hvd
+
+    rank, size = hvd.rank(), hvd.size()
+
+    class Die(keras.callbacks.Callback):
+        def on_train_batch_end(self, batch, logs=None):
+            if rank == 1 and int(self.model.optimizer.iterations) == STEPS + 5:
+                os.kill(os.getpid(), signal.SIGKILL)
+
+    callbacks = [Die(), *([keras.callbacks.ModelCheckpoint(path)] if rank == 0 else [])]
+    fit(prepared(method, size), *data(), rank, size, epochs=10_000, callbacks=callbacks)

@@ -1,0 +1,128 @@
+"""A residual network on several workers: one process of this script each, started by Horovod.
+
+    horovodrun -np 2 -H localhost:2 --gloo python examples/distributed_resnet.py      # offline, two workers here
+    python examples/distributed_resnet.py                                             # the same on one
+    horovodrun -np 32 -H host1:8,... python examples/distributed_resnet.py --network=resnet50 --dataset=imagenet2012
+
+Each worker reads its part of the data set. What differs from a script for one worker is `hvd.init()`, and that the data
+are sharded; metrics and checkpoints say so, too. The learning rate grows with the number of workers, from one worker's, over
+the first epochs (Goyal et al., 2017), and then falls to zero.
+"""
+
+import datasets  # isort: skip  (first: it imports TensorFlow without its greetings)
+import os
+
+import keras
+import networks
+import tensorflow as tf
+import training
+from absl import app, flags
+
+import keras_ngd
+from keras_ngd.callbacks import BroadcastInitialState, MetricAverage
+from keras_ngd.distributed import in_turn, shard
+
+try:
+    import horovod.tensorflow as hvd
+
+    hvd.init()
+    RANK, WORKERS = hvd.rank(), hvd.size()
+except ImportError:
+    RANK, WORKERS = 0, 1
+
+FLAGS = flags.FLAGS
+flags.DEFINE_enum("method", "kfac", ["kfac", "thor", "skfac", "sngd", "hylo"], "Method to train with.")
+flags.DEFINE_enum("network", "resnet32", ["resnet32", "resnet50"], "Network to train.")
+flags.DEFINE_string("dataset", "shapes32", "An embedded set (shapes32) or one of tensorflow-datasets, such as cifar10.")
+flags.DEFINE_integer("classes", 10, "Classes of the data.", lower_bound=2)
+flags.DEFINE_integer("image_size", 32, "Height and width that images are brought to.", lower_bound=8)
+flags.DEFINE_integer("width", 16, "Channels of ResNet-32's first stage.", lower_bound=1)
+flags.DEFINE_string("data_dir", None, "Where tensorflow-datasets keeps prepared data. Default: its own choice.")
+flags.DEFINE_integer("epochs", 6, "Epochs.", lower_bound=1)
+flags.DEFINE_integer("batch_size", 64, "Examples a step and worker.", lower_bound=1)
+flags.DEFINE_float("learning_rate", 0.03, "Learning rate of one worker.")
+flags.DEFINE_float("warmup", 1.0, "Epochs over which the learning rate grows to that of all workers.", lower_bound=0.0)
+flags.DEFINE_float("damping", 0.03, "What is added to the curvature.")
+flags.DEFINE_integer("interval", 10, "Steps between updates of the curvature.", lower_bound=1)
+flags.DEFINE_integer("seed", 1, "Seed of weights and of the order of examples.")
+flags.DEFINE_string("checkpoint", None, "A .keras file that worker 0 writes after every epoch, and goes on from.")
+
+
+def make_optimizer(steps_per_epoch):
+    """The optimizer of the flags."""
+    learning_rate = keras.optimizers.schedules.CosineDecay(
+        FLAGS.learning_rate,
+        decay_steps=round((FLAGS.epochs - FLAGS.warmup) * steps_per_epoch),
+        warmup_target=FLAGS.learning_rate * WORKERS,
+        warmup_steps=round(FLAGS.warmup * steps_per_epoch),
+    )
+    shared = {"learning_rate": learning_rate, "damping": FLAGS.damping, "weight_decay": 5e-4}
+    if FLAGS.method in ("kfac", "thor"):
+        method = {"kfac": keras_ngd.KFAC, "thor": keras_ngd.THOR}[FLAGS.method]
+        return method(factor_interval=FLAGS.interval, inverse_interval=FLAGS.interval, **shared)
+    shared |= {"interval": FLAGS.interval, "batch_size": FLAGS.batch_size}
+    if FLAGS.method == "hylo":
+        return keras_ngd.HyLo(steps_per_epoch=steps_per_epoch, **shared)
+    return {"skfac": keras_ngd.SKFAC, "sngd": keras_ngd.SNGD}[FLAGS.method](**shared)
+
+
+def load(split):
+    """This worker's batches of a split, scaled to about -2 to 2."""
+    examples = shard(in_turn(lambda: datasets.load(FLAGS.dataset, split, FLAGS.data_dir)))
+
+    def prepared(x, y):
+        if x.shape[:2] != (FLAGS.image_size, FLAGS.image_size):
+            x = tf.image.resize(x, (FLAGS.image_size, FLAGS.image_size))
+        return (tf.cast(x, "float32") - 127.5) / 64, y
+
+    if split == "train":
+        examples = examples.shuffle(10_000, seed=FLAGS.seed + RANK)
+        examples = examples.map(lambda x, y: (datasets.augmented(x), y), tf.data.AUTOTUNE)
+    examples = examples.map(prepared, tf.data.AUTOTUNE)
+    return examples.batch(FLAGS.batch_size, drop_remainder=split == "train").prefetch(2)
+
+
+def make_model(steps_per_epoch):
+    """The network, captured and compiled."""
+    if FLAGS.network == "resnet32":
+        model = networks.resnet32(FLAGS.image_size, FLAGS.classes, FLAGS.width)
+    else:
+        shape = (FLAGS.image_size, FLAGS.image_size, 3)
+        model = keras.applications.ResNet50(
+            weights=None, input_shape=shape, classes=FLAGS.classes, classifier_activation=None
+        )
+    optimizer = make_optimizer(steps_per_epoch)
+    keras_ngd.capture(model, optimizer)
+    loss = keras.losses.SparseCategoricalCrossentropy(from_logits=True)
+    model.compile(optimizer=optimizer, loss=loss, metrics=["accuracy"])
+    return model
+
+
+def main(_):
+    keras.utils.set_random_seed(FLAGS.seed + RANK)
+    train, test = load("train"), load("test")
+    clock = training.Clock()
+    callbacks = [BroadcastInitialState(), MetricAverage(), clock]
+    if FLAGS.checkpoint and os.path.exists(FLAGS.checkpoint):
+        model = keras.models.load_model(FLAGS.checkpoint)
+    else:
+        model = make_model(len(train))
+    if FLAGS.checkpoint and RANK == 0:
+        callbacks.append(keras.callbacks.ModelCheckpoint(FLAGS.checkpoint))
+    done = int(model.optimizer.iterations) // len(train)
+    history = model.fit(
+        train,
+        validation_data=test,
+        initial_epoch=done,
+        epochs=FLAGS.epochs,
+        callbacks=callbacks,
+        verbose=2 if RANK == 0 else 0,
+    ).history
+    if RANK == 0 and history:
+        received = {stage: f"{size / 2**20:.1f} MiB" for stage, size in model.optimizer.received_bytes().items()}
+        print(f"{WORKERS} workers, {clock.seconds[-1]:.1f} s of training; received by each: {received or 'nothing'}")
+        print(f"test accuracy {history['val_accuracy'][-1]:.4f}, training loss {history['loss'][-1]:.4f}")
+
+
+if __name__ == "__main__":
+    app.run(main)

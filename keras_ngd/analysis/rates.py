@@ -1,0 +1,128 @@
+"""How fast a worker computes and how fast workers talk to each other."""
+
+import math
+import time
+from dataclasses import dataclass
+
+import numpy as np
+from keras import ops
+
+from keras_ngd import backend, schedules
+from keras_ngd.analysis.split_choice import inversion_seconds
+
+BYTES = 4
+
+
+@dataclass(frozen=True)
+class Rates:
+    """What one worker and one link do in a second.
+
+    Of computation, with a product of `[a, b]` and `[b, c]` counted as `2 a b c` operations, and a Cholesky factorization with the
+    inverse it is for as `d^3` (a third of them the factorization's):
+
+        product         operations / product_flops
+        inverse         d^3 / factorization_flops + d row_seconds
+
+    The second term is what makes small matrices slow: rows of a factorization follow one another. Of communication, after
+    the latency-bandwidth model, for `n` bytes among `P` workers:
+
+        all-reduce (ring)               2 (P - 1) latency + 2 (P - 1) / P n / bandwidth
+        reduce-scatter, all-gather      (P - 1) latency + (P - 1) / P n / bandwidth
+        broadcast (tree)                ceil(log2 P) (latency + n / bandwidth)
+
+    Args:
+        product_flops: operations per second of large products.
+        factorization_flops: operations per second of factorizations of large matrices.
+        bandwidth: of a link, in bytes per second. Default 12.5e9: 100 Gbit/s.
+        latency: of a message, in seconds. Default 5e-6.
+        row_seconds: what each row of a factorization takes however short it is. Default 0.
+
+    Raises:
+        ValueError: naming the argument that is not positive (negative: `latency`, `row_seconds`).
+    """
+
+    product_flops: float
+    factorization_flops: float
+    bandwidth: float = 12.5e9
+    latency: float = 5e-6
+    row_seconds: float = 0.0
+
+    def __post_init__(self):
+        for name in ("product_flops", "factorization_flops", "bandwidth"):
+            schedules.check_positive_number(name, getattr(self, name))
+        for name in ("latency", "row_seconds"):
+            value = getattr(self, name)
+            if not schedules.is_number(value) or not 0 <= value < math.inf:
+                raise ValueError(f"`{name}` must be a number of seconds, 0 or more. Received: {name}={value!r}")
+
+    def product(self, pairs):
+        """Seconds of products of so many multiplications and additions."""
+        return 2 * pairs / self.product_flops
+
+    def inverse(self, *sizes, operations=1):
+        """Seconds of inverting symmetric matrices in one batch, with `operations` times as many operations as Cholesky's."""
+        count = operations * sum(size**3 for size in sizes)
+        return count / self.factorization_flops + max(sizes) * self.row_seconds
+
+    def collective(self, kind, numbers, workers):
+        """Seconds of one collective operation; `numbers` are those of all workers together where they are gathered."""
+        seconds, others = BYTES * numbers / self.bandwidth, workers - 1
+        if kind == "broadcast":
+            return math.ceil(math.log2(workers)) * (self.latency + seconds)
+        rounds = {"all_reduce": 2, "reduce_scatter": 1, "all_gather": 1}[kind]
+        return rounds * (others * self.latency + others / workers * seconds)
+
+    def exchange(self, exchange):
+        """Seconds of an `Exchange`."""
+        kind, workers = exchange.collective, exchange.participants
+        return exchange.share * sum(self.collective(kind, size, workers) for size in exchange.sizes)
+
+
+def product_seconds(size, repeats=5):
+    """Median time of one product of two `size x size` matrices on the present device, compiled."""
+    matrix = ops.convert_to_tensor(np.random.default_rng(size).normal(size=(1, size, size)).astype("float32"))
+    multiply = backend.traced_once(lambda m: backend.matmul(m, m))
+    ops.convert_to_numpy(multiply(matrix))
+    times = []
+    for _ in range(repeats):
+        calls, start = 0, time.perf_counter()
+        while calls == 0 or time.perf_counter() - start < 0.02:
+            ops.convert_to_numpy(multiply(matrix)[0, 0, 0])
+            calls += 1
+        times.append((time.perf_counter() - start) / calls)
+    return float(np.median(times))
+
+
+def measure_rates(bandwidth=12.5e9, latency=5e-6, sizes=(128, 1024)):
+    """Measures products and inverses on the present device; the network is as given.
+
+    Args:
+        bandwidth, latency: as for `Rates`.
+        sizes: two increasing ints: the smaller matrix tells `row_seconds`, the larger all else. Default (128, 1024).
+
+    Returns:
+        A `Rates`.
+
+    Raises:
+        ValueError: if `sizes` are not two increasing ints, or as `Rates` does.
+    """
+    sizes = tuple(schedules.check_count("sizes", size) for size in sizes)
+    if len(sizes) != 2 or sizes[0] >= sizes[1]:
+        raise ValueError(f"`sizes` must be two increasing ints. Received: sizes={sizes!r}")
+    # Before anything is measured.
+    Rates(1.0, 1.0, bandwidth, latency)
+    flops, row_seconds = fit_inverse(sizes, [inversion_seconds(size) for size in sizes])
+    return Rates(2 * sizes[1] ** 3 / product_seconds(sizes[1]), flops, bandwidth, latency, row_seconds)
+
+
+def fit_inverse(sizes, seconds):
+    """`factorization_flops` and `row_seconds` from the times of two sizes.
+
+    Where these do not fit together, as where the larger matrix is no slower, all of its time counts as operations.
+    """
+    small, large = (time / size for size, time in zip(sizes, seconds, strict=True))
+    slope = (large - small) / (sizes[1] ** 2 - sizes[0] ** 2)
+    rows = small - slope * sizes[0] ** 2
+    if slope <= 0 or rows < 0:
+        return sizes[1] ** 3 / seconds[1], 0.0
+    return 1 / slope, rows

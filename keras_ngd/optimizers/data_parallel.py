@@ -1,0 +1,134 @@
+"""How an optimizer joins the workers of a data-parallel training."""
+
+from keras_ngd import backend, distributed
+from keras_ngd.optimizers.blocks import Group, find_blocks
+from keras_ngd.optimizers.workers import Workers
+
+
+class DataParallel:
+    """Mixin: before the first step all workers start from worker 0's values; in every step they share what they see."""
+
+    _workers, _met, _model, _connection = None, False, None, None
+
+    def connected(self):
+        """The communicator that the argument `communicator` stands for; Horovod may be initialised after the optimizer."""
+        if self._connection is None or self._connection.size == 1:
+            self._connection = distributed.resolve(self.communicator)
+        return self._connection
+
+    def received_bytes(self):
+        """What this worker has received from others in training steps, in bytes, by stage; `{}` on one worker.
+
+        Stages are `initial state`, `gradients`, `statistics`, `inverses`, `preconditioned` and `decisions`.
+        """
+        return self.connected().received_bytes()
+
+    def _meet(self, variables):
+        """Once: makes sure that all workers are about to train the same, and gives them worker 0's values."""
+        communicator = self.connected()
+        if self._met or communicator.size == 1:
+            return
+        if backend.under_xla():
+            raise ValueError(
+                "Workers cannot talk to each other inside a step that XLA compiles. Leave `jit_compile` of `model.compile` at "
+                "'auto', or set it to False."
+            )
+        with backend.outside_trace():
+            distributed.check_same(communicator, self._description(variables))
+            self._take_over_state(communicator)
+            distributed.broadcast_variables(communicator, [*variables, *self._other_variables(variables)])
+            if self.built:
+                self.separate_draws()
+        self._met = True
+
+    def _description(self, variables):
+        blocks = find_blocks(variables, self._var_key)
+        return {
+            "optimizer": type(self).__name__,
+            "argument": self.get_config(),
+            **distributed.description(variables),
+            "number of captured layers": len(blocks),
+            "recorded of captured layer": {str(i): repr(b.statistics.spec) for i, b in enumerate(blocks)},
+        }
+
+    def _take_over_state(self, communicator):
+        """Gives all workers the optimizer state that worker 0 has loaded, if it has."""
+        steps = communicator.gather_objects(self.restored_step())
+        for rank, step in enumerate(steps):
+            if step not in (0, steps[0]):
+                raise ValueError(
+                    f"Worker {rank} goes on from step {step}, but worker 0 from step {steps[0]}: load the same checkpoint on "
+                    "all workers, or on worker 0 alone."
+                )
+        if steps[0] and any(step == 0 for step in steps):
+            state = communicator.broadcast_object(self.current_state())
+            if communicator.rank:
+                self.restore(state)
+
+    def _other_variables(self, variables):
+        """The captured model's weights besides these, if the model is known; not its random seeds, which are to differ."""
+        model = None if self._model is None else self._model()
+        known = {self._var_key(v) for v in variables}
+        return [] if model is None else [v for v in model.weights if self._var_key(v) not in known]
+
+    def _make_workers(self, layout):
+        communicator = self.connected()
+        if communicator.size == 1:
+            return None
+        return Workers(
+            communicator,
+            layout,
+            cost=lambda block: self.make_curvature(Group([block])).refresh_cost,
+            part=lambda blocks: layout.part(blocks, self.make_curvature),
+            fraction=self.gradient_worker_fraction,
+        )
+
+    def separate_draws(self):
+        """Makes every worker draw random numbers of its own, if there are any to be drawn in the probes."""
+
+    def _average_over_workers(self, grads, variables, index, refused):
+        """The gradients as one worker with all examples would see them, this worker's share of these, what any refused."""
+        first = self.layout.blocks[0].statistics
+        examples = grads[index(first.examples)] / grads[index(first.calls)]
+        known = [
+            i
+            for i, (gradient, variable) in enumerate(zip(grads, variables, strict=True))
+            if gradient is not None and not self._overwrite_variable_with_gradient(variable)
+        ]
+        means, share, refused = self._workers.mean_gradients([grads[i] for i in known], examples, refused)
+        means = dict(zip(known, means, strict=True))
+        return [means.get(i, gradient) for i, gradient in enumerate(grads)], share, refused
+
+    def share_statistics(self, averages, calls, share, refused):
+        """Brings the statistics of several workers together.
+
+        Args:
+            averages: for each block what this worker's probes emitted.
+            calls: for each block how often its layer was called.
+            share: scalar, this worker's share of all examples.
+            refused: `[blocks]`, whose statistics are not finite on some worker.
+
+        Returns:
+            For each block what its statistics go on with; and what its curvature takes, where that is not made of these by
+            `curvature_input`.
+        """
+        return self._workers.mean_statistics(averages, share, refused), {}
+
+    def _agreed(self, tensors):
+        """Decisions, the same on all workers."""
+        return tensors if self._workers is None else self._workers.agreed(tensors)
+
+    @property
+    def held(self):
+        """The part of the layout whose inverses this worker holds."""
+        return self.layout if self._workers is None else self._workers.held
+
+    def _preconditioned_everywhere(self, found):
+        """Preconditioned gradients of all blocks, from those of the blocks that are held."""
+        return found if self._workers is None else self._workers.preconditioned(found)
+
+    def _refreshed_states(self, renew, states, update):
+        """New states of all groups of what is held, by `renew` of the part of it that is this worker's."""
+        if self._workers is None:
+            return renew(self.layout, states)
+        return self._workers.refresh(renew, states, update)
