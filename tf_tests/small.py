@@ -76,6 +76,12 @@ def assert_close(actual, expected, tolerance=1e-5):
         np.testing.assert_allclose(found, value, rtol=tolerance, atol=tolerance, err_msg=key)
 
 
+def relative_distance(actual, expected):
+    """`|actual - expected| / |expected|` of two dictionaries of arrays, each taken as one vector."""
+    actual, expected = (np.concatenate([np.ravel(v) for v in d.values()]) for d in (actual, expected))
+    return np.linalg.norm(actual - expected) / np.linalg.norm(expected)
+
+
 def gradients(model, x, y):
     """Gradients of the mean squared error by path, of all trainable weights, statistics included."""
     variables = model.trainable_variables

@@ -47,19 +47,19 @@ class Communicator:
         return list(tensors)
 
     def exchange(self, tensors, receivers, lengths, stage, name):
-        """Gives one vector to some of the workers, and takes theirs.
+        """Gives one vector to some of the workers, and takes theirs. Only one exchange may be ready at any time.
 
         Received is what is taken.
 
         Args:
             tensors: this worker's vectors, sent as one.
             receivers: ranks of the others that are to have it.
-            lengths: of what each worker has for this one: numbers by rank, 0 for those that have nothing.
+            lengths: of what each worker has for this one, by rank: ints or scalars, 0 for those that have nothing.
 
         Returns:
-            What each worker has sent to this one, by rank; None of those that have nothing.
+            The vectors that all workers have sent to this one, by rank.
         """
-        return [None] * self.size
+        return list(tensors)
 
     def as_sent(self, tensors, stage):
         """Tensors as those that receive them have them: rounded, where less than they are is sent."""

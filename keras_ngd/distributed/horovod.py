@@ -119,15 +119,12 @@ class Horovod(Communicator):
 
     def exchange(self, tensors, receivers, lengths, stage, name):
         flat = self._encode(tf.concat([tf.reshape(t, [-1]) for t in tensors], axis=0), stage)
-        length = flat.shape.num_elements()
-        splits = [length if rank in receivers else 0 for rank in range(self.size)]
+        splits = tf.stack([tf.size(flat) if rank in receivers else 0 for rank in range(self.size)])
         copies = tf.tile(flat, [len(receivers)])
-        received, _ = self._horovod.alltoall(
-            copies, splits=tf.constant(splits, tf.int32), name=name, ignore_name_scope=True
-        )
-        self._count(stage, sum(lengths) * flat.dtype.size, [received])
-        parts = tf.split(self._decode(tf.ensure_shape(received, [sum(lengths)]), tensors[0].dtype), lengths)
-        return [part if length else None for part, length in zip(parts, lengths, strict=True)]
+        received, _ = self._horovod.alltoall(copies, splits=splits, name=name, ignore_name_scope=True)
+        lengths = [tf.convert_to_tensor(length, tf.int32) for length in lengths]
+        self._count(stage, tf.add_n(lengths) * flat.dtype.size, [received])
+        return tf.split(self._decode(received, tensors[0].dtype), tf.stack(lengths), num=self.size)
 
     def as_sent(self, tensors, stage):
         return [self._decode(self._encode(tf.convert_to_tensor(t), stage), t.dtype) for t in tensors]

@@ -152,39 +152,73 @@ class Workers:
             mine = by_block(self.own, renew(self.own, by_group(self.own, old)))
         if self.holding == 1:
             return by_group(self.held, mine)
-        new = {}
-        for group in self.layout.groups:
-            for block in group.blocks:
-                state = mine.get(block) or old.get(block)
-                share = functools.partial(self._share, block, state, group.curvature.symmetric)
-                kept = functools.partial(list, old.get(block, [ops.zeros((1,))]))
-                new[block] = share() if update is None else ops.cond(update[block], share, kept)
+        new = self._broadcast(old, mine, update) if self.everywhere else self._send_to_holders(old, mine, update)
         return by_group(self.held, new)
 
-    def _share(self, block, state, symmetric):
-        """The state of a block as its owner has it; of no meaning where it is not held."""
-        name, owner = f"keras_ngd_inverse_{self.layout.blocks.index(block)}", self.owners[block]
-        sent = None if state is None else packed(state) if symmetric else state
-        if self.everywhere:
-            received = self.communicator.broadcast(sent, owner, "inverses", name)
-        else:
-            received = self._send_to_holders(block, sent, name)
-        if received is None:
-            return [ops.zeros((1,))]
-        return unpacked(received, state) if symmetric else received
+    def _broadcast(self, old, mine, update):
+        """States of all blocks, of those that are renewed as their owners have them."""
+        new = {}
+        for i, block in enumerate(self.layout.blocks):
 
-    def _send_to_holders(self, block, tensors, name):
-        communicator, owner = self.communicator, self.owners[block]
-        others = [rank for rank in self._holders(block) if rank != owner]
-        lengths = [0] * communicator.size
-        if communicator.rank in others:
-            lengths[owner] = sum(math.prod(t.shape) for t in tensors)
-        if communicator.rank == owner:
-            communicator.exchange(tensors, others, lengths, "inverses", name)
-            return communicator.as_sent(tensors, "inverses")
-        nothing = [ops.zeros((1,), block.shape[2])]
-        received = communicator.exchange(nothing, [], lengths, "inverses", name)[owner]
-        return None if received is None else split_like(received, [t.shape for t in tensors])
+            def received(i=i, block=block):
+                sent = self._packed(block, mine.get(block, old[block]))
+                tensors = self.communicator.broadcast(sent, self.owners[block], "inverses", f"keras_ngd_inverse_{i}")
+                return self._unpacked(block, tensors, old[block])
+
+            kept = functools.partial(list, old[block])
+            new[block] = received() if update is None else ops.cond(update[block], received, kept)
+        return new
+
+    def _send_to_holders(self, old, mine, update):
+        """States of the blocks that are held, of those that are renewed as their owners have them.
+
+        In one exchange, of what is renewed: Horovod hangs where several exchanges are ready at once.
+        """
+        communicator = self.communicator
+        column = holders_of(communicator.rank, self.holding, communicator.size)
+        mates = [rank for rank in column if rank != communicator.rank]
+        by_owner = {rank: [b for b in self.held.blocks if self.owners[b] == rank] for rank in range(communicator.size)}
+        shapes = {block: [t.shape for t in self._packed(block, old[block])] for block in old}
+        sizes = {block: sum(math.prod(shape) for shape in shapes[block]) for block in old}
+
+        def renewed(block):
+            return 1 if update is None else ops.cast(update[block], "int32")
+
+        vectors = []
+        for block in self.own.blocks:
+            vector = ops.concatenate([ops.reshape(t, (-1,)) for t in self._packed(block, mine[block])])
+            vectors.append(vector[: sizes[block] * renewed(block)])
+        lengths = [
+            sum(renewed(b) * sizes[b] for b in by_owner[rank]) if rank in mates else 0
+            for rank in range(communicator.size)
+        ]
+        received = communicator.exchange(vectors or [ops.zeros((0,))], mates, lengths, "inverses", "keras_ngd_inverses")
+        # What is sent is all of one type: layers' factors are.
+        received[communicator.rank] = ops.concatenate(communicator.as_sent(vectors, "inverses")) if vectors else None
+        new = {}
+        for rank, blocks in by_owner.items():
+            start = 0
+            for block in blocks:
+                length = sizes[block] * renewed(block)
+
+                def taken(vector=received[rank], start=start, block=block):
+                    part = ops.reshape(ops.slice(vector, [start], [sizes[block]]), (sizes[block],))
+                    return self._unpacked(block, split_like(part, shapes[block]), old[block])
+
+                kept = functools.partial(list, old[block])
+                new[block] = taken() if update is None else ops.cond(update[block], taken, kept)
+                start = start + length
+        return new
+
+    @functools.cached_property
+    def _symmetric(self):
+        return {block for group in self.layout.groups if group.curvature.symmetric for block in group.blocks}
+
+    def _packed(self, block, state):
+        return packed(state) if block in self._symmetric else state
+
+    def _unpacked(self, block, tensors, like):
+        return unpacked(tensors, like) if block in self._symmetric else tensors
 
     def preconditioned(self, found):
         """Preconditioned gradients of all blocks, from those of the blocks that are held.

@@ -21,13 +21,13 @@ def data(examples=BATCH * STEPS):
 
 
 def network():
-    """Layers of three kinds, two of one shape, one without bias, and one that is not captured."""
+    """A convolution without bias, a wide layer, two narrow ones of one shape, and a layer that is not captured."""
     keras.utils.set_random_seed(1)
     inputs = keras.Input((6, 6, 2))
     h = layers.Conv2D(4, 3, activation="tanh", use_bias=False, name="convolution")(inputs)
     h = layers.LayerNormalization()(layers.Flatten()(h))
     for name in ("first", "second"):
-        h = layers.Dense(8, activation="tanh", name=name)(h if name == "second" else layers.Dense(8, name="bottom")(h))
+        h = layers.Dense(4, activation="tanh", name=name)(h)
     return keras.Model(inputs, layers.Dense(4, name="logits")(h))
 
 
@@ -203,11 +203,13 @@ def collectives(owners, file):
     return found
 
 
-def unequal(method, sizes, bad=None):
-    """Trains on batches of which each worker has its own size; worker `bad` has a NaN in its second batch.
+def uneven(methods, sizes):
+    """Of each method what it leaves where workers' batches differ in size, and where one's has a NaN."""
+    return {name: unequal(name, sizes) for name in methods} | {"nan": unequal("kfac-eigen", (4, 4), bad=1)}
 
-    What a worker with all examples would end with, is in `together`.
-    """
+
+def unequal(method, sizes, bad=None):
+    """Trains on batches of which each worker has its own size; worker `bad` has a NaN in its second batch."""
     import horovod.tensorflow as hvd
 
     rank, steps = hvd.rank(), 6
@@ -222,6 +224,11 @@ def unequal(method, sizes, bad=None):
     optimizer = model.optimizer
     counters = (optimizer.skipped_statistics, optimizer.skipped_steps, optimizer.factor_updates)
     return {"weights": weights(model), "digest": digest(model), "counters": counters}
+
+
+def all_shares(methods):
+    """`shares` of each method."""
+    return {name: shares(name) for name in methods}
 
 
 def shares(method):

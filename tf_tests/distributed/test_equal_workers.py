@@ -1,32 +1,43 @@
 """Several workers train as one with all their examples would, and stay equal to the last bit."""
 
-import numpy as np
+import os
+
 import pytest
 
 from tf_tests.distributed import cases
 from tf_tests.distributed.launch import horovod, launch
-from tf_tests.small import weights
+from tf_tests.small import relative_distance, weights
 
 pytestmark = [*horovod, pytest.mark.slow]
-ON_FOUR = ["kfac", "kfac-mem-opt", "kfac-half", "thor", "thor-half", "skfac", "sngd", "hylo-kid"]
+# Of two workers, after which all their bits are compared.
+STEPS = int(os.environ.get("DISTRIBUTED_STEPS", "40"))
+ON_FOUR = ["kfac", "kfac-half", "thor-half", "skfac", "hylo-kid"]
+# Alone, fractions of one worker are all the same; and HyLo with all rows is SNGD, by another computation.
+SAME_ALONE = {
+    "kfac-mem-opt": "kfac",
+    "kfac-half": "kfac",
+    "thor-half": "thor",
+    "hylo-kid": "sngd",
+    "hylo-kis": "sngd",
+}
 
 
 @pytest.fixture(scope="module")
 def alone():
     """The weights after 20 steps of one worker with whole batches, by method."""
     found = {}
-    for name in cases.METHODS:
+    for name in set(cases.METHODS) - set(SAME_ALONE):
         model = cases.prepared(name)
         cases.fit(model, *cases.data())
         found[name] = weights(model)
-    return found
+    return found | {name: found[same] for name, same in SAME_ALONE.items()}
 
 
 @pytest.fixture(scope="module")
 def two(tmp_path_factory):
     """What all methods leave on two workers, by rank."""
     names = [*cases.METHODS, *cases.COMPRESSING]
-    return launch("methods", 2, tmp_path_factory.mktemp("two"), names=names, steps=200)
+    return launch("methods", 2, tmp_path_factory.mktemp("two"), names=names, steps=STEPS)
 
 
 @pytest.fixture(scope="module")
@@ -37,8 +48,7 @@ def four(tmp_path_factory):
 
 def check_equal_to_one(expected, workers, method):
     for worker in workers:
-        for (path, value), found in zip(expected[method].items(), worker[method]["weights"].values(), strict=True):
-            assert np.linalg.norm(found - value) < 1e-5 * np.linalg.norm(value), path
+        assert relative_distance(worker[method]["weights"], expected[method]) < 1e-5
 
 
 def check_same_bits(workers, method):

@@ -11,7 +11,7 @@ import pytest
 
 from tf_tests.distributed import cases
 from tf_tests.distributed.launch import horovod, launch, start
-from tf_tests.small import weights
+from tf_tests.small import relative_distance, weights
 
 pytestmark = [*horovod, pytest.mark.slow]
 
@@ -46,7 +46,7 @@ def test_every_worker_says_what_is_wrong(what, disagreements):
         assert re.search(DISAGREEMENTS[what], worker[what]), worker[what]
 
 
-RESUMED = ["kfac", "thor", "kfac-mem-opt", "sngd-roomy"]
+RESUMED = ["kfac", "kfac-mem-opt", "sngd-roomy"]
 
 
 @pytest.fixture(scope="module")
@@ -72,8 +72,7 @@ def test_training_goes_on_with_other_numbers_of_workers(method, resumed):
     for _ in range(3):
         cases.fit(alone, *cases.data(cases.BATCH * 8))
     assert int(model.optimizer.iterations) == 24
-    for (path, value), other in zip(weights(alone).items(), weights(model).values(), strict=True):
-        assert np.linalg.norm(other - value) < 1e-4 * np.linalg.norm(value), path
+    assert relative_distance(weights(model), weights(alone)) < 1e-5
 
 
 def test_a_killed_worker_ends_the_job_and_its_checkpoint_goes_on(tmp_path):
