@@ -15,7 +15,7 @@ HOROVOD := $(VENV)/.installed-horovod
 
 .PHONY: help demo test lint clean distclean
 BENCHMARKS := benchmark-step-cost benchmark-update-cost benchmark-convergence benchmark-thor-convergence \
-  benchmark-row-cost benchmark-row-convergence benchmark-gradient-error
+  benchmark-row-cost benchmark-row-convergence benchmark-gradient-error benchmark-communication
 .PHONY: $(BENCHMARKS)
 
 help:
@@ -28,13 +28,15 @@ help:
 	@echo "make benchmark-row-cost     what an update of HyLo costs against one of KFAC"
 	@echo "make benchmark-row-convergence  what steps of SKFAC and HyLo are worth"
 	@echo "make benchmark-gradient-error   how far HyLo's rows are from the whole batch"
+	@echo "make benchmark-communication    what workers receive; needs Horovod"
 	@echo "make clean                  remove caches and build outputs (distclean: $(VENV), too)"
 
 demo: $(DEMO)
 	$(BIN)/python examples/quickstart.py
 
 test: lint $(HOROVOD)
-	KERAS_BACKEND=tensorflow $(BIN)/pytest -m "" -n $(JOBS) --dist loadgroup --durations=12
+	KERAS_BACKEND=tensorflow $(BIN)/pytest -m "" -n $(JOBS) --durations=12 --ignore=tf_tests/distributed
+	KERAS_BACKEND=tensorflow $(BIN)/pytest -m "" --durations=12 tf_tests/distributed
 	KERAS_BACKEND=jax $(BIN)/pytest -m "" -n $(JOBS) --durations=12
 
 lint: $(TEST)

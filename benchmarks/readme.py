@@ -3,7 +3,16 @@
 import pathlib
 import re
 
-from benchmarks import convergence, results, row_convergence, row_cost, step_cost, thor_convergence, update_cost
+from benchmarks import (
+    communication,
+    convergence,
+    results,
+    row_convergence,
+    row_cost,
+    step_cost,
+    thor_convergence,
+    update_cost,
+)
 
 README = pathlib.Path(__file__).parent.parent / "README.md"
 
@@ -35,6 +44,7 @@ SECTIONS = {
     "step-cost-rows": ("step_cost_rows", lambda payload: step_cost.table(payload["results"])),
     "update-cost": ("update_cost", update_cost.table),
     "row-cost": ("row_cost", row_cost.table),
+    "communication": ("communication", communication.table),
     "convergence": ("convergence", convergence.table),
     "thor-convergence": ("thor_convergence", thor_convergence.table),
     "row-convergence": ("row_convergence", row_convergence.table),

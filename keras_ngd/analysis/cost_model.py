@@ -8,10 +8,10 @@ second is measured on this machine, unless it is given.
 
 import dataclasses
 
-import keras
 from absl import app, flags
 
 from keras_ngd.analysis.exchanges import METHODS
+from keras_ngd.analysis.measuring import application
 from keras_ngd.analysis.projection import WORKERS, cost_model
 from keras_ngd.analysis.rates import Rates, measure_rates
 
@@ -33,14 +33,6 @@ flags.DEFINE_integer("split", 128, "THOR's block size.")
 flags.DEFINE_bool("packed", True, "Whether symmetric matrices are sent as one triangle each.")
 flags.DEFINE_bool("eigen", False, "Whether KFAC keeps eigenvectors instead of inverses.")
 flags.DEFINE_string("output", "cost_model.png", "File of the plot; empty for none.")
-
-
-def application(name):
-    """A function of `keras.applications` by name."""
-    found = {key.lower(): key for key in dir(keras.applications) if key[0].isupper()}
-    if name.lower() not in found:
-        raise app.UsageError(f"--model must be one of {', '.join(sorted(found))}. Received: {name}")
-    return getattr(keras.applications, found[name.lower()])
 
 
 def rates_of_flags():

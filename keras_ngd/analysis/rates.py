@@ -1,13 +1,13 @@
 """How fast a worker computes and how fast workers talk to each other."""
 
 import math
-import time
 from dataclasses import dataclass
 
 import numpy as np
 from keras import ops
 
 from keras_ngd import backend, schedules
+from keras_ngd.analysis.measuring import median_seconds
 from keras_ngd.analysis.split_choice import inversion_seconds
 
 BYTES = 4
@@ -78,19 +78,10 @@ class Rates:
         return exchange.share * sum(self.collective(kind, size, workers) for size in exchange.sizes)
 
 
-def product_seconds(size, repeats=5):
+def product_seconds(size):
     """Median time of one product of two `size x size` matrices on the present device, compiled."""
     matrix = ops.convert_to_tensor(np.random.default_rng(size).normal(size=(1, size, size)).astype("float32"))
-    multiply = backend.traced_once(lambda m: backend.matmul(m, m))
-    ops.convert_to_numpy(multiply(matrix))
-    times = []
-    for _ in range(repeats):
-        calls, start = 0, time.perf_counter()
-        while calls == 0 or time.perf_counter() - start < 0.02:
-            ops.convert_to_numpy(multiply(matrix)[0, 0, 0])
-            calls += 1
-        times.append((time.perf_counter() - start) / calls)
-    return float(np.median(times))
+    return median_seconds(backend.traced_once(lambda m: backend.matmul(m, m)), matrix)
 
 
 def measure_rates(bandwidth=12.5e9, latency=5e-6, sizes=(128, 1024)):

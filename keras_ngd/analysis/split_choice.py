@@ -1,6 +1,5 @@
 """How large THOR's blocks should be: what splitting loses against what it saves."""
 
-import time
 from dataclasses import dataclass
 
 import keras
@@ -9,6 +8,7 @@ from keras import ops
 
 from keras_ngd import backend, schedules
 from keras_ngd.analysis.factors import input_factors
+from keras_ngd.analysis.measuring import median_seconds
 from keras_ngd.linalg import inverse
 
 CANDIDATES = (1, 16, 32, 64, 128, 256, 512, 1024, 2048)
@@ -53,21 +53,12 @@ def _largest_eigenvalues(matrices, steps=100, tolerance=1e-6):
     return values
 
 
-def inversion_seconds(size, repeats=5):
+def inversion_seconds(size):
     """Median time of inverting one damped `size x size` matrix on the present device, compiled."""
     factor = np.random.default_rng(size).normal(size=(1, size, size + 8)).astype("float32")
     factor = ops.convert_to_tensor(factor @ factor.transpose(0, 2, 1) / size)
     invert = backend.traced_once(lambda m: inverse.cholesky_inverse(inverse.add_diagonal(m, ops.ones((1,)))))
-    ops.convert_to_numpy(invert(factor))
-    times = []
-    for _ in range(repeats):
-        calls, start = 0, time.perf_counter()
-        # Long enough to be measured: a small matrix takes microseconds.
-        while calls == 0 or time.perf_counter() - start < 0.02:
-            ops.convert_to_numpy(invert(factor)[0, 0, 0])
-            calls += 1
-        times.append((time.perf_counter() - start) / calls)
-    return float(np.median(times))
+    return median_seconds(invert, factor)
 
 
 def choose(candidates, kept, performance):

@@ -6,10 +6,10 @@ The model is one of `keras.applications`, with random weights unless `--weights`
 the two photographs that come with scikit-learn, unless `--data` names a `.npy` file of inputs.
 """
 
-import keras
 import numpy as np
 from absl import app, flags
 
+from keras_ngd.analysis.measuring import application
 from keras_ngd.analysis.split_choice import CANDIDATES, TOLERANCE, split_dimension
 
 FLAGS = flags.FLAGS
@@ -34,14 +34,6 @@ def photographs(count, size):
         top, left = (rng.integers(0, n - size * step + 1) for n in image.shape[:2])
         crops.append(image[top : top + size * step : step, left : left + size * step : step])
     return np.stack(crops).astype("float32")
-
-
-def application(name):
-    """A function of `keras.applications` by name."""
-    found = {key.lower(): key for key in dir(keras.applications) if key[0].isupper()}
-    if name.lower() not in found:
-        raise app.UsageError(f"--model must be one of {', '.join(sorted(found))}. Received: {name}")
-    return getattr(keras.applications, found[name.lower()])
 
 
 def main(_):

@@ -10,7 +10,7 @@ from keras_ngd.linalg.packing import pack, unpack
 # How one tensor that a curvature takes, `[groups, ...]`, is made of those of all workers:
 #   rows             [groups, n, d]: one worker's after the other's
 #   weighted rows    the same, each worker's weighed by its share of the examples: Fisher blocks are sums of squared rows
-#   weights          [groups, n, n]: along the diagonal, one worker's rows having nothing to do with another's
+#   weights          [groups, n, n], symmetric: along the diagonal, one worker's rows having nothing to do with another's
 #   factor           [groups, d, d]: the mean
 #   rows of factor   [groups, n, d]: as `factor` of their products, `rows^T rows`
 #   same             [groups]: the same on all
@@ -49,17 +49,23 @@ def join(communicator, tensor, kind, share, travels, name):
     if kind == WEIGHTED_ROWS:
         tensor = tensor * ops.sqrt(share)
 
-    def gathered():
+    def gathered(tensor):
         [all_of_them] = communicator.all_gather([tensor[None]], "statistics", name)
         # All are of one shape, whatever their batches were.
         return ops.reshape(all_of_them, (communicator.size, *tensor.shape))
 
+    def weights():
+        triangles = ops.reshape(gathered(pack(tensor)), (communicator.size * tensor.shape[0], -1))
+        return diagonal(ops.reshape(unpack(triangles, tensor.shape[-1]), (communicator.size, *tensor.shape)))
+
     if kind == WEIGHTS:
         identities = functools.partial(_identities, tensor, communicator.size)
         if isinstance(travels, bool):
-            return diagonal(gathered()) if travels else identities()
-        return ops.cond(travels, lambda: diagonal(gathered()), identities)
-    return ops.reshape(ops.transpose(gathered(), (1, 0, 2, 3)), joined_shape(tensor.shape, kind, communicator.size))
+            return weights() if travels else identities()
+        return ops.cond(travels, weights, identities)
+    return ops.reshape(
+        ops.transpose(gathered(tensor), (1, 0, 2, 3)), joined_shape(tensor.shape, kind, communicator.size)
+    )
 
 
 def _identities(tensor, size):

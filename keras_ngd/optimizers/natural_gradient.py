@@ -38,7 +38,7 @@ class NaturalGradient(Checks, Counters, DataParallel, StrictState, WeightAveragi
     `skipped_steps`.
 
     Methods override `make_statistics`, `make_curvature` and `curvature_input`; those whose layers do not all follow one
-    clock also `build_curvature`, `refresh` and `gates`.
+    clock also `build_curvature`, `decide`, `refresh` and `gates`.
 
     Args:
         learning_rate: float, `LearningRateSchedule` or callable, as for every Keras optimizer.

@@ -12,11 +12,10 @@ import pytest
 
 HOROVODRUN = shutil.which("horovodrun", path=f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}")
 
-# One set of processes at a time: pytest-xdist would start several, each with as many as there are cores.
+# Not in several processes of pytest-xdist: each would start as many as there are cores.
 horovod = [
     pytest.mark.skipif(keras.backend.backend() != "tensorflow", reason="Horovod serves the TensorFlow backend"),
     pytest.mark.skipif(HOROVODRUN is None, reason="Horovod is not installed: horovod_scripts/install_horovod.sh"),
-    pytest.mark.xdist_group("horovod"),
 ]
 
 
