@@ -108,7 +108,7 @@ class Training:
         )
         optimizer.build(self.model.trainable_variables)
         self.variables = self.model.variables + optimizer.variables
-        self.start = [np.array(v) for v in self.variables]
+        self.start = [np.array(keras.ops.convert_to_numpy(v)) for v in self.variables]
         start = time.perf_counter()
         self.model.fit(*self._part("train", FLAGS.batch_size), batch_size=FLAGS.batch_size, verbose=0)
         self.tracing = time.perf_counter() - start
@@ -123,8 +123,8 @@ class Training:
         for layer, fresh in zip(self.model.layers, initial.layers, strict=True):
             if fresh.weights:
                 # Copies: JAX trains in the memory it is given.
-                layer.kernel.assign(np.array(fresh.kernel))
-                layer.bias.assign(np.array(fresh.bias))
+                layer.kernel.assign(np.array(keras.ops.convert_to_numpy(fresh.kernel)))
+                layer.bias.assign(np.array(keras.ops.convert_to_numpy(fresh.bias)))
         self.model.optimizer.learning_rate = learning_rate
         clock = Clock()
         history = self.model.fit(
