@@ -186,6 +186,11 @@ def dtype_name(tensor):
     return keras.backend.standardize_dtype(tensor.dtype)
 
 
+def itemsize(dtype):
+    """Bytes of one number of what is kept of the curvature: of float64, or of float32."""
+    return 8 if dtype == "float64" else 4
+
+
 def uniform(shape, seed, dtype):
     """Uniform random numbers in (0, 1), the same whenever they are drawn with the same seed.
 

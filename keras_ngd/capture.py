@@ -78,8 +78,7 @@ def capture(model, optimizer, skip=None, data=None):
     found = list(_layers_with_weights(model))
     skipped = _skipper(skip, [layer for layer, _ in found])
     _check_built(model, [layer for layer, _ in found if not skipped(layer)])
-    owners = _owners(found)
-    decisions = [(layer, skipped(layer) or _reason_against(layer, wrapper, owners)) for layer, wrapper in found]
+    decisions = decide(found, skipped)
     if all(reason for _, reason in decisions):
         report = CaptureReport([LayerReport(_path(la), type(la).__name__, reason=reason) for la, reason in decisions])
         raise ValueError(
@@ -126,6 +125,17 @@ def _release_layer(layer):
     layer.detach_statistics()
     if type(layer) in CAPTURED_KINDS.values():
         layer.__class__ = type(layer).plain
+
+
+def layers_to_capture(model):
+    """The layers of a built model that `capture` would capture."""
+    return [layer for layer, reason in decide(list(_layers_with_weights(model))) if not reason]
+
+
+def decide(found, skipped=lambda layer: ""):
+    """Pairs of each layer that was found and the reason why it is not captured, an empty string if it is."""
+    owners = _owners(found)
+    return [(layer, skipped(layer) or _reason_against(layer, wrapper, owners)) for layer, wrapper in found]
 
 
 def _layers_with_weights(layer, wrapper=None, seen=None):
@@ -225,9 +235,8 @@ def _check_float16(optimizer, captured):
 def _describe(layer, optimizer):
     block = Block(layer.path, layer._kernel, layer.bias, layer.statistics)
     averages = layer.statistics.averages
-    itemsize = 8 if averages[0].dtype == "float64" else 4
     shapes = tuple(tuple(v.shape[1:] if v.shape[0] == 1 else v.shape) for v in averages if len(v.shape) > 2)
-    size = itemsize * sum(math.prod(v.shape) for v in averages)
+    size = backend.itemsize(averages[0].dtype) * sum(math.prod(v.shape) for v in averages)
     kind = type(layer).plain.__name__
     size += optimizer.make_curvature(Group([block])).bytes + optimizer.further_bytes(block)
     return LayerReport(layer.path, kind, shapes, size)

@@ -4,7 +4,7 @@ import math
 from dataclasses import dataclass
 
 from keras_ngd import schedules
-from keras_ngd.capture import _layers_with_weights, _owners, _reason_against
+from keras_ngd.capture import layers_to_capture
 from keras_ngd.linalg.packing import packed_size
 
 METHODS = ("sgd", "kfac", "kfac-mem-opt", "sp-ngd", "thor", "skfac", "sngd", "hylo-kid", "hylo-kis")
@@ -27,9 +27,7 @@ def layer_shapes(model):
     Raises:
         ValueError: if no layer would be captured, or a layer's number of positions is unknown.
     """
-    found = list(_layers_with_weights(model))
-    owners = _owners(found)
-    layers = [layer for layer, wrapper in found if not _reason_against(layer, wrapper, owners)]
+    layers = layers_to_capture(model)
     if not layers:
         raise ValueError(f"`model` has no layer that can be captured. Received: model={model.name!r}")
     return [shape for layer in layers for shape in _shapes_of(layer)]

@@ -2,6 +2,7 @@
 
 from keras import ops
 
+from keras_ngd import backend
 from keras_ngd.linalg import kernel
 
 
@@ -36,7 +37,7 @@ class KernelCurvature:
     @property
     def bytes(self):
         """Size of the state."""
-        return self.count * (self.rows**2 + 1) * (8 if self.dtype == "float64" else 4)
+        return self.count * (self.rows**2 + 1) * backend.itemsize(self.dtype)
 
     @property
     def refresh_cost(self):

@@ -97,11 +97,10 @@ class KroneckerCurvature:
     @property
     def bytes(self):
         """Size of the state."""
-        itemsize = 8 if self.dtype == "float64" else 4
         sizes = self.input_dim**2 + self.output_dim**2
         if self.inverse_method == "eigen":
             sizes += self.input_dim + self.output_dim
-        return self.count * sizes * itemsize
+        return self.count * sizes * backend.itemsize(self.dtype)
 
     @property
     def refresh_cost(self):

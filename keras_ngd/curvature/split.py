@@ -2,6 +2,7 @@
 
 from keras import ops
 
+from keras_ngd import backend
 from keras_ngd.curvature.kronecker import factor_dampings, identities, inversion_method
 from keras_ngd.linalg import diagonal, inverse
 
@@ -46,8 +47,7 @@ class SplitCurvature:
     @property
     def bytes(self):
         """Size of the state."""
-        itemsize = 8 if self.dtype == "float64" else 4
-        return self.count * itemsize * sum(count * size * size for count, size in self.parts)
+        return self.count * backend.itemsize(self.dtype) * sum(count * size * size for count, size in self.parts)
 
     @property
     def refresh_cost(self):

@@ -38,8 +38,7 @@ class WoodburyCurvature:
     @property
     def bytes(self):
         """Size of the state."""
-        itemsize = 8 if self.dtype == "float64" else 4
-        return self.count * itemsize * sum(rows**2 + 1 for rows, _ in self.sides)
+        return self.count * backend.itemsize(self.dtype) * sum(rows**2 + 1 for rows, _ in self.sides)
 
     @property
     def refresh_cost(self):

@@ -37,8 +37,8 @@ class Horovod(Communicator):
     workers trace different graphs.
 
     Args:
-        wire_dtype: `"bfloat16"` or `"float16"` to send float32 tensors of the second order (not gradients) with half the
-            bytes; sums are taken in float32. Default None, as they are.
+        wire_dtype: `"bfloat16"` or `"float16"` to send inverses, and the rows of SKFAC, SNGD and HyLo, with half the bytes.
+            What is summed on the way, gradients and factors, travels as it is. Default None, as they are.
 
     Raises:
         ValueError: if Horovod is not installed or `horovod.tensorflow.init()` was not called.

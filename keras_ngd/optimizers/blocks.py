@@ -37,11 +37,6 @@ class Group:
     curvature: Any = None
 
     @property
-    def kind(self):
-        """The kind of its blocks."""
-        return self.blocks[0].kind
-
-    @property
     def count(self):
         return sum(block.rows.groups for block in self.blocks)
 

@@ -123,10 +123,6 @@ class DataParallel:
         """The part of the layout whose inverses this worker holds."""
         return self.layout if self._workers is None else self._workers.held
 
-    def _preconditioned_everywhere(self, found):
-        """Preconditioned gradients of all blocks, from those of the blocks that are held."""
-        return found if self._workers is None else self._workers.preconditioned(found)
-
     def _refreshed_states(self, renew, states, update):
         """New states of all groups of what is held, by `renew` of the part of it that is this worker's."""
         if self._workers is None:

@@ -177,7 +177,7 @@ class HyLo(SNGD):
         rows = super().further_bytes(block)
         if self.mode != "switch":
             return rows
-        return rows + sum(math.prod(v.shape) * (8 if v.dtype == "float64" else 4) for v in _parts(block))
+        return rows + sum(math.prod(v.shape) * backend.itemsize(v.dtype) for v in _parts(block))
 
     def start_statistics(self, statistics, number):
         super().start_statistics(statistics, number)

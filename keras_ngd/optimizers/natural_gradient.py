@@ -371,7 +371,7 @@ class NaturalGradient(Checks, Counters, DataParallel, StrictState, WeightAveragi
             lengths.append(ops.cast(ops.sum(p * v), "float32"))
             found |= {block: p[part] for block, part in group.slices()}
         if self.held is not self.layout:
-            found = self._preconditioned_everywhere(found)
+            found = self._workers.preconditioned(found)
             lengths = [ops.cast(ops.sum(found[b] * gradients[b]), "float32") for b in self.layout.blocks]
         preconditioned = {}
         for block in self.layout.blocks:

@@ -6,7 +6,7 @@ import math
 import keras
 from keras import ops, tree
 
-from keras_ngd import schedules
+from keras_ngd import backend, schedules
 from keras_ngd.optimizers import joining
 from keras_ngd.optimizers.natural_gradient import NaturalGradient, stacked
 from keras_ngd.statistics.draws import LAYERS, Draws
@@ -128,8 +128,7 @@ class RowMethod(NaturalGradient):
     def further_bytes(self, block):
         if self.connected().size == 1:
             return 0
-        itemsize = 8 if block.shape[2] == "float64" else 4
-        return itemsize * sum(math.prod(shape) for shape in self.given_shapes(block))
+        return backend.itemsize(block.shape[2]) * sum(math.prod(shape) for shape in self.given_shapes(block))
 
     def build_curvature(self, layout):
         super().build_curvature(layout)

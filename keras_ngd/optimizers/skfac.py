@@ -118,15 +118,13 @@ class SKFAC(RowMethod):
         return block.statistics.averages[:2]
 
     def joins(self, shapes):
-        workers = self.connected().size
-        return [
-            joining.FACTOR
-            if rows == size
-            else joining.WEIGHTED_ROWS
-            if rows * workers < size
-            else joining.ROWS_OF_FACTOR
-            for _, rows, size in shapes
-        ]
+        return [self._join(rows, size) for _, rows, size in shapes]
+
+    def _join(self, rows, size):
+        if rows == size:
+            return joining.FACTOR
+        # As on one worker, a factor with no fewer rows than columns is kept itself.
+        return joining.WEIGHTED_ROWS if rows * self.connected().size < size else joining.ROWS_OF_FACTOR
 
     def start_statistics(self, statistics, number):
         super().start_statistics(statistics, number)

@@ -137,7 +137,7 @@ class Workers:
 
     def agreed(self, tensors):
         """Worker 0's decisions: others might decide differently by a rounding."""
-        return self.communicator.broadcast(tensors, 0, "decisions", "keras_ngd_decision") if tensors else []
+        return self.communicator.broadcast(tensors, 0, "decisions", "keras_ngd_decision")
 
     def refresh(self, renew, states, update):
         """New states of the groups of what is held, each block's from its owner.
@@ -221,13 +221,11 @@ class Workers:
         return unpacked(tensors, like) if block in self._symmetric else tensors
 
     def preconditioned(self, found):
-        """Preconditioned gradients of all blocks, from those of the blocks that are held.
+        """Preconditioned gradients of all blocks, where not all are held, from those of the blocks that are.
 
         Args:
             found: dict from each held block to its preconditioned gradient, `[groups, input_dim, output_dim]`.
         """
-        if self.everywhere:
-            return found
         rank, size = self.communicator.rank, self.communicator.size
         others = [other for other in row_of(rank, self.holding, size) if other != rank]
         theirs = {
