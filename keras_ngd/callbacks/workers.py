@@ -5,7 +5,7 @@ import json
 import keras
 import numpy as np
 
-from keras_ngd import distributed
+from keras_ngd import distributed, schedules
 
 
 class BroadcastInitialState(keras.callbacks.Callback):
@@ -20,7 +20,8 @@ class BroadcastInitialState(keras.callbacks.Callback):
         communicator: as for `keras_ngd.KFAC`. Default `"auto"`.
 
     Raises:
-        ValueError: on all workers, if their numbers of steps differ.
+        ValueError: on all workers, if their numbers of steps differ, or if worker `root` has not all statistics
+            (`GatherStatistics`).
     """
 
     def __init__(self, root=0, communicator="auto"):
@@ -40,10 +41,61 @@ class BroadcastInitialState(keras.callbacks.Callback):
                 f"Workers have different numbers of steps in an epoch, by rank: {steps}. Those with fewer would leave the others "
                 "waiting. Give all equally many, as `keras_ngd.distributed.shard(dataset)` does."
             )
-        variables = list(self.model.weights)
+        variables, gathers = list(self.model.weights), False
         if self.model.optimizer is not None and all(communicator.gather_objects(self.model.optimizer.built)):
             variables += self.model.optimizer.variables
+            gathers = hasattr(self.model.optimizer, "gathered")
+            if gathers and not communicator.gather_objects(self.model.optimizer.gathered)[self.root]:
+                raise ValueError(distributed.NOT_GATHERED)
         distributed.broadcast_variables(communicator, variables, self.root)
+        if gathers:
+            self.model.optimizer.gathered = True
+
+
+class GatherStatistics(keras.callbacks.Callback):
+    """Brings together what workers have of the statistics under `reduce_scatter=True`, so that one of them can save it all.
+
+    Put it before callbacks that save (`ModelCheckpoint`, `BackupAndRestore`), on all workers, with the same `save_freq`. Under
+    optimizers whose statistics all workers have, it does nothing.
+
+    Args:
+        save_freq: `"epoch"` (default), or an int: batches from one time to the next, as for `ModelCheckpoint`. It is done at the
+            end of training in any case.
+
+    Raises:
+        ValueError: if `save_freq` is neither, or the model's optimizer is not of `keras_ngd`.
+    """
+
+    def __init__(self, save_freq="epoch"):
+        super().__init__()
+        if save_freq != "epoch" and not schedules.is_count(save_freq):
+            raise ValueError(f"`save_freq` must be 'epoch' or an int of at least 1. Received: save_freq={save_freq!r}")
+        self.save_freq = save_freq
+        self._seen, self._last = 0, 0
+
+    def on_train_begin(self, logs=None):
+        if not hasattr(self.model.optimizer, "gather_statistics"):
+            raise ValueError(
+                "`GatherStatistics` is for optimizers of keras_ngd. Received a model compiled with optimizer="
+                f"{self.model.optimizer!r}"
+            )
+
+    def on_epoch_begin(self, epoch, logs=None):
+        self._last = 0
+
+    def on_train_batch_end(self, batch, logs=None):
+        # One call stands for several batches with `steps_per_execution`.
+        self._seen, self._last = self._seen + batch + 1 - self._last, batch + 1
+        if self.save_freq != "epoch" and self._seen >= self.save_freq:
+            self._seen = 0
+            self.model.optimizer.gather_statistics()
+
+    def on_epoch_end(self, epoch, logs=None):
+        if self.save_freq == "epoch":
+            self.model.optimizer.gather_statistics()
+
+    def on_train_end(self, logs=None):
+        self.model.optimizer.gather_statistics()
 
 
 class MetricAverage(keras.callbacks.Callback):

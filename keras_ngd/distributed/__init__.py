@@ -2,10 +2,11 @@
 
 from keras_ngd.distributed.communicator import Communicator, check, resolve
 from keras_ngd.distributed.data import in_turn, shard
-from keras_ngd.distributed.initial_state import broadcast_variables, check_same, description
+from keras_ngd.distributed.initial_state import NOT_GATHERED, broadcast_variables, check_same, description
 from keras_ngd.distributed.placement import gradient_workers, holders_of, place, row_of
 
 __all__ = [
+    "NOT_GATHERED",
     "Communicator",
     "Horovod",
     "broadcast_variables",

@@ -47,7 +47,7 @@ class Communicator:
         return list(tensors)
 
     def exchange(self, tensors, receivers, lengths, stage, name):
-        """Gives one vector to some of the workers, and takes theirs. Only one exchange may be ready at any time.
+        """Gives one vector to some of the workers, and takes theirs.
 
         Received is what is taken.
 

@@ -37,8 +37,9 @@ class Horovod(Communicator):
     workers trace different graphs.
 
     Args:
-        wire_dtype: `"bfloat16"` or `"float16"` to send inverses, and the rows of SKFAC, SNGD and HyLo, with half the bytes.
-            What is summed on the way, gradients and factors, travels as it is. Default None, as they are.
+        wire_dtype: `"bfloat16"` or `"float16"` to send inverses, scattered factors, and the rows of SKFAC, SNGD and HyLo with
+            half the bytes. Gradients, and factors that are summed on the way (all-reduced), travel as they are. Default None:
+            so does everything.
 
     Raises:
         ValueError: if Horovod is not installed or `horovod.tensorflow.init()` was not called.
@@ -50,7 +51,7 @@ class Horovod(Communicator):
         self._horovod = hvd = _load()
         self.wire_dtype = wire_dtype
         self.size, self.rank, self.local_rank = (ask() for ask in (hvd.size, hvd.rank, hvd.local_rank))
-        self._received = {}
+        self._received, self._turn = {}, None
 
     def all_reduce(self, tensors, stage, name):
         tensors = [tf.convert_to_tensor(t) for t in tensors]
@@ -93,9 +94,7 @@ class Horovod(Communicator):
         counts = [t.shape.num_elements() for t in tensors]
         splits = [sum(c for c, owner in zip(counts, owners, strict=True) if owner == rank) for rank in range(self.size)]
         flat = self._encode(tf.concat([tf.reshape(tensors[i], [-1]) for i in order], axis=0), stage)
-        received, _ = self._horovod.alltoall(
-            flat, splits=tf.constant(splits, tf.int32), name=name, ignore_name_scope=True
-        )
+        received = self._alltoall(flat, tf.constant(splits, tf.int32), name)
         mine = splits[self.rank]
         self._count(stage, (self.size - 1) * mine * flat.dtype.size, [received])
         contributions = tf.reshape(self._decode(received, tensors[0].dtype), [self.size, mine])
@@ -121,10 +120,22 @@ class Horovod(Communicator):
         flat = self._encode(tf.concat([tf.reshape(t, [-1]) for t in tensors], axis=0), stage)
         splits = tf.stack([tf.size(flat) if rank in receivers else 0 for rank in range(self.size)])
         copies = tf.tile(flat, [len(receivers)])
-        received, _ = self._horovod.alltoall(copies, splits=splits, name=name, ignore_name_scope=True)
+        received = self._alltoall(copies, splits, name)
         lengths = [tf.convert_to_tensor(length, tf.int32) for length in lengths]
         self._count(stage, tf.add_n(lengths) * flat.dtype.size, [received])
         return tf.split(self._decode(received, tensors[0].dtype), tf.stack(lengths), num=self.size)
+
+    def _alltoall(self, flat, splits, name):
+        # Horovod hangs on Gloo where several of these are ready at once: each waits for the one before it. The variable tells
+        # TensorFlow, which orders what reads and writes one, in and out of conditionals.
+        if self._turn is None:
+            with tf.init_scope():
+                self._turn = tf.Variable(0, dtype=tf.int64, trainable=False, name="turn")
+        with tf.control_dependencies([self._turn.read_value()]):
+            received, _ = self._horovod.alltoall(tf.identity(flat), splits=splits, name=name, ignore_name_scope=True)
+        with tf.control_dependencies([received]):
+            self._turn.assign_add(1)
+        return received
 
     def as_sent(self, tensors, stage):
         return [self._decode(self._encode(tf.convert_to_tensor(t), stage), t.dtype) for t in tensors]

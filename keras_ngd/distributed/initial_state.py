@@ -4,6 +4,12 @@ import json
 
 from keras import ops
 
+NOT_GATHERED = (
+    "With `reduce_scatter=True` each worker has the statistics of its own layers only, and those of others would be lost in what "
+    "is saved or given to others. Add `keras_ngd.callbacks.GatherStatistics()` to the callbacks of all workers, before callbacks "
+    "that save."
+)
+
 
 def check_same(communicator, description):
     """Raises a `ValueError` on every worker if one of them is about to train something else.

@@ -1,5 +1,7 @@
 """How an optimizer joins the workers of a data-parallel training."""
 
+import weakref
+
 from keras_ngd import backend, distributed
 from keras_ngd.optimizers.blocks import Group, find_blocks
 from keras_ngd.optimizers.workers import Workers
@@ -8,7 +10,7 @@ from keras_ngd.optimizers.workers import Workers
 class DataParallel:
     """Mixin: before the first step all workers start from worker 0's values; in every step they share what they see."""
 
-    _workers, _met, _model, _connection = None, False, None, None
+    _workers, _met, _model, _connection, _gathered = None, False, None, None, 0
 
     def connected(self):
         """The communicator that the argument `communicator` stands for; Horovod may be initialised after the optimizer."""
@@ -19,7 +21,7 @@ class DataParallel:
     def received_bytes(self):
         """What this worker has received from others in training steps, in bytes, by stage; `{}` on one worker.
 
-        Stages are `initial state`, `gradients`, `statistics`, `inverses`, `preconditioned` and `decisions`.
+        Stages are `initial state`, `gradients`, `statistics`, `inverses`, `preconditioned`, `decisions` and `saving`.
         """
         return self.connected().received_bytes()
 
@@ -75,13 +77,42 @@ class DataParallel:
         communicator = self.connected()
         if communicator.size == 1:
             return None
-        return Workers(
+        workers = Workers(
             communicator,
             layout,
             cost=lambda block: self.make_curvature(Group([block])).refresh_cost,
             part=lambda blocks: layout.part(blocks, self.make_curvature),
             fraction=self.gradient_worker_fraction,
+            scatter=self.reduce_scatter,
         )
+        if workers.scatter:
+            optimizer = weakref.ref(self)
+            for block in layout.blocks:
+                block.statistics.before_saving = lambda: _check_gathered(optimizer())
+        return workers
+
+    def gather_statistics(self):
+        """Gives all workers the statistics of all layers; to be called on all, outside a step (`callbacks.GatherStatistics`).
+
+        With `reduce_scatter=True` only a layer's owner has them, and nobody could save them all.
+        """
+        if self._workers is not None and self._workers.scatter:
+            self._workers.gather_statistics()
+            self.gathered = True
+
+    @property
+    def gathered(self):
+        """Whether this worker has the statistics of all layers."""
+        return not self.reduce_scatter or self._gathered == self.factor_updates
+
+    @gathered.setter
+    def gathered(self, value):
+        self._gathered = self.factor_updates if value else -1
+
+    def restored(self, renew):
+        super().restored(renew)
+        # What was saved is complete.
+        self.gathered = True
 
     def separate_draws(self):
         """Makes every worker draw random numbers of its own, if there are any to be drawn in the probes."""
@@ -95,7 +126,10 @@ class DataParallel:
             for i, (gradient, variable) in enumerate(zip(grads, variables, strict=True))
             if gradient is not None and not self._overwrite_variable_with_gradient(variable)
         ]
-        means, share, refused = self._workers.mean_gradients([grads[i] for i in known], examples, refused)
+        owners = self._workers.owners_of(variables, self._var_key)
+        means, share, refused = self._workers.mean_gradients(
+            [grads[i] for i in known], [owners[i] for i in known], examples, refused
+        )
         means = dict(zip(known, means, strict=True))
         return [means.get(i, gradient) for i, gradient in enumerate(grads)], share, refused
 
@@ -128,3 +162,8 @@ class DataParallel:
         if self._workers is None:
             return renew(self.layout, states)
         return self._workers.refresh(renew, states, update)
+
+
+def _check_gathered(optimizer):
+    if optimizer is not None and not optimizer.gathered:
+        raise ValueError(distributed.NOT_GATHERED)

@@ -54,6 +54,9 @@ class NaturalGradient(Checks, Counters, DataParallel, StrictState, WeightAveragi
         gradient_worker_fraction: share of several workers that hold each layer's inverses; its product with their number must
             divide it, and 0 stands for one of them. Others get the layer's preconditioned gradient instead, at every step. With
             less than 1 (the default) inverses are not saved: training that goes on begins with a refresh.
+        reduce_scatter: whether statistics and the gradients of captured layers are summed up on their layers' owners alone, as in
+            SP-NGD; for `gradient_worker_fraction=0`. Default False: on all workers. What is saved then needs the callback
+            `keras_ngd.callbacks.GatherStatistics` on all workers.
         **kwargs: all other arguments of `keras.optimizers.SGD`: `nesterov`, `weight_decay` (decoupled), `clipnorm`,
             `clipvalue`, `global_clipnorm` (these clip the preconditioned gradient), `use_ema`, `ema_momentum`,
             `ema_overwrite_frequency`, `loss_scale_factor`, `name`.
@@ -70,6 +73,7 @@ class NaturalGradient(Checks, Counters, DataParallel, StrictState, WeightAveragi
         kl_clip=1e-3,
         communicator="auto",
         gradient_worker_fraction=1.0,
+        reduce_scatter=False,
         **kwargs,
     ):
         name = type(self).__name__
@@ -92,11 +96,17 @@ class NaturalGradient(Checks, Counters, DataParallel, StrictState, WeightAveragi
                 "`gradient_worker_fraction` must be in [0, 1]. Received: "
                 f"gradient_worker_fraction={gradient_worker_fraction!r}"
             )
+        if reduce_scatter and gradient_worker_fraction != 0:
+            raise ValueError(
+                "`reduce_scatter=True` brings sums to each layer's owner alone, so nobody else can hold its inverses: it needs "
+                f"`gradient_worker_fraction=0`. Received: gradient_worker_fraction={gradient_worker_fraction!r}"
+            )
         super().__init__(learning_rate=learning_rate, momentum=momentum, **kwargs)
         self.damping, self.factor_decay = damping, float(factor_decay)
         self.kl_clip = None if kl_clip is None else float(kl_clip)
         self.factor_interval, self.inverse_interval = factor_interval, inverse_interval
         self.communicator, self.gradient_worker_fraction = communicator, float(gradient_worker_fraction)
+        self.reduce_scatter = bool(reduce_scatter)
         self.layout = Layout()
 
     def measure(self, model, data):
@@ -152,6 +162,7 @@ class NaturalGradient(Checks, Counters, DataParallel, StrictState, WeightAveragi
                 self.separate_draws()
 
     def restored(self, renew):
+        super().restored(renew)
         if self.gradient_worker_fraction < 1:
             self._next_inverses.assign(0)
 
@@ -361,7 +372,7 @@ class NaturalGradient(Checks, Counters, DataParallel, StrictState, WeightAveragi
     def _precondition(self, grads, index, damping, inputs):
         """Preconditioned kernel and bias gradients by position, and parts of the sum of all `<P, V>`."""
         gradients, found, lengths = {}, {}, []
-        for block in self.layout.blocks:
+        for block in self.held.blocks:
             bias = None if block.bias is None else grads[index(block.bias)]
             gradients[block] = ops.cast(block.rows.matrix(grads[index(block.kernel)], bias), block.shape[2])
         for group in self.held.groups:
@@ -371,8 +382,8 @@ class NaturalGradient(Checks, Counters, DataParallel, StrictState, WeightAveragi
             lengths.append(ops.cast(ops.sum(p * v), "float32"))
             found |= {block: p[part] for block, part in group.slices()}
         if self.held is not self.layout:
-            found = self._workers.preconditioned(found)
-            lengths = [ops.cast(ops.sum(found[b] * gradients[b]), "float32") for b in self.layout.blocks]
+            found, length = self._workers.preconditioned(found, sum(lengths, ops.zeros(())))
+            lengths = [length]
         preconditioned = {}
         for block in self.layout.blocks:
             kernel, bias = block.rows.kernel_and_bias(found[block])
@@ -411,6 +422,8 @@ class NaturalGradient(Checks, Counters, DataParallel, StrictState, WeightAveragi
         )
         if self.gradient_worker_fraction != 1:
             config["gradient_worker_fraction"] = self.gradient_worker_fraction
+        if self.reduce_scatter:
+            config["reduce_scatter"] = True
         if isinstance(self.communicator, str) and self.communicator != "auto":
             config["communicator"] = self.communicator
         return config

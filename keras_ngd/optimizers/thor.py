@@ -87,6 +87,11 @@ class THOR(KFAC):
             raise ValueError(
                 f"`inverse` must be 'auto', 'cholesky' or 'newton-schulz' for THOR. Received: inverse={inverse!r}"
             )
+        if kwargs.get("reduce_scatter"):
+            raise ValueError(
+                "`reduce_scatter` is for KFAC: THOR's trace rule looks at all layers' statistics. Received: reduce_scatter="
+                f"{kwargs['reduce_scatter']!r}"
+            )
         split = _check_split(split)
         omega = _check_omega(omega)
         if trace_damping not in TRACE_DAMPINGS:

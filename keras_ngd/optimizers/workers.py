@@ -56,7 +56,9 @@ class Workers:
         decisions      (THOR's trace rule) worker 0's
 
     With the fraction 1 all workers hold all inverses, and no preconditioned gradients are sent (KAISA's COMM-OPT); with `1 / P`
-    only owners hold them, and no inverses are sent (MEM-OPT); others lie in between (HYBRID; `distributed.holders_of`).
+    only owners hold them, and no inverses are sent (MEM-OPT); others lie in between (HYBRID; `distributed.holders_of`). Where
+    only owners hold them, statistics and the gradients of captured layers can be reduced to owners alone, by one reduce-scatter
+    each (SP-NGD): nobody else needs them, and half the bytes are received.
 
     Means weigh workers by how many examples their batches had, so unequal batches count as one large batch would. Statistics
     that are not finite on one worker are left out on all.
@@ -67,10 +69,11 @@ class Workers:
         cost: function of a block: what its inversion takes.
         part: function of a list of blocks: the `Layout` of these alone.
         fraction: share of the workers that hold each layer's inverses.
+        scatter: whether statistics and gradients go to owners alone.
     """
 
-    def __init__(self, communicator, layout, cost, part, fraction):
-        self.communicator, self.layout = communicator, layout
+    def __init__(self, communicator, layout, cost, part, fraction, scatter=False):
+        self.communicator, self.layout, self.scatter = communicator, layout, scatter
         # Of each block, variables with what its curvature takes, where statistics alone do not hold it.
         self.given = {}
         self.holding = gradient_workers(fraction, communicator.size)
@@ -87,24 +90,44 @@ class Workers:
         """The blocks that a worker holds the inverses of."""
         return [block for block in self.layout.blocks if rank in self._holders(block)]
 
-    def mean_gradients(self, gradients, examples, refused):
+    def owners_of(self, variables, key):
+        """For each of these variables, whose identity is its `key`, the only worker that needs its gradient, or None."""
+        if not self.scatter:
+            return [None] * len(variables)
+        owners = {
+            key(v): owner for block, owner in self.owners.items() for v in (block.kernel, block.bias) if v is not None
+        }
+        return [owners.get(key(v)) for v in variables]
+
+    def mean_gradients(self, gradients, owners, examples, refused):
         """Means over all examples of all workers.
 
         Args:
             gradients: list of gradients of means over this worker's examples, dense or sparse.
+            owners: for each of them the rank of the only worker that needs its mean, or None where all do.
             examples: scalar, how many these are.
             refused: `[blocks]` booleans, whose statistics this worker leaves out.
 
         Returns:
-            The means, this worker's share of all examples, and `refused` of any worker.
+            The means (where others alone need them, this worker's gradients), this worker's share of all examples, and
+            `refused` of any worker.
         """
-        dense = [g for g in gradients if not backend.is_sparse(g)]
+        weighed = {i: g * ops.cast(examples, g.dtype) for i, g in enumerate(gradients) if not backend.is_sparse(g)}
+        scattered = [i for i in weighed if owners[i] is not None]
+        reduced = [i for i in weighed if owners[i] is None]
+        mine = self.communicator.reduce_scatter(
+            [weighed[i] for i in scattered],
+            [owners[i] for i in scattered],
+            "gradients",
+            "keras_ngd_scattered_gradients",
+        )
         control = ops.concatenate([ops.reshape(examples, (1,)), ops.cast(refused, "float32")])
         *sums, control = self.communicator.all_reduce(
-            [*(g * ops.cast(examples, g.dtype) for g in dense), control], "gradients", "keras_ngd_gradients"
+            [*(weighed[i] for i in reduced), control], "gradients", "keras_ngd_gradients"
         )
         total = ops.maximum(control[0], 1.0)
-        share, sums = examples / total, iter(sums)
+        share = examples / total
+        sums = dict(zip([*scattered, *reduced], [*mine, *sums], strict=True))
         means = []
         for i, gradient in enumerate(gradients):
             if backend.is_sparse(gradient):
@@ -113,12 +136,19 @@ class Workers:
                     [values, gradient.indices], "gradients", f"keras_ngd_sparse_gradient_{i}"
                 )
                 means.append(backend.sparse(*parts, gradient))
+            elif sums[i] is None:
+                means.append(gradient)
             else:
-                means.append(next(sums) / ops.cast(total, gradient.dtype))
+                means.append(sums[i] / ops.cast(total, gradient.dtype))
         return means, share, control[1:] > 0
 
     def mean_statistics(self, emitted, share, refused):
-        """Averages over all workers of what the probes emitted, by block, of layers whose gate was open."""
+        """Averages over all workers of what the probes emitted, by block, of layers whose gate was open.
+
+        Where statistics are scattered, others' layers keep the averages they had when they were last gathered.
+        """
+        if self.scatter:
+            return self._scattered_statistics(emitted, share, refused)
         averages = {}
         for i, block in enumerate(self.layout.blocks):
             averages[block] = ops.cond(
@@ -134,6 +164,46 @@ class Workers:
             packed([t * ops.cast(share, t.dtype) for t in emitted]), "statistics", f"keras_ngd_statistics_{i}"
         )
         return [ops.where(refused, o, t) for o, t in zip(old, unpacked(sums, old), strict=True)]
+
+    def _scattered_statistics(self, emitted, share, refused):
+        """Averages of the own blocks, if the gates, which all open together, were open."""
+        blocks, own = self.layout.blocks, self.own.blocks
+        averages = {block: [ops.convert_to_tensor(v) for v in block.statistics.averages] for block in blocks}
+
+        def kept(block, average):
+            """What an average contributes to the next."""
+            return average * ops.cast(1 - ops.minimum(block.statistics.gate, 1.0), average.dtype)
+
+        def opened():
+            sent, owners = [], []
+            for block in blocks:
+                # Without what this worker's average contributed: it is out of date on all but the owner.
+                fresh = [t - kept(block, old) for t, old in zip(emitted[block], averages[block], strict=True)]
+                tensors = packed([t * ops.cast(share, t.dtype) for t in fresh])
+                sent += tensors
+                owners += [self.owners[block]] * len(tensors)
+            sums = self.communicator.reduce_scatter(sent, owners, "statistics", "keras_ngd_statistics")
+            mine, new = iter([t for t in sums if t is not None]), []
+            for i, block in enumerate(blocks):
+                if block in own:
+                    fresh = unpacked([next(mine) for _ in averages[block]], averages[block])
+                    merged = [f + kept(block, old) for f, old in zip(fresh, averages[block], strict=True)]
+                    new += [ops.where(refused[i], o, t) for o, t in zip(averages[block], merged, strict=True)]
+            # Never nothing: a worker may own no layer.
+            return [*new, ops.zeros(())]
+
+        due = ops.any(ops.stack([block.statistics.gate > 0 for block in blocks]))
+        new = iter(ops.cond(due, opened, lambda: [*(t for b in own for t in averages[b]), ops.zeros(())]))
+        return averages | {block: [next(new) for _ in averages[block]] for block in own}
+
+    def gather_statistics(self):
+        """Gives all workers the averages of all layers, at once: where they are scattered, only owners have them."""
+        for i, block in enumerate(self.layout.blocks):
+            variables = block.statistics.averages
+            old = [ops.convert_to_tensor(v) for v in variables]
+            received = self.communicator.broadcast(packed(old), self.owners[block], "saving", f"keras_ngd_gathered_{i}")
+            for variable, value in zip(variables, unpacked(received, old), strict=True):
+                variable.assign(value)
 
     def agreed(self, tensors):
         """Worker 0's decisions: others might decide differently by a rounding."""
@@ -172,7 +242,7 @@ class Workers:
     def _send_to_holders(self, old, mine, update):
         """States of the blocks that are held, of those that are renewed as their owners have them.
 
-        In one exchange, of what is renewed: Horovod hangs where several exchanges are ready at once.
+        In one exchange, of what is renewed.
         """
         communicator = self.communicator
         column = holders_of(communicator.rank, self.holding, communicator.size)
@@ -220,26 +290,32 @@ class Workers:
     def _unpacked(self, block, tensors, like):
         return unpacked(tensors, like) if block in self._symmetric else tensors
 
-    def preconditioned(self, found):
+    def preconditioned(self, found, length):
         """Preconditioned gradients of all blocks, where not all are held, from those of the blocks that are.
 
         Args:
             found: dict from each held block to its preconditioned gradient, `[groups, input_dim, output_dim]`.
+            length: scalar, the sum of these blocks' `<P, V>`.
+
+        Returns:
+            The same dict of all blocks, and their length.
         """
         rank, size = self.communicator.rank, self.communicator.size
         others = [other for other in row_of(rank, self.holding, size) if other != rank]
         theirs = {
             other: [(block, (block.rows.groups, *block.shape[:2])) for block in self.held_by(other)] for other in others
         }
-        lengths = [sum(math.prod(shape) for _, shape in theirs.get(other, ())) for other in range(size)]
-        mine = [found[block] for block in self.held.blocks] or [ops.zeros((0,))]
-        received = self.communicator.exchange(mine, others, lengths, "preconditioned", "keras_ngd_preconditioned")
-        found = dict(found)
+        sizes = [1 + sum(math.prod(s) for _, s in theirs[r]) if r in theirs else 0 for r in range(size)]
+        dtype = self.layout.blocks[0].shape[2]
+        mine = [*(found[block] for block in self.held.blocks), ops.reshape(ops.cast(length, dtype), (1,))]
+        received = self.communicator.exchange(mine, others, sizes, "preconditioned", "keras_ngd_preconditioned")
+        found, lengths = dict(found), {rank: ops.cast(mine[-1][0], "float32")}
         for other, blocks in theirs.items():
-            if blocks:
-                parts = split_like(received[other], [shape for _, shape in blocks])
-                found |= {block: part for (block, _), part in zip(blocks, parts, strict=True)}
-        return found
+            *parts, last = split_like(received[other], [*(shape for _, shape in blocks), ()])
+            found |= {block: part for (block, _), part in zip(blocks, parts, strict=True)}
+            lengths[other] = ops.cast(last, "float32")
+        # As one sum: TensorFlow reorders additions, differently on each worker.
+        return found, ops.sum(ops.stack([lengths[other] for other in sorted(lengths)]))
 
 
 def split_like(vector, shapes):

@@ -165,6 +165,14 @@ class Statistics(keras.layers.Layer):
         config = self.get_config()
         return (type(self).__name__, {k: v for k, v in config.items() if k not in ("name", "dtype", "trainable")})
 
+    # Called before the weights are saved; raises an error if they must not be.
+    before_saving = None
+
+    def save_own_variables(self, store):
+        if self.before_saving is not None:
+            self.before_saving()
+        super().save_own_variables(store)
+
     def load_own_variables(self, store):
         # A plain model's checkpoint has no statistics: they start afresh, as after capture.
         if store.keys():

@@ -48,6 +48,7 @@ METHODS = {
     "kfac": _kfac,
     "kfac-eigen": lambda size: _kfac(size, factor_interval=1, inverse_interval=5, inverse="eigen"),
     "kfac-mem-opt": lambda size: _kfac(size, gradient_worker_fraction=0),
+    "sp-ngd": lambda size: _kfac(size, gradient_worker_fraction=0, reduce_scatter=True),
     "kfac-half": lambda size: _kfac(size, gradient_worker_fraction=0.5),
     "thor": _thor,
     "thor-half": lambda size: _thor(size, gradient_worker_fraction=0.5),
@@ -82,6 +83,7 @@ def part(x, rank, size):
 
 def digest(model):
     """A number that differs where any bit of a weight, a statistic or the optimizer's state does."""
+    model.optimizer.gather_statistics()
     # Row methods' own rows are each worker's own.
     mean = isinstance(model.optimizer, keras_ngd.KFAC)
     own = ("examples", "accepted")

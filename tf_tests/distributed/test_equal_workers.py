@@ -14,10 +14,11 @@ STEPS = int(os.environ.get("DISTRIBUTED_STEPS", "40"))
 # On two, a half is one worker.
 ON_TWO = [name for name in cases.METHODS if name != "kfac-mem-opt"]
 COMPRESSING = ["hylo-switch", "hylo-random", "skfac-subsample"]
-ON_FOUR = ["kfac", "kfac-half", "thor-half", "skfac", "hylo-kid"]
+ON_FOUR = ["kfac", "sp-ngd", "kfac-half", "thor-half", "skfac", "hylo-kid"]
 # Alone, fractions of one worker are all the same; and HyLo with all rows is SNGD, by another computation.
 SAME_ALONE = {
     "kfac-mem-opt": "kfac",
+    "sp-ngd": "kfac",
     "kfac-half": "kfac",
     "thor-half": "thor",
     "hylo-kid": "sngd",
