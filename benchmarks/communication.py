@@ -18,7 +18,7 @@ from absl import app, flags
 
 from benchmarks import results
 
-METHODS = ("kfac", "kfac-mem-opt", "thor", "sngd", "hylo-kid", "hylo-kis")
+METHODS = ("kfac", "kfac-mem-opt", "sp-ngd", "thor", "skfac", "sngd", "hylo-kid", "hylo-kis")
 STAGES = ("gradients", "statistics", "inverses", "preconditioned")
 BATCH, RANK, SPLIT, UPDATES = 16, 0.25, 16, 2
 
@@ -34,11 +34,14 @@ def make_optimizer(method):
     """An optimizer with an update at every step."""
     import keras_ngd
 
-    if method.startswith("kfac"):
-        fraction = 0 if method.endswith("mem-opt") else 1
-        return keras_ngd.KFAC(1e-3, factor_interval=1, inverse_interval=1, gradient_worker_fraction=fraction)
+    if method in ("kfac", "kfac-mem-opt", "sp-ngd"):
+        fraction, scatter = 1 if method == "kfac" else 0, method == "sp-ngd"
+        intervals = {"factor_interval": 1, "inverse_interval": 1}
+        return keras_ngd.KFAC(1e-3, **intervals, gradient_worker_fraction=fraction, reduce_scatter=scatter)
     if method == "thor":
         return keras_ngd.THOR(1e-3, factor_interval=1, inverse_interval=1, split=SPLIT, omega=(0.0, 0.0))
+    if method == "skfac":
+        return keras_ngd.SKFAC(1e-3, interval=1, batch_size=BATCH)
     if method == "sngd":
         return keras_ngd.SNGD(1e-3, batch_size=BATCH)
     return keras_ngd.HyLo(1e-3, interval=1, batch_size=BATCH, rank=RANK, mode=method.removeprefix("hylo-"))

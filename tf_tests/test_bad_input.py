@@ -40,6 +40,7 @@ from tf_tests.small import captured, compiled, fit, kfac, mlp, policy, regressio
             [-0.5, 1.01, float("nan"), True, "1", None],
             r"`gradient_worker_fraction` must be in \[0, 1\]",
         ),
+        ("reduce_scatter", [1, None, "True"], "`reduce_scatter` must be True or False"),
         ("momentum", [-0.1, 1.1], "`momentum` must be a float between"),
     ],
 )
@@ -301,6 +302,15 @@ def test_horovod_on_another_backend(monkeypatch):
     for communicator in ("auto", "horovod"):
         with pytest.raises(ValueError, match="Horovod serves the TensorFlow backend, but KERAS_BACKEND='jax'"):
             captured(mlp(), kfac(communicator=communicator))
+
+
+def test_sums_go_to_owners_alone_only_where_owners_alone_hold_inverses():
+    with pytest.raises(ValueError, match="needs `gradient_worker_fraction=0`. Received: gradient_worker_fraction=1.0"):
+        keras_ngd.KFAC(reduce_scatter=True)
+    with pytest.raises(ValueError, match="`reduce_scatter` is for KFAC: THOR's trace rule"):
+        keras_ngd.THOR(reduce_scatter=True, gradient_worker_fraction=0)
+    with pytest.raises(ValueError, match="SNGD holds its small inverses on all workers"):
+        keras_ngd.SNGD(reduce_scatter=True, gradient_worker_fraction=0)
 
 
 def test_rows_are_held_by_all_workers():

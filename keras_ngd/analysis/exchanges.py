@@ -127,6 +127,11 @@ class Job:
             return 1
         return round(max(1.0, self.fraction * self.workers)) if method == "kfac" else self.workers
 
+    @property
+    def sides(self):
+        """The sizes of all factors."""
+        return [size for a, g, _ in self.shapes for size in (a, g)]
+
     def matrix(self, size):
         """Numbers of a symmetric matrix as it is sent."""
         return packed_size(size) if self.packed else size**2
@@ -175,7 +180,7 @@ def statistics_sizes(method, job):
         return tuple(job.matrix(a) + job.matrix(g) for a, g, _ in job.shapes)
     if method == "thor":
         return tuple(sum(map(job.matrix, job.blocks(a) + job.blocks(g))) for a, g, _ in job.shapes)
-    if method in ("skfac", "sngd"):
+    if method == "sngd":
         return tuple(job.examples * (a + g) for a, g, _ in job.shapes)
     weights = job.workers * job.matrix(job.local_rank) if method == "hylo-kid" else 0
     return tuple(job.global_rank * (a + g) + weights for a, g, _ in job.shapes)
@@ -187,6 +192,8 @@ def inverse_sizes(method, job):
         return tuple(a**2 + g**2 + a * g for a, g, _ in job.shapes)
     if method in ("kfac", "thor"):
         return statistics_sizes(method, job)
+    if method == "skfac":
+        return tuple(sum(job.matrix(min(job.examples, d)) for d in (a, g)) for a, g, _ in job.shapes)
     rows = job.examples if method == "sngd" else job.global_rank
     return (job.matrix(rows),) * len(job.shapes)
 
@@ -196,6 +203,14 @@ def exchanges(method, job):
     p, kernels = job.workers, tuple(a * g for a, g, _ in job.shapes)
     if method == "sgd":
         return [Exchange("gradients", "all_reduce", (sum(kernels),), p)]
+    if method == "skfac":
+        return [
+            Exchange("gradients", "all_reduce", (sum(kernels),), p),
+            # One of the two for each factor: its rows, or, where all workers' are no fewer than its columns, itself.
+            Exchange("statistics", "all_gather", tuple(job.examples * d for d in job.sides if d > job.examples), p),
+            Exchange("statistics", "all_reduce", tuple(job.matrix(d) for d in job.sides if d <= job.examples), p),
+            Exchange("inverses", "broadcast", inverse_sizes(method, job), p),
+        ]
     statistics = statistics_sizes(method, job)
     if method == "sp-ngd":
         # All layers' segments in one operation each, which is the method's own.
@@ -209,7 +224,7 @@ def exchanges(method, job):
         Exchange("gradients", "all_reduce", (sum(kernels),), p),
         Exchange("statistics", collective, statistics, p),
     ]
-    if method != "skfac" and holders > 1:
+    if holders > 1:
         found.append(Exchange("inverses", "broadcast", inverse_sizes(method, job), holders, holders / p))
     if holders < p:
         found.append(Exchange("preconditioned", "broadcast", kernels, p // holders))
@@ -229,13 +244,14 @@ def received(method, shapes, workers, batch_size, rank=0.1, packed=True, fractio
         kfac-mem-opt          2 k W       2 k D                             0                k W
         sp-ngd                k W         k D                               0                k W
         thor                  2 k W       2 k D, of the blocks alone        k D              0
-        skfac                 2 k W       k M sum (dA + dG)                 0                0
+        skfac                 2 k W       k M sum (dA + dG)                 2 k L M^2        0
         sngd                  2 k W       k M sum (dA + dG)                 k L M^2          0
         hylo-kid              2 k W       k (r sum (dA + dG) + L r^2 / P)   k L r^2          0
         hylo-kis              2 k W       k r sum (dA + dG)                 k L r^2          0
 
     With `eigen` KFAC's inverses are eigenvectors and the products of eigenvalues, `D + W` (not packed) in place of `D`.
-    Packed, `r^2` and `M^2` are `r (r + 1) / 2` and `M (M + 1) / 2`. With SKFAC every worker inverts all layers.
+    Packed, `r^2` and `M^2` are `r (r + 1) / 2` and `M (M + 1) / 2`. Of SKFAC's factors, those with `d <= M` columns take
+    `2 k d^2` and `k d^2` (packed, as above) in place of `k M d` and `k M^2`.
 
     Args:
         method: of `METHODS`.

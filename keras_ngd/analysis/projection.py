@@ -202,8 +202,6 @@ def owners_seconds(method, job, rates, placement):
     if method == "sgd":
         return 0.0, 0.0
     inverting, preconditioning = inversion_costs(method, job, rates), preconditioning_costs(method, job, rates)
-    if method == "skfac":
-        return sum(inverting), sum(preconditioning)
 
     def longest(costs, among):
         return max(loads(costs, placement(inverting, among), among))
@@ -253,9 +251,9 @@ def cost_model(
         hylo-kis    as sngd, m (dA + dG)            r^2 (dA + dG), r^3          2 r dA dG + r^2
 
     An owner inverts its layers alone, and its longest load is what all wait for, so a single large layer bounds the time
-    however many workers there are. SKFAC inverts all layers on every worker, each factor that has no more columns than
-    rows as KFAC would. What is exchanged, see `received`; how long that takes, see `Rates`: one operation for each layer, but
-    for the gradients and for SP-NGD, which exchange all layers' at once. Nothing is assumed to overlap, and convolutions
+    however many workers there are. SKFAC takes each factor that has no more columns than rows as KFAC would. What is
+    exchanged, see `received`; how long that takes, see `Rates`: one operation for each layer, but for the gradients and for
+    SP-NGD, which exchange all layers' at once. Nothing is assumed to overlap, and convolutions
     are reduced to one row per example.
 
     ```python

@@ -103,7 +103,7 @@ class DataParallel:
     @property
     def gathered(self):
         """Whether this worker has the statistics of all layers."""
-        return not self.reduce_scatter or self._gathered == self.factor_updates
+        return self._workers is None or not self._workers.scatter or self._gathered == self.factor_updates
 
     @gathered.setter
     def gathered(self, value):

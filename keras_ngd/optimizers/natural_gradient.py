@@ -96,6 +96,8 @@ class NaturalGradient(Checks, Counters, DataParallel, StrictState, WeightAveragi
                 "`gradient_worker_fraction` must be in [0, 1]. Received: "
                 f"gradient_worker_fraction={gradient_worker_fraction!r}"
             )
+        if not isinstance(reduce_scatter, bool):
+            raise ValueError(f"`reduce_scatter` must be True or False. Received: reduce_scatter={reduce_scatter!r}")
         if reduce_scatter and gradient_worker_fraction != 0:
             raise ValueError(
                 "`reduce_scatter=True` brings sums to each layer's owner alone, so nobody else can hold its inverses: it needs "
@@ -106,7 +108,7 @@ class NaturalGradient(Checks, Counters, DataParallel, StrictState, WeightAveragi
         self.kl_clip = None if kl_clip is None else float(kl_clip)
         self.factor_interval, self.inverse_interval = factor_interval, inverse_interval
         self.communicator, self.gradient_worker_fraction = communicator, float(gradient_worker_fraction)
-        self.reduce_scatter = bool(reduce_scatter)
+        self.reduce_scatter = reduce_scatter
         self.layout = Layout()
 
     def measure(self, model, data):

@@ -8,7 +8,7 @@ import numpy as np
 from keras import layers
 
 import keras_ngd
-from tf_tests.small import array, weights
+from tf_tests.small import array, relative_distance, weights
 
 BATCH, STEPS = 24, 20
 
@@ -39,6 +39,10 @@ def _thor(size, **arguments):
     return keras_ngd.THOR(0.05, 0.03, factor_interval=1, inverse_interval=2, split=4, omega=(0.02, 0.005), **arguments)
 
 
+def _shortened(size):
+    return keras_ngd.distributed.Horovod(wire_dtype="bfloat16") if size > 1 else "local"
+
+
 def _rows(method, size, **arguments):
     return method(0.05, 0.1, **{"interval": 2, "batch_size": BATCH // size, **arguments})
 
@@ -63,6 +67,10 @@ COMPRESSING = {
     "hylo-random": lambda size: _rows(keras_ngd.HyLo, size, rank=0.5, mode="random", steps_per_epoch=10),
     # Room for all examples, of which each worker has a part.
     "sngd-roomy": lambda size: _rows(keras_ngd.SNGD, 1),
+    "kfac-bfloat16": lambda size: _kfac(size, communicator=_shortened(size)),
+    "sp-ngd-bfloat16": lambda size: _kfac(
+        size, gradient_worker_fraction=0, reduce_scatter=True, communicator=_shortened(size)
+    ),
     "skfac-subsample": lambda size: _rows(keras_ngd.SKFAC, size, convolution="subsample", history=2),
 }
 
@@ -313,6 +321,8 @@ def resumed(methods, steps, save=None, load=None):
         # Worker 0 alone has the file.
         model = keras.models.load_model(f"{load}/{method}.keras") if load and rank == 0 else prepared(method, size)
         callbacks = [keras_ngd.callbacks.BroadcastInitialState()]
+        if save is not None:
+            callbacks.append(keras_ngd.callbacks.GatherStatistics())
         if save is not None and rank == 0:
             callbacks.append(keras.callbacks.ModelCheckpoint(f"{save}/{method}.keras"))
         fit(model, x, y, rank, size, callbacks=callbacks)
@@ -349,6 +359,31 @@ def glue():
     averaged = {"a": float(rank), "b": 2.0 * rank}
     keras_ngd.callbacks.MetricAverage().on_epoch_end(0, averaged)
     return {"start": started, "history": history, "averaged": averaged, "own": own}
+
+
+def ungathered(path):
+    """The messages of the errors where what others have would be lost: in saving, and in starting once more."""
+    import horovod.tensorflow as hvd
+
+    rank, size, found = hvd.rank(), hvd.size(), {}
+    model = prepared("sp-ngd", size)
+    fit(model, *data(), rank, size)
+    losing = {
+        "model": lambda: model.save(f"{path}/{rank}.keras"),
+        "weights": lambda: model.save_weights(f"{path}/{rank}.weights.h5"),
+        "start": lambda: fit(model, *data(), rank, size, callbacks=[keras_ngd.callbacks.BroadcastInitialState()]),
+    }
+    for what, lose in losing.items():
+        try:
+            lose()
+            found[what] = "no error"
+        except ValueError as error:
+            found[what] = str(error)
+    before = weights(model)
+    fit(model, *data(), rank, size, callbacks=[keras_ngd.callbacks.GatherStatistics(save_freq=7)])
+    model.save(f"{path}/{rank}.keras")
+    averages = [array(v) for block in model.optimizer.layout.blocks for v in block.statistics.averages]
+    return found | {"averages": averages, "went on": relative_distance(weights(model), before) > 0}
 
 
 def killed(path, method="kfac"):

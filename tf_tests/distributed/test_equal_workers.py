@@ -13,7 +13,7 @@ pytestmark = [*horovod, pytest.mark.slow]
 STEPS = int(os.environ.get("DISTRIBUTED_STEPS", "40"))
 # On two, a half is one worker.
 ON_TWO = [name for name in cases.METHODS if name != "kfac-mem-opt"]
-COMPRESSING = ["hylo-switch", "hylo-random", "skfac-subsample"]
+COMPRESSING = ["kfac-bfloat16", "sp-ngd-bfloat16", "hylo-switch", "hylo-random", "skfac-subsample"]
 ON_FOUR = ["kfac", "sp-ngd", "kfac-half", "thor-half", "skfac", "hylo-kid"]
 # Alone, fractions of one worker are all the same; and HyLo with all rows is SNGD, by another computation.
 SAME_ALONE = {
@@ -79,3 +79,12 @@ def test_weights_and_state_are_the_same_bits_on_two_workers(two, method):
 @pytest.mark.parametrize("method", ON_FOUR)
 def test_weights_and_state_are_the_same_bits_on_four_workers(four, method):
     check_same_bits(four, method)
+
+
+@pytest.mark.parametrize(("method", "stage"), [("kfac", "inverses"), ("sp-ngd", "statistics")])
+def test_fewer_bits_on_the_wire_train_nearly_as_well(two, method, stage):
+    for worker in two:
+        exact, short = worker[method], worker[f"{method}-bfloat16"]
+        assert short["received"][stage] * 2 == exact["received"][stage] > 0
+        assert short["received"]["gradients"] == exact["received"]["gradients"]
+        assert 0 < relative_distance(short["weights"], exact["weights"]) < 0.02

@@ -46,7 +46,17 @@ def test_every_worker_says_what_is_wrong(what, disagreements):
         assert re.search(DISAGREEMENTS[what], worker[what]), worker[what]
 
 
-RESUMED = ["kfac", "kfac-mem-opt", "sngd-roomy"]
+RESUMED = ["kfac", "kfac-mem-opt", "sp-ngd", "sngd-roomy"]
+
+
+def test_statistics_that_others_have_are_not_lost_in_silence(tmp_path):
+    first, second = launch("ungathered", 2, tmp_path, path=str(tmp_path))
+    for worker in (first, second):
+        for what in ("model", "weights", "start"):
+            assert "GatherStatistics" in worker[what], what
+        assert worker["went on"]
+    for own, other in zip(first["averages"], second["averages"], strict=True):
+        np.testing.assert_array_equal(own, other)
 
 
 @pytest.fixture(scope="module")

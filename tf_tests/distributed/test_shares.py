@@ -14,7 +14,7 @@ P, STEPS = 3, 20
 @pytest.fixture(scope="module")
 def found(tmp_path_factory):
     """What each worker says of itself, by rank, by method."""
-    names = ["kfac", "kfac-mem-opt"]
+    names = ["kfac", "kfac-mem-opt", "sp-ngd"]
     workers = launch("all_shares", P, tmp_path_factory.mktemp("shares"), methods=names)
     return {name: [worker[name] for worker in workers] for name in names}
 
@@ -27,7 +27,7 @@ def received(workers, stage):
     return [worker["received"].get(stage, 0) for worker in workers]
 
 
-@pytest.mark.parametrize("method", ["kfac", "kfac-mem-opt"])
+@pytest.mark.parametrize("method", ["kfac", "kfac-mem-opt", "sp-ngd"])
 def test_every_matrix_is_inverted_by_one_worker(found, method):
     inverted = collections.Counter()
     for worker in found[method]:
@@ -61,5 +61,17 @@ def test_all_hold_all_inverses_or_each_its_own(found):
 
     assert sum(received(everywhere, "inverses")) == 5 * (P - 1) * triangles(own[0])
     assert received(everywhere, "preconditioned") == received(own, "inverses") == [0] * P
-    blocks = 4 * sum(rows * columns for rows, columns in own[0]["shapes"])
+    blocks = 4 * (sum(rows * columns for rows, columns in own[0]["shapes"]) + P)  # and each worker's part of the clip
     assert sum(received(own, "preconditioned")) == STEPS * (P - 1) * blocks
+
+
+def test_owners_alone_receive_what_they_need(found):
+    """SP-NGD's reduce-scatters: half the bytes of the same reduced to all, together."""
+    owner, reduced = found["sp-ngd"], found["kfac-mem-opt"]
+    first = owner[0]
+    blocks, layers = sum(rows * columns for rows, columns in first["shapes"]), len(first["shapes"])
+    rest = 2 * (P - 1) * 4 * (first["plain"] - blocks + 1 + layers) // P
+    assert sum(received(owner, "gradients")) == STEPS * ((P - 1) * 4 * blocks + P * rest)
+    assert sum(received(owner, "statistics")) == 10 * (P - 1) * triangles(first)
+    assert received(owner, "preconditioned") == received(reduced, "preconditioned")
+    assert [worker["held"] for worker in owner] == [worker["held"] for worker in reduced]
