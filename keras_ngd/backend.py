@@ -131,7 +131,10 @@ def under_xla():
 
 def trace_of(value):
     """An object that is the same for all uses of one variable's `value` in a trace of a step, and differs between traces."""
-    return value if name() == "jax" or not hasattr(value, "graph") else value.graph
+    if name() == "jax" or not hasattr(value, "graph"):
+        return value
+    # Replicas of a strategy are traced one after the other into the same graph.
+    return value.graph, replica_number()
 
 
 def on_accelerator():
@@ -142,7 +145,16 @@ def on_accelerator():
         return jax.default_backend() != "cpu"
     import tensorflow as tf
 
-    return bool(tf.config.get_visible_devices("GPU") or tf.config.get_visible_devices("TPU"))
+    return bool(on_tpu() or tf.config.get_visible_devices("GPU") or tf.config.get_visible_devices("TPU"))
+
+
+def on_tpu():
+    """Whether a `TPUStrategy` is active."""
+    if name() != "tensorflow":
+        return False
+    import tensorflow as tf
+
+    return isinstance(tf.distribute.get_strategy(), tf.distribute.TPUStrategy)
 
 
 def outside_trace():
@@ -282,6 +294,13 @@ def is_sparse_tensor(x):
     return isinstance(x, sparse.JAXSparse)
 
 
+def dense(gradient):
+    """A sparse gradient as a tensor."""
+    import tensorflow as tf
+
+    return tf.convert_to_tensor(gradient)
+
+
 def sparse(values, indices, like):
     """A sparse gradient of the shape of the sparse gradient `like`."""
     import tensorflow as tf
@@ -289,15 +308,73 @@ def sparse(values, indices, like):
     return tf.IndexedSlices(values, indices, like.dense_shape)
 
 
-def replicas():
-    """A description of the `tf.distribute` strategy of several replicas that is active, or None."""
+def several_replicas():
+    """Whether a `tf.distribute` strategy of several replicas is active."""
+    if name() != "tensorflow":
+        return False
+    import tensorflow as tf
+
+    return tf.distribute.get_strategy().num_replicas_in_sync > 1
+
+
+def scope_of(model, optimizer):
+    """A context in which variables are made where a model's are.
+
+    Raises:
+        ValueError: if an optimizer was made in the scope of another `tf.distribute` strategy.
+    """
+    strategy = getattr(model, "_distribute_strategy", None) if name() == "tensorflow" else None
     if name() == "tensorflow":
         import tensorflow as tf
 
-        count = tf.distribute.get_strategy().num_replicas_in_sync
-        if count > 1:
-            return f"{type(tf.distribute.get_strategy()).__name__} with {count} replicas"
-    return None
+        of_optimizer = optimizer._distribution_strategy
+        if of_optimizer is not (strategy or of_optimizer) or (
+            strategy is None and of_optimizer.num_replicas_in_sync > 1
+        ):
+            names = [type(s or tf.distribute.get_strategy()).__name__ for s in (strategy, of_optimizer)]
+            raise ValueError(
+                "The model and its optimizer must be made in the scope of the same strategy: write both inside of one `with "
+                f"strategy.scope():`. Received: a model of {names[0]}, an optimizer of {names[1]}"
+            )
+    return contextlib.nullcontext() if strategy is None else strategy.scope()
+
+
+def replica_context():
+    """TensorFlow's context of the replica that is being traced or run; None outside of one, and where there is only one."""
+    if not several_replicas():
+        return None
+    import tensorflow as tf
+
+    return None if tf.distribute.in_cross_replica_context() else tf.distribute.get_replica_context()
+
+
+def replica_count():
+    """How many replicas there are, seen from inside of one; 1 elsewhere."""
+    return 1 if (replica := replica_context()) is None else replica.num_replicas_in_sync
+
+
+def replica_id():
+    """Number of the replica that is being traced or run, an int, or a tensor where all are traced as one; 0 outside of one."""
+    if (replica := replica_context()) is None:
+        return 0
+    number = replica_number()
+    return replica.replica_id_in_sync_group if number is None else number
+
+
+def replica_number():
+    """Of the replica that is being traced or run; None outside of one, and where all are traced as one."""
+    if (replica := replica_context()) is None:
+        return None
+    import tensorflow as tf
+
+    number = tf.get_static_value(replica.replica_id_in_sync_group)
+    return None if number is None else int(number)
+
+
+def local_variable(variable):
+    """This replica's component of a Keras variable that is mirrored on all; TensorFlow's."""
+    components = replica_context().strategy.experimental_local_results(getattr(variable, "value", variable))
+    return components[0] if len(components) == 1 else components[replica_number() % len(components)]
 
 
 def several_processes():

@@ -75,6 +75,11 @@ def capture(model, optimizer, skip=None, data=None):
             f"Optimizer {optimizer.name!r} is already in use: its variables are those of the model before this capture. Capture "
             "with a new optimizer."
         )
+    with backend.scope_of(model, optimizer):
+        return _capture(model, optimizer, skip, data)
+
+
+def _capture(model, optimizer, skip, data):
     found = list(_layers_with_weights(model))
     skipped = _skipper(skip, [layer for layer, _ in found])
     _check_built(model, [layer for layer, _ in found if not skipped(layer)])

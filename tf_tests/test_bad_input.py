@@ -1,7 +1,5 @@
 """Every misuse has its own error, which says what is wrong and what to do."""
 
-import os
-import subprocess
 import sys
 
 import keras
@@ -10,7 +8,6 @@ import pytest
 from keras import layers, ops
 
 import keras_ngd
-from tf_tests import small
 from tf_tests.small import captured, compiled, fit, kfac, mlp, policy, regression
 
 # Arguments
@@ -334,30 +331,6 @@ def test_data_without_a_length_cannot_be_shared_out():
     with pytest.raises(ValueError, match="an example for each of 2 workers. Received one of 1 examples"):
         keras_ngd.distributed.shard(tf.data.Dataset.range(1), Two())
     assert keras_ngd.distributed.shard(endless) is endless
-
-
-MIRRORED = """
-import tensorflow as tf
-cpu = tf.config.list_physical_devices("CPU")[0]
-tf.config.set_logical_device_configuration(cpu, [tf.config.LogicalDeviceConfiguration()] * 2)
-from tf_tests.small import captured, fit, mlp, regression
-with tf.distribute.MirroredStrategy(["CPU:0", "CPU:1"]).scope():
-    model = captured(mlp())
-try:
-    fit(model, *regression())
-except RuntimeError as error:
-    print("raised", error)
-"""
-
-
-@pytest.mark.skipif(keras.backend.backend() != "tensorflow", reason="tf.distribute is TensorFlow's")
-def test_distribution_strategy():
-    root = os.path.dirname(os.path.dirname(os.path.abspath(small.__file__)))
-    environment = {**os.environ, "KERAS_BACKEND": "tensorflow", "PYTHONPATH": root, "CUDA_VISIBLE_DEVICES": ""}
-    command = [sys.executable, "-c", MIRRORED]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr[-3000:]
-    assert "raised KFAC does not run on several replicas yet, but found MirroredStrategy with 2 replicas" in done.stdout
 
 
 def test_unsupported_backend(monkeypatch):

@@ -9,6 +9,7 @@ __all__ = [
     "NOT_GATHERED",
     "Communicator",
     "Horovod",
+    "MultiWorkerMirroredStrategy",
     "broadcast_variables",
     "check",
     "check_same",
@@ -29,4 +30,8 @@ def __getattr__(name):
         from keras_ngd.distributed.horovod import Horovod
 
         return Horovod
+    if name == "MultiWorkerMirroredStrategy":
+        from keras_ngd.distributed.multi_worker import MultiWorkerMirroredStrategy
+
+        return MultiWorkerMirroredStrategy
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

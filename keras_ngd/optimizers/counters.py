@@ -1,5 +1,7 @@
 """What an optimizer counts, and when the next updates are due."""
 
+from keras import ops
+
 
 class Counters:
     """Mixin: counters that are a part of the optimizer's state."""
@@ -14,7 +16,8 @@ class Counters:
         self._skipped_steps = self.add_variable((), dtype="int", name="skipped_steps")
 
     def _read(self, counter):
-        return int(getattr(self, counter)) if self.built else 0
+        # Not `int` of the variable: a strategy's has none.
+        return int(ops.convert_to_numpy(getattr(self, counter))) if self.built else 0
 
     @property
     def skipped_statistics(self):

@@ -1,6 +1,9 @@
 """How an optimizer joins the workers of a data-parallel training."""
 
+import functools
 import weakref
+
+from keras import ops
 
 from keras_ngd import backend, distributed
 from keras_ngd.optimizers.blocks import Group, find_blocks
@@ -10,13 +13,19 @@ from keras_ngd.optimizers.workers import Workers
 class DataParallel:
     """Mixin: before the first step all workers start from worker 0's values; in every step they share what they see."""
 
-    _workers, _met, _model, _connection, _gathered = None, False, None, None, 0
+    _all_workers, _met, _model, _connection, _gathered = None, False, None, None, 0
 
     def connected(self):
         """The communicator that the argument `communicator` stands for; Horovod may be initialised after the optimizer."""
         if self._connection is None or self._connection.size == 1:
-            self._connection = distributed.resolve(self.communicator)
+            # Out of sight of Keras, which looks into what optimizers have as attributes.
+            object.__setattr__(self, "_connection", distributed.resolve(self.communicator, self))
         return self._connection
+
+    @property
+    def _workers(self):
+        """What this worker does with others; None where it is alone."""
+        return None if self._all_workers is None else self._all_workers(self.connected().rank)
 
     def received_bytes(self):
         """What this worker has received from others in training steps, in bytes, by stage; `{}` on one worker.
@@ -30,11 +39,14 @@ class DataParallel:
         communicator = self.connected()
         if self._met or communicator.size == 1:
             return
-        if backend.under_xla():
+        if backend.under_xla() and communicator.rank is not None:
             raise ValueError(
                 "Workers cannot talk to each other inside a step that XLA compiles. Leave `jit_compile` of `model.compile` at "
                 "'auto', or set it to False."
             )
+        if communicator.together:
+            self._met = True
+            return
         with backend.outside_trace():
             distributed.check_same(communicator, self._description(variables))
             self._take_over_state(communicator)
@@ -74,21 +86,32 @@ class DataParallel:
         return [] if model is None else [v for v in model.weights if self._var_key(v) not in known]
 
     def _make_workers(self, layout):
+        """A function from ranks to their `Workers`, or None. (Of one rank, but where this process has several replicas.)"""
         communicator = self.connected()
         if communicator.size == 1:
             return None
-        workers = Workers(
-            communicator,
-            layout,
-            cost=lambda block: self.make_curvature(Group([block])).refresh_cost,
-            part=lambda blocks: layout.part(blocks, self.make_curvature),
-            fraction=self.gradient_worker_fraction,
-            scatter=self.reduce_scatter,
-        )
-        if workers.scatter:
+        if communicator.together and self.gradient_worker_fraction != 1:
+            raise ValueError(
+                "Replicas of a strategy hold the same variables, so all hold all inverses. Use Horovod, or leave "
+                f"`gradient_worker_fraction` at 1. Received: gradient_worker_fraction={self.gradient_worker_fraction!r}"
+            )
+        if self.reduce_scatter:
             optimizer = weakref.ref(self)
             for block in layout.blocks:
                 block.statistics.before_saving = lambda: _check_gathered(optimizer())
+
+        @functools.cache
+        def workers(rank):
+            return Workers(
+                communicator,
+                rank,
+                layout,
+                cost=lambda block: self.make_curvature(Group([block])).refresh_cost,
+                part=lambda blocks: layout.part(blocks, self.make_curvature),
+                fraction=self.gradient_worker_fraction,
+                scatter=self.reduce_scatter,
+            )
+
         return workers
 
     def gather_statistics(self):
@@ -127,6 +150,10 @@ class DataParallel:
             if gradient is not None and not self._overwrite_variable_with_gradient(variable)
         ]
         owners = self._workers.owners_of(variables, self._var_key)
+        refused = refused & (examples > 0)
+        if self.connected().together:
+            # Their gathering takes equal lengths only.
+            grads = [backend.dense(g) if backend.is_sparse(g) else g for g in grads]
         means, share, refused = self._workers.mean_gradients(
             [grads[i] for i in known], [owners[i] for i in known], examples, refused
         )
@@ -156,6 +183,36 @@ class DataParallel:
     def held(self):
         """The part of the layout whose inverses this worker holds."""
         return self.layout if self._workers is None else self._workers.held
+
+    def assign(self, variable, value):
+        if backend.replica_number() is None:
+            super().assign(variable, value)
+        else:
+            # A strategy would compare or reduce what replicas assign: they agree already, or have what is each one's own.
+            local = backend.local_variable(variable)
+            local.assign(ops.cast(value, local.dtype))
+
+    def assign_add(self, variable, value):
+        if backend.replica_number() is None:
+            super().assign_add(variable, value)
+        else:
+            local = backend.local_variable(variable)
+            local.assign_add(ops.cast(value, local.dtype))
+
+    def _overwrite_variables_directly_with_gradients(self, grads, variables):
+        if backend.replica_context() is None:
+            return super()._overwrite_variables_directly_with_gradients(grads, variables)
+        others = []
+        for gradient, variable in zip(grads, variables, strict=True):
+            if self._overwrite_variable_with_gradient(variable):
+                self.assign(variable, gradient)
+            else:
+                others.append((gradient, variable))
+        return [gradient for gradient, _ in others], [variable for _, variable in others]
+
+    def _all_reduce_sum_gradients(self, grads_and_vars):
+        # They are the same on all replicas by now.
+        return list(grads_and_vars) if self._workers is not None else super()._all_reduce_sum_gradients(grads_and_vars)
 
     def _refreshed_states(self, renew, states, update):
         """New states of all groups of what is held, by `renew` of the part of it that is this worker's."""

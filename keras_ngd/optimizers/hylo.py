@@ -126,12 +126,14 @@ class HyLo(SNGD):
     @property
     def rows(self):
         """How many rows are chosen of a batch."""
-        return max(round(self.rank * self.batch_size), 1) if isinstance(self.rank, float) else self.rank
+        if isinstance(self.rank, float):
+            return max(round(self.rank * self.room), 1)
+        return max(round(self.rank * self.connected().batch_share), 1)
 
     def make_statistics(self, layer):
         return LowRankStatistics(
             self.rows,
-            self.batch_size,
+            self.room,
             self.losses_per_example,
             self.mode if self.mode in ("kid", "kis") else "both",
             self.sampling,
@@ -141,7 +143,7 @@ class HyLo(SNGD):
 
     def curvature_input(self, statistics, averages, calls):
         a, g, weights, damping = averages
-        scale, workers = self.loss_scale_factor or 1.0, self.connected().size
+        scale, workers = self.loss_scale, self.connected().size
         return averages if scale == workers == 1 else [a, g / scale, weights, damping / (workers * scale**2)]
 
     def joins(self, shapes):
@@ -190,7 +192,7 @@ class HyLo(SNGD):
 
     def _damping_for_probe(self, step):
         # A worker compares the damping with the sum over its own examples' rows; all workers' is as much larger.
-        return schedules.value_at(self.damping, step) * self.connected().size * (self.loss_scale_factor or 1.0) ** 2
+        return schedules.value_at(self.damping, step) * self.connected().size * self.loss_scale**2
 
     def control_values(self, block, step):
         return [(block.statistics.damping, self._damping_for_probe(step + 1))]

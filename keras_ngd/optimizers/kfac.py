@@ -110,7 +110,7 @@ class KFAC(NaturalGradient):
 
     def curvature_input(self, statistics, averages, calls):
         # G is made of squared gradients: a loss scale enters squared. What is averaged is its mean over the calls.
-        scale = self.loss_scale_factor or 1.0
+        scale = self.loss_scale
         inputs = statistics.input_parts
         return [*averages[:inputs], *(g * ops.cast(calls, g.dtype) / scale**2 for g in averages[inputs:])]
 

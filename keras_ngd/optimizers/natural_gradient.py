@@ -126,6 +126,11 @@ class NaturalGradient(Checks, Counters, DataParallel, StrictState, WeightAveragi
         """A new curvature for a `Group` of blocks of one shape."""
         raise NotImplementedError
 
+    @property
+    def loss_scale(self):
+        """What the losses were multiplied with whose gradients arrive."""
+        return self.loss_scale_factor or 1.0
+
     def further_bytes(self, block):
         """Size of what a block needs besides its statistics' averages and its curvature."""
         return 0
@@ -137,21 +142,14 @@ class NaturalGradient(Checks, Counters, DataParallel, StrictState, WeightAveragi
 
         Raises:
             ValueError: if the model was not captured for this kind of optimizer.
-            RuntimeError: under a `tf.distribute` strategy of several replicas.
         """
         if self.built:
             return
-        replicas = backend.replicas()
-        if replicas is not None:
-            raise RuntimeError(
-                f"{type(self).__name__} does not run on several replicas yet, but found {replicas}: they would precondition "
-                "differently and drift apart."
-            )
         variables = list(variables)
         layout = Layout(find_blocks(variables, self._var_key))
         self._check_blocks(layout.blocks)
         super().build(variables)
-        self.layout, self._workers = layout, self._make_workers(layout)
+        self.layout, self._all_workers = layout, self._make_workers(layout)
         self.build_curvature(layout)
         self.add_counters()
         # TensorFlow's trainer builds the optimizer of a built model while it traces the first step.
@@ -280,9 +278,9 @@ class NaturalGradient(Checks, Counters, DataParallel, StrictState, WeightAveragi
         opened = ops.any(ops.stack([block.statistics.gate > 0 for block in self.layout.blocks]))
         updated = opened & ~ops.any(refused)
         due = step + schedules.interval_at(self.factor_interval, step)
-        self._next_factors.assign(ops.where(updated, due, ops.convert_to_tensor(self._next_factors)))
-        self._factor_updates.assign_add(ops.cast(updated, step.dtype))
-        self._skipped_statistics.assign_add(ops.cast(opened & ~updated, step.dtype))
+        self.assign(self._next_factors, ops.where(updated, due, ops.convert_to_tensor(self._next_factors)))
+        self.assign_add(self._factor_updates, ops.cast(updated, step.dtype))
+        self.assign_add(self._skipped_statistics, ops.cast(opened & ~updated, step.dtype))
         return opened
 
     def _next_gate(self, step):
@@ -304,8 +302,8 @@ class NaturalGradient(Checks, Counters, DataParallel, StrictState, WeightAveragi
         for variable, value in zip(variables, new, strict=True):
             self.assign(variable, value)
         following = step + schedules.interval_at(self.inverse_interval, step)
-        self._next_inverses.assign(ops.where(due, following, ops.convert_to_tensor(self._next_inverses)))
-        self._inverse_updates.assign_add(ops.cast(due, step.dtype))
+        self.assign(self._next_inverses, ops.where(due, following, ops.convert_to_tensor(self._next_inverses)))
+        self.assign_add(self._inverse_updates, ops.cast(due, step.dtype))
 
     def _renewed(self, inputs, damping, old):
         """New values of all variables that a refresh renews, from the old ones."""
@@ -403,11 +401,10 @@ class NaturalGradient(Checks, Counters, DataParallel, StrictState, WeightAveragi
                 continue
             values = gradient.values if backend.is_sparse(gradient) else gradient
             finite = finite & ops.isfinite(ops.sum(ops.cast(values, "float32")))
-        self._skipped_steps.assign_add(ops.cast(~finite, self._skipped_steps.dtype))
+        self.assign_add(self._skipped_steps, ops.cast(~finite, self._skipped_steps.dtype))
         if self.kl_clip is None:
             return ops.ones(()), finite
-        if self.loss_scale_factor is not None:
-            length = length / self.loss_scale_factor**2
+        length = length / self.loss_scale**2
         rate = ops.cast(self.learning_rate, "float32")
         squared = rate * rate * ops.abs(length)
         return ops.minimum(1.0, ops.sqrt(self.kl_clip / ops.maximum(squared, 1e-30))), finite

@@ -29,6 +29,13 @@ def steps_in(data):
         return None
 
 
+class Given:
+    """Of each block, variables with what its curvature takes of all workers. (Keras does not look into objects of ours.)"""
+
+    def __init__(self):
+        self.of_block = {}
+
+
 class RowMethod(NaturalGradient):
     """Base of the methods whose statistics are rows: one interval for rows and inverses, and room for a batch of rows.
 
@@ -90,6 +97,11 @@ class RowMethod(NaturalGradient):
                 "`keras_ngd.capture(model, optimizer, data=train_dataset)`, or `keras.Input(shape, batch_size=128)`."
             )
 
+    @property
+    def room(self):
+        """How many examples a worker can be given at once."""
+        return math.ceil(self.batch_size * self.connected().batch_share - 1e-6)
+
     def refresh_due(self, step, opened):
         return opened
 
@@ -134,9 +146,10 @@ class RowMethod(NaturalGradient):
         super().build_curvature(layout)
         if self._workers is None:
             return
+        self._given = Given()
         for i, block in enumerate(layout.blocks):
             # Not a part of what is saved: other numbers of workers would have no use for it. Keras tracks attributes of its own.
-            self._workers.given[block] = [
+            self._given.of_block[block] = [
                 keras.Variable("zeros", shape, block.shape[2], trainable=False, name=f"rows_of_all_{i}_{j}")
                 for j, shape in enumerate(self.given_shapes(block))
             ]
@@ -156,13 +169,13 @@ class RowMethod(NaturalGradient):
     def share_statistics(self, averages, calls, share, refused):
         given = {}
         for i, block in enumerate(self.layout.blocks):
-            old = [ops.convert_to_tensor(v) for v in self._workers.given[block]]
+            old = [ops.convert_to_tensor(v) for v in self._given.of_block[block]]
             given[block] = ops.cond(
                 block.statistics.gate > 0,
                 functools.partial(self._joined, i, block, averages[block], calls[block], share, refused[i], old),
                 functools.partial(list, old),
             )
-            for variable, value in zip(self._workers.given[block], given[block], strict=True):
+            for variable, value in zip(self._given.of_block[block], given[block], strict=True):
                 self.assign(variable, value)
         return averages, given
 
@@ -182,15 +195,16 @@ class RowMethod(NaturalGradient):
         return (self.seed + 1009 * self.connected().rank) % LAYERS
 
     def separate_draws(self):
+        if self.connected().together:
+            return  # Of replicas the draws are the same, and each draws for itself: see `Draws`.
         for number, block in enumerate(self.layout.blocks):
             if isinstance(block.statistics, Draws):
                 block.statistics.start_draws(self.worker_seed(), number, block.statistics.draw[1])
 
     def curvature_input(self, statistics, averages, calls):
         # The mean over a layer's calls of `a`, and the sum of `g`: calls count like positions.
-        scale = self.loss_scale_factor or 1.0
         a, g = averages
-        return [a, g * ops.cast(calls, g.dtype) / scale]
+        return [a, g * ops.cast(calls, g.dtype) / self.loss_scale]
 
     def get_config(self):
         config = super().get_config()

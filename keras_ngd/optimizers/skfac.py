@@ -101,7 +101,7 @@ class SKFAC(RowMethod):
 
     def make_statistics(self, layer):
         return WoodburyStatistics(
-            self.batch_size,
+            self.room,
             self.losses_per_example,
             self.convolution,
             self.positions,
@@ -132,9 +132,9 @@ class SKFAC(RowMethod):
 
     def curvature_input(self, statistics, averages, calls):
         a, g = statistics.scaled(averages)
-        if self.loss_scale_factor is None:
+        if self.loss_scale == 1:
             return [a, g]
-        return [a, g / self.loss_scale_factor ** (1 if are_rows(g) else 2)]
+        return [a, g / self.loss_scale ** (1 if are_rows(g) else 2)]
 
     def refresh_together(self, curvatures, inputs, damping):
         return refresh_together(curvatures, inputs, damping)

@@ -72,7 +72,7 @@ class SNGD(RowMethod):
         )
 
     def make_statistics(self, layer):
-        return RowStatistics(self.batch_size, self.losses_per_example)
+        return RowStatistics(self.room, self.losses_per_example)
 
     def make_curvature(self, group):
         block = group.blocks[0]

@@ -65,6 +65,7 @@ class Workers:
 
     Args:
         communicator: a `keras_ngd.distributed.Communicator` of several workers.
+        rank: which of them this is; None where the same trace is for all, each of which then does all inversions.
         layout: the model's `Layout`.
         cost: function of a block: what its inversion takes.
         part: function of a list of blocks: the `Layout` of these alone.
@@ -72,16 +73,14 @@ class Workers:
         scatter: whether statistics and gradients go to owners alone.
     """
 
-    def __init__(self, communicator, layout, cost, part, fraction, scatter=False):
-        self.communicator, self.layout, self.scatter = communicator, layout, scatter
-        # Of each block, variables with what its curvature takes, where statistics alone do not hold it.
-        self.given = {}
+    def __init__(self, communicator, rank, layout, cost, part, fraction, scatter=False):
+        self.communicator, self.rank, self.layout, self.scatter = communicator, rank, layout, scatter
         self.holding = gradient_workers(fraction, communicator.size)
         owners = place([cost(block) for block in layout.blocks], communicator.size)
         self.owners = dict(zip(layout.blocks, owners, strict=True))
-        self.own = part([block for block in layout.blocks if self.owners[block] == communicator.rank])
+        self.own = part([block for block in layout.blocks if self.owners[block] == self.rank])
         self.everywhere = self.holding == communicator.size
-        self.held = layout if self.everywhere else part(self.held_by(communicator.rank))
+        self.held = layout if self.everywhere else part(self.held_by(self.rank))
 
     def _holders(self, block):
         return holders_of(self.owners[block], self.holding, self.communicator.size)
@@ -112,7 +111,13 @@ class Workers:
             The means (where others alone need them, this worker's gradients), this worker's share of all examples, and
             `refused` of any worker.
         """
-        weighed = {i: g * ops.cast(examples, g.dtype) for i, g in enumerate(gradients) if not backend.is_sparse(g)}
+        # Means over no examples are not numbers.
+        weight = examples / self.communicator.loss_scale
+        dense = [i for i, g in enumerate(gradients) if not backend.is_sparse(g)]
+        products = backend.zero_unless(
+            examples > 0, lambda: [gradients[i] * ops.cast(weight, gradients[i].dtype) for i in dense]
+        )
+        weighed = dict(zip(dense, products, strict=True))
         scattered = [i for i in weighed if owners[i] is not None]
         reduced = [i for i in weighed if owners[i] is None]
         mine = self.communicator.reduce_scatter(
@@ -131,7 +136,7 @@ class Workers:
         means = []
         for i, gradient in enumerate(gradients):
             if backend.is_sparse(gradient):
-                values = gradient.values * ops.cast(share, gradient.values.dtype)
+                values = gradient.values * ops.cast(weight / total, gradient.values.dtype)
                 parts = self.communicator.all_gather(
                     [values, gradient.indices], "gradients", f"keras_ngd_sparse_gradient_{i}"
                 )
@@ -207,6 +212,8 @@ class Workers:
 
     def agreed(self, tensors):
         """Worker 0's decisions: others might decide differently by a rounding."""
+        if self.rank is None:
+            return tensors
         return self.communicator.broadcast(tensors, 0, "decisions", "keras_ngd_decision")
 
     def refresh(self, renew, states, update):
@@ -217,6 +224,8 @@ class Workers:
             states: for each group of `held` its state.
             update: for each block of the layout, whether it is renewed; None where all are.
         """
+        if self.rank is None:
+            return renew(self.layout, states)
         old, mine = by_block(self.held, states), {}
         if self.own.blocks:
             mine = by_block(self.own, renew(self.own, by_group(self.own, old)))
@@ -245,8 +254,8 @@ class Workers:
         In one exchange, of what is renewed.
         """
         communicator = self.communicator
-        column = holders_of(communicator.rank, self.holding, communicator.size)
-        mates = [rank for rank in column if rank != communicator.rank]
+        column = holders_of(self.rank, self.holding, communicator.size)
+        mates = [rank for rank in column if rank != self.rank]
         by_owner = {rank: [b for b in self.held.blocks if self.owners[b] == rank] for rank in range(communicator.size)}
         shapes = {block: [t.shape for t in self._packed(block, old[block])] for block in old}
         sizes = {block: sum(math.prod(shape) for shape in shapes[block]) for block in old}
@@ -264,7 +273,7 @@ class Workers:
         ]
         received = communicator.exchange(vectors or [ops.zeros((0,))], mates, lengths, "inverses", "keras_ngd_inverses")
         # What is sent is all of one type: layers' factors are.
-        received[communicator.rank] = ops.concatenate(communicator.as_sent(vectors, "inverses")) if vectors else None
+        received[self.rank] = ops.concatenate(communicator.as_sent(vectors, "inverses")) if vectors else None
         new = {}
         for rank, blocks in by_owner.items():
             start = 0
@@ -300,7 +309,7 @@ class Workers:
         Returns:
             The same dict of all blocks, and their length.
         """
-        rank, size = self.communicator.rank, self.communicator.size
+        rank, size = self.rank, self.communicator.size
         others = [other for other in row_of(rank, self.holding, size) if other != rank]
         theirs = {
             other: [(block, (block.rows.groups, *block.shape[:2])) for block in self.held_by(other)] for other in others

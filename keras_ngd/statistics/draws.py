@@ -16,7 +16,8 @@ def draw_number(seed, layer):
 class Draws:
     """Mixin for `Statistics` that draw random numbers: a control `draw`, of the layer's number and that of the next draw.
 
-    Numbers follow from it alone, so that training resumes with the same ones. The optimizer gives each layer its number.
+    Numbers follow from it alone (and from which replica of a strategy draws), so that training resumes with the same ones. The
+    optimizer gives each layer its number.
     """
 
     def create_draw(self):
@@ -30,7 +31,8 @@ class Draws:
     @staticmethod
     def uniform(draw, shape, dtype):
         """Numbers in (0, 1)."""
-        return backend.uniform(shape, ops.cast(draw, "int32"), dtype)
+        replica = ops.cast(backend.replica_id(), "int32") * LAYERS**2
+        return backend.uniform(shape, ops.cast(draw, "int32") + ops.stack([replica, ops.zeros_like(replica)]), dtype)
 
     @staticmethod
     def next_draw(draw):

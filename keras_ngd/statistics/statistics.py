@@ -12,12 +12,14 @@ from keras_ngd import backend
 _EMISSIONS = {}
 
 
-def _emission(observer, rows, x, ds, weights=None, *, values, controls):
+def _emission(observer, rows, x, ds, weights=None, *, values, controls, replicas):
     *state, gate, calls, _, _ = values
     averages, controls = state[: len(state) - controls], state[len(state) - controls :]
 
     def opened():
-        observed, witness = observer.observe(rows, x, ds, weights, controls, averages[0].dtype)
+        # Keras divides the loss of a replica by how many there are; what is kept does not depend on that.
+        upstream = ds if replicas == 1 else ds * ops.cast(replicas, ds.dtype)
+        observed, witness = observer.observe(rows, x, upstream, weights, controls, averages[0].dtype)
         finite = ops.isfinite(witness)
         merged, following = observer.merge(averages, observed, controls, finite, gate)
         new = [ops.where(finite, value, average) for value, average in zip(merged, averages, strict=True)]
@@ -83,8 +85,9 @@ class Statistics(keras.layers.Layer):
         self.calls = self._add("calls", (), "ones", "float32")
         self.accepted = self._add("accepted", (), "zeros", "float32")
         self.examples = self._add("examples", (), "zeros", "float32")
-        # Keras compiles no step with XLA that has a layer which does not support it; workers cannot meet inside one.
-        self.supports_jit = not backend.several_processes()
+        # Keras compiles no step with XLA that has a layer which does not support it; workers cannot meet inside one. (What is
+        # for a TPU is compiled all the same.)
+        self.supports_jit = not (backend.several_processes() or backend.several_replicas())
         self.built = True
 
     def _add(self, name, shape, initializer, dtype):
@@ -95,7 +98,8 @@ class Statistics(keras.layers.Layer):
             dtype=dtype,
             trainable=True,
             autocast=False,
-            aggregation="mean",
+            # On TPUs what is to be averaged over replicas on assignment is; elsewhere the optimizer assigns each replica's own.
+            aggregation="none" if backend.on_tpu() else "mean",
             overwrite_with_gradient=True,
         )
         weight.keras_ngd_statistics = self
@@ -146,12 +150,21 @@ class Statistics(keras.layers.Layer):
         self.traced_calls = self.traced_calls + 1 if trace is self._trace else 1
         self._trace = trace
         self.check(rows, x)
-        key = (type(self), repr(self.spec), rows.key, weights is None, backend.under_xla())
+        replicas = backend.replica_count()
+        key = (
+            type(self),
+            repr(self.spec),
+            rows.key,
+            weights is None,
+            backend.under_xla(),
+            replicas,
+            backend.replica_number(),
+        )
         if key not in _EMISSIONS:
             # Not `self`: a cache that outlives the layer must not keep its weights alive.
             observer = type(self).from_config(self.get_config())
             _EMISSIONS[key] = backend.traced_once(
-                functools.partial(_emission, observer, rows, controls=len(self._controls))
+                functools.partial(_emission, observer, rows, controls=len(self._controls), replicas=replicas)
             )
         return _EMISSIONS[key](x, ds, *([] if weights is None else [weights]), values=list(values))
 

@@ -1,0 +1,145 @@
+"""The replicas of a `tf.distribute` strategy: one program on many devices."""
+
+import zlib
+
+import tensorflow as tf
+
+from keras_ngd import backend
+from keras_ngd.distributed.communicator import Communicator
+
+
+def strategy_of(owner):
+    """The strategy of several replicas in whose scope an optimizer or a model was made, or None.
+
+    Raises:
+        ValueError: for a strategy whose replicas do not step together.
+    """
+    strategy = getattr(owner, "_distribution_strategy", None) or getattr(owner, "_distribute_strategy", None)
+    if strategy is None or isinstance(strategy, tf.distribute.OneDeviceStrategy):
+        return None
+    if isinstance(
+        strategy, (tf.distribute.experimental.ParameterServerStrategy, tf.distribute.ParameterServerStrategy)
+    ):
+        raise ValueError(
+            "Workers of a ParameterServerStrategy step one by one, with no gradient of all to precondition. Use "
+            "MirroredStrategy, MultiWorkerMirroredStrategy or TPUStrategy."
+        )
+    if strategy.num_replicas_in_sync == 1:
+        return None
+    if isinstance(strategy, (tf.distribute.MirroredStrategy, tf.distribute.MultiWorkerMirroredStrategy)):
+        return strategy
+    if isinstance(strategy, tf.distribute.TPUStrategy):
+        return strategy
+    raise ValueError(
+        "keras_ngd trains under MirroredStrategy, MultiWorkerMirroredStrategy and TPUStrategy. Received: "
+        f"{type(strategy).__name__}"
+    )
+
+
+def make(strategy):
+    """The communicator of a strategy's replicas."""
+    return TPUReplicas(strategy) if isinstance(strategy, tf.distribute.TPUStrategy) else Replicas(strategy)
+
+
+class Replicas(Communicator):
+    """The replicas of `MirroredStrategy` or `MultiWorkerMirroredStrategy`, seen from inside one's part of a training step.
+
+    TensorFlow's collective operations are used directly: they may be inside of conditionals, which a strategy's own
+    `all_reduce` may not, and a step without an update then exchanges gradients alone.
+
+    Attributes:
+        loss_scale: what Keras multiplies each replica's loss with, `1 / size`.
+        batch_share: of a batch, what one replica is given, `1 / size`.
+        together: True: their variables are the same from the start, made by one program.
+    """
+
+    together = True
+
+    def __init__(self, strategy):
+        self.strategy, self.size = strategy, strategy.num_replicas_in_sync
+        self.loss_scale = self.batch_share = 1.0 / self.size
+        # All processes name the group alike, and know their own devices only.
+        devices = strategy.extended.worker_devices
+        self._group = _key(f"keras_ngd {self.size} {devices if len(devices) == self.size else ''}")
+        self._instances = {}
+
+    @property
+    def rank(self):
+        """Of the replica being traced or run, 0 outside of one; None where all replicas are traced as one."""
+        return 0 if backend.replica_context() is None else backend.replica_number()
+
+    def _collective(self, name, tensor):
+        """Arguments of a collective operation: all replicas find the others by its name and its tensor."""
+        name = f"{name} {tensor.dtype.name} {tensor.shape}"
+        key = _key(name)
+        if self._instances.setdefault(key, name) != name:
+            raise ValueError(f"Two exchanges have the same key {key}: {name!r} and {self._instances[key]!r}.")
+        return {"group_size": self.size, "group_key": self._group, "instance_key": key}
+
+    def all_reduce(self, tensors, stage, name):
+        tensors = [tf.convert_to_tensor(t) for t in tensors]
+        sums, by_dtype = {}, {}
+        for i, tensor in enumerate(tensors):
+            sent = tf.cast(tensor, tf.float32) if tensor.dtype == tf.bfloat16 else tensor
+            by_dtype.setdefault(sent.dtype, []).append((i, sent))
+        for dtype, entries in by_dtype.items():
+            # As one vector: there are many small ones.
+            flat = self._sum(tf.concat([tf.reshape(t, [-1]) for _, t in entries], axis=0), f"{name} {dtype.name}")
+            parts = tf.split(flat, [t.shape.num_elements() for _, t in entries])
+            for (i, sent), part in zip(entries, parts, strict=True):
+                sums[i] = tf.cast(tf.reshape(part, sent.shape), tensors[i].dtype)
+        return [sums[i] for i in range(len(tensors))]
+
+    def _sum(self, vector, name):
+        return tf.raw_ops.CollectiveReduce(
+            input=vector, **self._collective(name, vector), merge_op="Add", final_op="Id", subdiv_offsets=[0]
+        )
+
+    def all_gather(self, tensors, stage, name):
+        gathered = []
+        for i, tensor in enumerate(tensors):
+            tensor = tf.convert_to_tensor(tensor)
+            shape = [self.size * tensor.shape[0], *tensor.shape[1:]]
+            arguments = self._collective(f"{name} {i}", tensor)
+            gathered.append(tf.raw_ops.CollectiveGather(input=tensor, shape=shape, **arguments))
+        return gathered
+
+    def broadcast(self, tensors, root, stage, name):
+        received = []
+        for i, tensor in enumerate(tensors):
+            tensor = tf.convert_to_tensor(tensor)
+            arguments = {"shape": tensor.shape, **self._collective(f"{name} {i}", tensor)}
+            if self.rank == root:
+                received.append(tf.raw_ops.CollectiveBcastSend(input=tensor, **arguments))
+            else:
+                received.append(tf.raw_ops.CollectiveBcastRecv(T=tensor.dtype, **arguments))
+        return received
+
+
+class TPUReplicas(Replicas):
+    """The replicas of `TPUStrategy`: one trace for all, compiled by XLA, in which a replica is known as a tensor only."""
+
+    @property
+    def rank(self):
+        return 0 if backend.replica_context() is None else None
+
+    def all_reduce(self, tensors, stage, name):
+        return [self._sum(tf.convert_to_tensor(t), f"{name} {i}") for i, t in enumerate(tensors)]
+
+    def _sum(self, vector, name):
+        return tf.raw_ops.CrossReplicaSum(input=vector, group_assignment=[list(range(self.size))])
+
+    def all_gather(self, tensors, stage, name):
+        """Sums of what each replica puts into its own place: TPUs have no other gathering in TensorFlow."""
+        replica, gathered = backend.replica_context().replica_id_in_sync_group, []
+        for i, tensor in enumerate(tensors):
+            tensor = tf.convert_to_tensor(tensor)
+            mine = tf.cast(tf.range(self.size) == replica, tensor.dtype)
+            places = tf.reshape(tf.tensordot(mine, tensor, axes=0), [self.size * tensor.shape[0], *tensor.shape[1:]])
+            gathered.append(self._sum(places, f"{name} {i}"))
+        return gathered
+
+
+def _key(text):
+    """The same positive int32 in all processes."""
+    return zlib.crc32(text.encode()) & 0x7FFFFFFF
