@@ -18,6 +18,7 @@ def _emission(observer, rows, x, ds, weights=None, *, values, controls):
 
     def opened():
         observed, witness = observer.observe(rows, x, ds, weights, controls, averages[0].dtype)
+        observed = backend.on_every_device(observed)
         finite = ops.isfinite(witness)
         merged, following = observer.merge(averages, observed, controls, finite, gate)
         new = [ops.where(finite, value, average) for value, average in zip(merged, averages, strict=True)]
@@ -146,7 +147,7 @@ class Statistics(keras.layers.Layer):
         self.traced_calls = self.traced_calls + 1 if trace is self._trace else 1
         self._trace = trace
         self.check(rows, x)
-        key = (type(self), repr(self.spec), rows.key, weights is None, backend.under_xla())
+        key = (type(self), repr(self.spec), rows.key, weights is None, backend.under_xla(), backend.compiled_for())
         if key not in _EMISSIONS:
             # Not `self`: a cache that outlives the layer must not keep its weights alive.
             observer = type(self).from_config(self.get_config())
