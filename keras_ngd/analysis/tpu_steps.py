@@ -209,7 +209,7 @@ def tpu_compile(model, optimizer, topology="v5e:2x2", batch_per_chip=32, data=No
         A `TpuReport`; `print` it.
 
     Raises:
-        RuntimeError: if the backend is not JAX.
+        RuntimeError: if the backend is not JAX, or a `keras.distribution` is active.
         ImportError: if libtpu is not installed.
         TypeError: if `model` or `optimizer` is of the wrong kind.
         ValueError: if there is no such topology, the model is not built or not compiled, `batch_per_chip` is not a positive
@@ -217,6 +217,12 @@ def tpu_compile(model, optimizer, topology="v5e:2x2", batch_per_chip=32, data=No
     """
     _check_backend()
     _check_model(model)
+    if keras.distribution.distribution() is not None:
+        raise RuntimeError(
+            "A step is compiled for another machine's devices, but a keras.distribution over this one's is active: "
+            "`keras.distribution.set_distribution(None)` before. Received: "
+            f"{type(keras.distribution.distribution()).__name__}"
+        )
     if not isinstance(optimizer, keras.optimizers.Optimizer):
         raise TypeError(f"`optimizer` must be an optimizer, such as keras_ngd.KFAC(). Received: {optimizer!r}")
     if getattr(optimizer, "split", None) == "auto":

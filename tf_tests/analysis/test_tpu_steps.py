@@ -2,6 +2,9 @@
 
 import importlib.util
 import json
+import os
+import subprocess
+import sys
 
 import keras
 import numpy as np
@@ -87,6 +90,30 @@ def test_models_and_optimizers_that_are_none():
 
 
 @on_jax
+def test_active_distribution():
+    keras.distribution.set_distribution(keras.distribution.DataParallel())
+    try:
+        with pytest.raises(RuntimeError, match="set_distribution"):
+            tpu_compile(compiled(), keras_ngd.KFAC())
+    finally:
+        keras.distribution.set_distribution(None)
+
+
+@on_jax
+def test_tensors_are_whole_only_where_a_mesh_is_compiled_for():
+    import jax
+
+    def twice(x):
+        return backend.on_every_device([2 * x])[0]
+
+    x = np.ones((4, 2), "float32")
+    assert "sharding_constraint" not in str(jax.make_jaxpr(twice)(x))
+    with backend.compiling_for(jax.sharding.Mesh(np.array(jax.devices()[:1]), ("batch",))):
+        assert "sharding_constraint" in str(jax.make_jaxpr(lambda x: twice(x))(x))
+        np.testing.assert_array_equal(jax.jit(lambda x: twice(x))(x), 2 * x)
+
+
+@on_jax
 def test_shapes_of_a_batch():
     from keras_ngd.analysis.tpu_steps import batch_specs
 
@@ -120,6 +147,22 @@ def test_unknown_topology():
     for topology in ("v5e:3x5x7", "gpu", "", None):
         with pytest.raises(ValueError, match="`topology` must be .* Received: topology="):
             tpu_compile(compiled(), keras_ngd.KFAC(), topology=topology)
+
+
+@on_jax
+@needs_compiler
+@pytest.mark.slow
+def test_command_line(tmp_path):
+    path = tmp_path / "reports.json"
+    command = [sys.executable, "-m", "keras_ngd.analysis.tpu_compile", "--model=examples.networks:cnn_3c1f"]
+    command += ["--method=hylo-kis", "--batch_per_chip=2", f"--json={path}"]
+    environment = {**os.environ, "TF_CPP_MIN_LOG_LEVEL": "3"}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    [report] = [TpuReport.from_dict(values) for values in json.loads(path.read_text())]
+    assert (report.model, report.chips, report.batch_per_chip) == ("3c1f", 4, 2)
+    assert str(report) in done.stdout
+    assert tpu_table([report]) in done.stdout
 
 
 @on_jax
