@@ -113,13 +113,15 @@ def compiled_refreshes():
 
 def refresh_table(found):
     """The refreshes as Markdown."""
+    from keras_ngd.analysis.tpu_table import number
+
     lines = ["| factors | inverse | GFLOP, loops once | MiB of temporaries | of program | routines | s to compile |"]
     lines.append("|---" * 7 + "|")
     for entry in found:
         routines = ", ".join(f"{count} {name}" for name, count in sorted(entry["custom_calls"].items())) or "-"
-        sizes = [f"{entry[name] / 2**20:,.4g}" for name in ("temporary_bytes", "code_bytes")]
+        sizes = [number(entry[name] / 2**20) for name in ("temporary_bytes", "code_bytes")]
         cells = [f"{2 * entry['count']} of {entry['size']} x {entry['size']}", entry["inverse"]]
-        cells += [f"{entry['flops'] / 1e9:,.4g}", *sizes, routines, f"{entry['seconds']:.0f}"]
+        cells += [number(entry["flops"] / 1e9), *sizes, routines, f"{entry['seconds']:.0f}"]
         lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines)
 

@@ -12,6 +12,7 @@ from keras import tree
 from keras_ngd import backend, schedules
 from keras_ngd.analysis import hlo
 from keras_ngd.analysis.copies import captured_copy, plain_copy
+from keras_ngd.analysis.tpu_table import number
 from keras_ngd.optimizers.natural_gradient import NaturalGradient
 
 # What libtpu asks of its environment: no questions to a cloud's metadata server, and no lock on a device that is not there.
@@ -119,7 +120,7 @@ class TpuReport:
         ]
         for label, name, unit in rows:
             step, plain = (getattr(which, name) / unit for which in (self.step, self.plain))
-            lines.append(f"{label:<38}{step:>14,.4g}{plain:>14,.4g}{self.share(name):>14.1%}")
+            lines.append(f"{label:<38}{number(step):>14}{number(plain):>14}{self.share(name):>14.1%}")
         counts = [("collectives, every step", "collectives"), ("collectives, on updates", "update_collectives")]
         counts += [("the compiler's own routines", "custom_calls"), ("waiting for the host", "host")]
         for label, name in counts:

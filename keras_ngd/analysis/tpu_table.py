@@ -1,12 +1,17 @@
 """Tables of steps compiled for TPUs."""
 
 
+def number(value):
+    """A number with four digits, or all before the point."""
+    return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.4g}"
+
+
 def _size(count):
-    return f"{count / 2**20:,.4g}"
+    return number(count / 2**20)
 
 
 def _flops(count):
-    return f"{count / 1e9:,.4g}"
+    return number(count / 1e9)
 
 
 # Of a row: what heads the column, and its cell of a step and the plain one.
