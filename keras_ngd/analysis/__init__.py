@@ -16,7 +16,7 @@ _MODULES = {
     "split_dimension": "split_choice",
     "tensorflow_step_hlo": "tensorflow_steps",
     "tpu_compile": "tpu_steps",
-    "tpu_table": "tpu_table",
+    "tpu_table": "tpu_tables",
 }
 
 __all__ = sorted(_MODULES)

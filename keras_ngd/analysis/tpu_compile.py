@@ -18,7 +18,7 @@ from absl import app, flags
 import keras_ngd
 from keras_ngd.analysis.measuring import application
 from keras_ngd.analysis.tpu_steps import tpu_compile, tpu_devices
-from keras_ngd.analysis.tpu_table import tpu_table
+from keras_ngd.analysis.tpu_tables import tpu_table
 
 METHODS = ("kfac", "thor", "skfac", "sngd", "hylo-kid", "hylo-kis", "hylo-switch")
 

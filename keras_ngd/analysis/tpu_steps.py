@@ -12,7 +12,7 @@ from keras import tree
 from keras_ngd import backend, schedules
 from keras_ngd.analysis import hlo
 from keras_ngd.analysis.copies import captured_copy, plain_copy
-from keras_ngd.analysis.tpu_table import number
+from keras_ngd.analysis.tpu_tables import number
 from keras_ngd.optimizers.natural_gradient import NaturalGradient
 
 # What libtpu asks of its environment: no questions to a cloud's metadata server, and no lock on a device that is not there.
