@@ -12,10 +12,12 @@ PYTHON ?= $(shell command -v python3.11 >/dev/null && python3.11 --version >/dev
 DEMO := $(VENV)/.installed-demo
 TEST := $(VENV)/.installed-test
 HOROVOD := $(VENV)/.installed-horovod
+TPU := $(VENV)/.installed-tpu
 
 .PHONY: help demo test lint clean distclean
 BENCHMARKS := benchmark-step-cost benchmark-update-cost benchmark-convergence benchmark-thor-convergence \
-  benchmark-row-cost benchmark-row-convergence benchmark-gradient-error benchmark-communication
+  benchmark-row-cost benchmark-row-convergence benchmark-gradient-error benchmark-communication \
+  benchmark-tpu
 .PHONY: $(BENCHMARKS)
 
 help:
@@ -29,6 +31,7 @@ help:
 	@echo "make benchmark-row-convergence  what steps of SKFAC and HyLo are worth"
 	@echo "make benchmark-gradient-error   how far HyLo's rows are from the whole batch"
 	@echo "make benchmark-communication    what workers receive; needs Horovod"
+	@echo "make benchmark-tpu          what steps take of the chips of a TPU, compiled without one; installs libtpu, takes hours"
 	@echo "make clean                  remove caches and build outputs (distclean: $(VENV), too)"
 
 demo: $(DEMO)
@@ -45,6 +48,8 @@ lint: $(TEST)
 
 $(BENCHMARKS): $(TEST)
 	$(BIN)/python -m benchmarks.$(subst -,_,$(@:benchmark-%=%))
+
+benchmark-tpu: $(TPU)
 
 clean:
 	rm -rf build dist keras_ngd.egg-info .pytest_cache .ruff_cache .hypothesis
@@ -64,6 +69,10 @@ $(DEMO): setup.py pyproject.toml constraints.txt | $(BIN)/pip
 
 $(TEST): setup.py pyproject.toml constraints.txt | $(DEMO)
 	$(INSTALL) --editable ".[test]"
+	@touch $@
+
+$(TPU): setup.py pyproject.toml constraints.txt | $(TEST)
+	$(INSTALL) --editable ".[tpu]"
 	@touch $@
 
 $(HOROVOD): horovod_scripts/install_horovod.sh | $(TEST)

@@ -31,6 +31,7 @@ setup(
         "tensorboard": ["tensorboard"],
         "jax": JAX,
         "horovod": ["horovod>=0.28"],
+        "tpu": [*JAX, "libtpu"],
         "benchmarks": BENCHMARKS,
         "test": [*BENCHMARKS, "hypothesis", "pytest", "pytest-xdist", "ruff", "tensorboard"],
     },

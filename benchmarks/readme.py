@@ -1,4 +1,4 @@
-"""Puts the tables of the results into the README, between their markers: `python -m benchmarks.readme`."""
+"""Puts the tables of the results into README.md and docs/, between their markers: `python -m benchmarks.readme`."""
 
 import pathlib
 import re
@@ -11,10 +11,11 @@ from benchmarks import (
     row_cost,
     step_cost,
     thor_convergence,
+    tpu,
     update_cost,
 )
 
-README = pathlib.Path(__file__).parent.parent / "README.md"
+ROOT = pathlib.Path(__file__).parent.parent
 
 
 def machine(payload):
@@ -34,7 +35,7 @@ def insert(text, marker, content):
     """`text` with what stands between `<!-- marker -->` and `<!-- /marker -->` replaced."""
     pattern = re.compile(f"(<!-- {marker} -->).*?(<!-- /{marker} -->)", re.DOTALL)
     if not pattern.search(text):
-        raise ValueError(f"README.md has no markers <!-- {marker} --> ... <!-- /{marker} -->.")
+        raise ValueError(f"The page has no markers <!-- {marker} --> ... <!-- /{marker} -->.")
     return pattern.sub(lambda match: f"{match[1]}\n{content}\n{match[2]}", text)
 
 
@@ -49,14 +50,20 @@ SECTIONS = {
     "thor-convergence": ("thor_convergence", thor_convergence.table),
     "row-convergence": ("row_convergence", row_convergence.table),
 }
+TPU_SECTIONS = {
+    "tpu": ("tpu", tpu.table),
+    "tpu-inverses": ("tpu", lambda payload: tpu.refresh_table(payload["inverses"])),
+}
+PAGES = {"README.md": SECTIONS, "docs/tpu.md": TPU_SECTIONS}
 
 
 def main():
-    text = README.read_text()
-    for marker, (name, render) in SECTIONS.items():
-        measured = (results.DIRECTORY / f"{name}.json").exists()
-        text = insert(text, marker, section(name, render) if measured else "Not measured yet.")
-    README.write_text(text)
+    for page, sections in PAGES.items():
+        text = (ROOT / page).read_text()
+        for marker, (name, render) in sections.items():
+            measured = (results.DIRECTORY / f"{name}.json").exists()
+            text = insert(text, marker, section(name, render) if measured else "Not measured yet.")
+        (ROOT / page).write_text(text)
 
 
 if __name__ == "__main__":

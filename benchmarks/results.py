@@ -9,7 +9,7 @@ import platform
 import re
 
 DIRECTORY = pathlib.Path(__file__).parent / "results"
-PACKAGES = ("keras", "tensorflow", "tensorflow-cpu", "jax", "jaxlib", "numpy", "scikit-learn")
+PACKAGES = ("keras", "tensorflow", "tensorflow-cpu", "jax", "jaxlib", "libtpu", "numpy", "scikit-learn")
 
 # Set where times are taken, for all that is compared: glibc keeps freed memory, so that page faults do not add to times
 # at random.

@@ -4,6 +4,7 @@ Everything else in the package is written with `keras.ops`, so this is the only 
 """
 
 import contextlib
+import contextvars
 import sys
 
 import keras
@@ -137,8 +138,47 @@ def trace_of(value):
     return value.graph, replica_number()
 
 
+# The mesh of devices that what is being traced is compiled for, in place of this machine's.
+_COMPILED_FOR = contextvars.ContextVar("keras_ngd_compiled_for", default=None)
+
+
+@contextlib.contextmanager
+def compiling_for(mesh):
+    """A context in which what is traced is compiled for accelerators that this machine need not have.
+
+    Args:
+        mesh: a `jax.sharding.Mesh` of them, on which a step's state is replicated; on TensorFlow, any name of them.
+    """
+    token = _COMPILED_FOR.set(mesh)
+    try:
+        yield
+    finally:
+        _COMPILED_FOR.reset(token)
+
+
+def compiled_for():
+    """What `compiling_for` was given; None outside of it."""
+    return _COMPILED_FOR.get()
+
+
+def on_every_device(tensors):
+    """`tensors`, whole on every device of the mesh that is compiled for; as they are where there is none.
+
+    A compiler that divides a program among devices would leave what it makes inside a conditional divided as the batch is,
+    and bring it together where it is used: outside, at every step.
+    """
+    if compiled_for() is None or name() != "jax":
+        return list(tensors)
+    import jax
+
+    everywhere = jax.sharding.NamedSharding(compiled_for(), jax.sharding.PartitionSpec())
+    return [jax.lax.with_sharding_constraint(tensor, everywhere) for tensor in tensors]
+
+
 def on_accelerator():
-    """Whether the default device is not a CPU."""
+    """Whether what is being traced will not run on a CPU: by the default device, unless `compiling_for` says so."""
+    if compiled_for() is not None:
+        return True
     if name() == "jax":
         import jax
 
@@ -351,6 +391,11 @@ def replica_context():
 def replica_count():
     """How many replicas there are, seen from inside of one; 1 elsewhere."""
     return 1 if (replica := replica_context()) is None else replica.num_replicas_in_sync
+
+
+def surroundings():
+    """What a trace depends on besides its arguments: two are interchangeable where this is equal."""
+    return under_xla(), compiled_for(), replica_count(), replica_number()
 
 
 def replica_id():

@@ -4,6 +4,7 @@ import importlib
 
 _MODULES = {
     "Rates": "rates",
+    "TpuReport": "tpu_steps",
     "cost_model": "projection",
     "gradient_error": "gradient_errors",
     "kernel_rank": "kernel_ranks",
@@ -13,6 +14,9 @@ _MODULES = {
     "plot_kernel_ranks": "kernel_ranks",
     "received": "exchanges",
     "split_dimension": "split_choice",
+    "tensorflow_step_hlo": "tensorflow_steps",
+    "tpu_compile": "tpu_steps",
+    "tpu_table": "tpu_tables",
 }
 
 __all__ = sorted(_MODULES)

@@ -2,16 +2,17 @@
 
 import keras
 
-from keras_ngd.capture import capture
+from keras_ngd.capture import capture, release
 
 
-def captured_copy(model, inputs, optimizer):
+def captured_copy(model, inputs, optimizer, data=None, compiled=False):
     """A copy of a model with the same weights, captured for `optimizer`; the model stays as it is.
 
     Args:
         model: as for `keras_ngd.capture`; copied with `keras.models.clone_model`.
         inputs: a batch of its inputs.
-        optimizer: as for `keras_ngd.capture`.
+        optimizer, data: as for `keras_ngd.capture`.
+        compiled: whether to compile the copy as the model is, with this optimizer. Default False.
 
     Raises:
         ValueError: if the model is not built, or cannot be captured.
@@ -25,5 +26,25 @@ def captured_copy(model, inputs, optimizer):
     if not copy.built:
         copy(inputs)
     copy.set_weights(model.get_weights())
-    capture(copy, optimizer)
+    capture(copy, optimizer, data=data)
+    if compiled:
+        _compile_like(copy, model, optimizer)
     return copy
+
+
+def plain_copy(model, optimizer):
+    """A copy of a built and compiled model, compiled with another optimizer; captured layers become plain ones.
+
+    Its weights are new ones.
+    """
+    copy = keras.models.clone_model(model)
+    release(copy)
+    _compile_like(copy, model, optimizer)
+    return copy
+
+
+def _compile_like(copy, model, optimizer):
+    # What `compile` was given: Keras has no public way to ask that takes functions and objects of one's own.
+    arguments = model._compile_config.config
+    kept = {name: arguments[name] for name in ("loss", "loss_weights", "metrics", "weighted_metrics")}
+    copy.compile(optimizer=optimizer, **kept, jit_compile=True)

@@ -20,6 +20,7 @@ def _emission(observer, rows, x, ds, weights=None, *, values, controls, replicas
         # Keras divides the loss of a replica by how many there are; what is kept does not depend on that.
         upstream = ds if replicas == 1 else ds * ops.cast(replicas, ds.dtype)
         observed, witness = observer.observe(rows, x, upstream, weights, controls, averages[0].dtype)
+        observed = backend.on_every_device(observed)
         finite = ops.isfinite(witness)
         merged, following = observer.merge(averages, observed, controls, finite, gate)
         new = [ops.where(finite, value, average) for value, average in zip(merged, averages, strict=True)]
@@ -150,21 +151,14 @@ class Statistics(keras.layers.Layer):
         self.traced_calls = self.traced_calls + 1 if trace is self._trace else 1
         self._trace = trace
         self.check(rows, x)
-        replicas = backend.replica_count()
-        key = (
-            type(self),
-            repr(self.spec),
-            rows.key,
-            weights is None,
-            backend.under_xla(),
-            replicas,
-            backend.replica_number(),
-        )
+        key = (type(self), repr(self.spec), rows.key, weights is None, backend.surroundings())
         if key not in _EMISSIONS:
             # Not `self`: a cache that outlives the layer must not keep its weights alive.
             observer = type(self).from_config(self.get_config())
             _EMISSIONS[key] = backend.traced_once(
-                functools.partial(_emission, observer, rows, controls=len(self._controls), replicas=replicas)
+                functools.partial(
+                    _emission, observer, rows, controls=len(self._controls), replicas=backend.replica_count()
+                )
             )
         return _EMISSIONS[key](x, ds, *([] if weights is None else [weights]), values=list(values))
 

@@ -1,0 +1,66 @@
+"""TensorFlow's step as it is handed to XLA: what a TPU would be asked to do."""
+
+import keras
+import numpy as np
+import pytest
+
+import keras_ngd
+from keras_ngd.analysis import hlo, tensorflow_step_hlo
+from tf_tests.analysis.test_tpu_steps import BATCH, network
+
+on_tensorflow = pytest.mark.skipif(keras.backend.backend() != "tensorflow", reason="is about TensorFlow")
+METHODS = {
+    "kfac": lambda: keras_ngd.KFAC(),
+    "thor": lambda: keras_ngd.THOR(split=8),
+    "skfac": lambda: keras_ngd.SKFAC(batch_size=BATCH),
+    "skfac-subsample": lambda: keras_ngd.SKFAC(batch_size=BATCH, convolution="subsample"),
+    "sngd": lambda: keras_ngd.SNGD(batch_size=BATCH),
+    "hylo-kid": lambda: keras_ngd.HyLo(batch_size=BATCH, rank=3, mode="kid"),
+    "hylo-kis": lambda: keras_ngd.HyLo(batch_size=BATCH, rank=3, mode="kis"),
+    "hylo-switch": lambda: keras_ngd.HyLo(batch_size=BATCH, rank=3, steps_per_epoch=10),
+}
+
+
+def step_of(optimizer):
+    model = network()
+    keras_ngd.capture(model, optimizer)
+    model.compile(optimizer=optimizer, loss="mse", jit_compile=True)
+    return tensorflow_step_hlo(model, np.zeros((BATCH, 6, 6, 2), "float32"), np.zeros((BATCH, 3), "float32"))
+
+
+@on_tensorflow
+@pytest.mark.parametrize("method", METHODS)
+def test_sizes_are_static_and_no_library_is_called(method):
+    text = step_of(METHODS[method]())
+    every, some = hlo.contents(text)
+    assert every.conditionals > 0
+    assert some.product_flops > 0
+    assert not every.custom_calls + some.custom_calls
+    assert not every.host + some.host
+    sizes = [size for kind, size in hlo._ARRAY.findall(text) if kind in ("f32", "s32", "pred")]
+    assert sizes
+    assert not [size for size in sizes if "<" in size], "sizes known only while the step runs"
+
+
+@on_tensorflow
+@pytest.mark.slow
+def test_auto_iterates_and_eigenvectors_need_a_routine():
+    def loops(inverse):
+        parts = hlo.contents(step_of(keras_ngd.KFAC(inverse=inverse)))
+        return sum(part.loops for part in parts), sum(
+            (part.custom_calls for part in parts), start=type(parts[0].custom_calls)()
+        )
+
+    assert loops("auto") == loops("newton-schulz")
+    assert loops("auto")[0] > loops("cholesky")[0]
+    assert loops("eigen")[1] == {"Eigh": 4}
+
+
+def test_what_is_refused():
+    model = network()
+    if keras.backend.backend() != "tensorflow":
+        with pytest.raises(RuntimeError, match="tpu_compile"):
+            tensorflow_step_hlo(model, None, None)
+        return
+    with pytest.raises(ValueError, match="'network'"):
+        tensorflow_step_hlo(model, None, None)
