@@ -1,4 +1,4 @@
-"""Where state lies on the devices of a `keras.distribution`: whole on each, or its rows cut into a part for each.
+"""Where state lies on the devices of a `keras.distribution`: whole on each, or cut into a part for each.
 
 Under a distribution of Keras's JAX backend a training step is one program on all devices. Which values travel between them, and
 when, the compiler decides from where a program's inputs and outputs lie; so what belongs to one branch of a condition
@@ -142,7 +142,7 @@ def spread(shape, shard=False):
 
 
 def add(add_variable, initializer, found):
-    """A variable that lies as the `Spread` `found` says, or as variables do if that is None.
+    """A variable that lies as the `Spread` `found` says.
 
     Args:
         add_variable: function of its shape and initializer that makes it.
@@ -205,7 +205,7 @@ def to_numpy(variable):
 def from_numpy(variable, array):
     """An array as the variable holds it."""
     found = spread_of(variable)
-    return array if found is None else np.pad(array, found.paddings)
+    return array if found is None or found.stored_shape == found.shape else np.pad(array, found.paddings)
 
 
 # The mesh whose devices share out the work of `divided`, innermost last.

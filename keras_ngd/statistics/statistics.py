@@ -190,13 +190,13 @@ class Statistics(keras.layers.Layer):
         return {**config, "shard_state": True} if self.shard_state else config
 
     def save_own_variables(self, store):
-        for i, weight in enumerate(self.trainable_variables):
+        for i, weight in enumerate(self.weights):
             store[str(i)] = sharding.to_numpy(weight)
 
     def load_own_variables(self, store):
         # A plain model's checkpoint has no statistics: they start afresh, as after capture.
         if store.keys():
-            weights = {str(i): weight for i, weight in enumerate(self.trainable_variables)}
+            weights = {str(i): weight for i, weight in enumerate(self.weights)}
             super().load_own_variables(
                 {
                     key: sharding.from_numpy(weights[key], store[key]) if key in weights else store[key]

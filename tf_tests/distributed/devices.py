@@ -57,9 +57,8 @@ def _rows(method, **arguments):
 METHODS = {
     "kfac": _kfac,
     "kfac-eigen": lambda **a: _kfac(inverse="eigen", **a),
-    "kfac-newton-schulz": lambda **a: _kfac(inverse="newton-schulz", **a),
     "thor": lambda **a: keras_ngd.THOR(
-        0.05, 0.03, factor_interval=1, inverse_interval=2, split=8, omega=(0.02, 0.005), **a
+        0.05, 0.03, factor_interval=1, inverse_interval=2, split=8, inverse="newton-schulz", **a
     ),
     "skfac": lambda **a: _rows(keras_ngd.SKFAC, **a),
     "sngd": lambda **a: _rows(keras_ngd.SNGD, **a),
@@ -67,6 +66,11 @@ METHODS = {
     "hylo-kis": lambda **a: _rows(keras_ngd.HyLo, rank=1.0, mode="kis", **a),
     "hylo-switch": lambda **a: _rows(keras_ngd.HyLo, rank=0.5, steps_per_epoch=7, eta=0.1, **a),
 }
+
+# HyLo with all rows is SNGD, by another computation.
+SAME = {"hylo-kid": "sngd", "hylo-kis": "sngd"}
+SHARED = ["kfac", "thor", "skfac", "sngd", "hylo-kid", "hylo-kis"]
+SHARDED = [name for name in METHODS if name not in SAME]
 
 
 def data_parallel():
@@ -135,6 +139,12 @@ def state_bytes(model):
     return whole, sum(v.value.addressable_shards[0].data.nbytes for v in found)
 
 
+def averages(model):
+    """Copies of the statistics, whole."""
+    blocks = model.optimizer.layout.blocks
+    return {f"{b.layer} {i}": array(sharding.whole(v)) for b in blocks for i, v in enumerate(b.statistics.averages)}
+
+
 def trained(method, distribution=None, **arguments):
     """What 20 steps leave."""
     with active(distribution):
@@ -145,6 +155,7 @@ def trained(method, distribution=None, **arguments):
         "loss": history["loss"],
         "different": [] if distribution is None else different_copies(model),
         "bytes": state_bytes(model),
+        "averages": averages(model),
         "updates": (model.optimizer.factor_updates, model.optimizer.inverse_updates),
     }
 
@@ -153,13 +164,12 @@ def trainings():
     """All methods on one device, on eight, with sharded state, and with sharded kernels."""
     found = {}
     for method in METHODS:
-        found[method, "one"] = trained(method)
-        if method not in ("kfac-eigen", "kfac-newton-schulz"):
-            found[method, "eight"] = trained(method, data_parallel())
-        if method not in ("hylo-kid", "hylo-kis"):
+        if method not in SAME:
+            found[method, "one"] = trained(method)
             found[method, "sharded"] = trained(method, data_parallel(), shard_state=True)
-    for method in ("kfac", "sngd"):
-        found[method, "kernels"] = trained(method, model_parallel())
+        if method in SHARED:
+            found[method, "eight"] = trained(method, data_parallel())
+    found["kfac", "kernels"] = trained("kfac", model_parallel())
     found["kfac", "kernels and state"] = trained("kfac", model_parallel(), shard_state=True)
     return found
 
@@ -290,11 +300,7 @@ def rest(distribution, file, optimizer=None):
             "bytes": state_bytes(model),
             "step": int(model.optimizer.iterations),
             "warnings": [str(w.message) for w in said],
-            "averages": {
-                f"{block.layer} {i}": array(sharding.whole(v))
-                for block in model.optimizer.layout.blocks
-                for i, v in enumerate(block.statistics.averages)
-            },
+            "averages": averages(model),
         }
 
 
@@ -305,7 +311,6 @@ def resumes():
     half(None, one)
     half(data_parallel(), eight, shard_state=True)
     return {
-        "one": rest(None, one),
         "eight": rest(data_parallel(), eight),
         "eight, then one": rest(None, eight),
         "one, then eight": rest(data_parallel(), one, lambda: _kfac(shard_state=True)),

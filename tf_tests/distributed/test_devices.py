@@ -10,8 +10,6 @@ pytestmark = [
     pytest.mark.skipif(keras.backend.backend() != "jax", reason="keras.distribution serves the JAX backend"),
     pytest.mark.slow,
 ]
-SHARED = [name for name in devices.METHODS if name not in ("kfac-eigen", "kfac-newton-schulz")]
-SHARDED = [name for name in devices.METHODS if name not in ("hylo-kid", "hylo-kis")]
 
 
 @pytest.fixture(scope="module")
@@ -21,37 +19,33 @@ def found(tmp_path_factory):
 
 
 def check_equal(found, method, where):
-    one, other = found["trainings"][method, "one"], found["trainings"][method, where]
+    one, other = (found["trainings"][key] for key in ((devices.SAME.get(method, method), "one"), (method, where)))
     assert relative_distance(other["weights"], one["weights"]) < 1e-5
     assert other["loss"] == pytest.approx(one["loss"], rel=1e-5)
     assert other["updates"] == one["updates"]
     assert other["different"] == []
 
 
-@pytest.mark.parametrize("method", SHARED)
+@pytest.mark.parametrize("method", devices.SHARED)
 def test_eight_devices_equal_one(found, method):
     check_equal(found, method, "eight")
 
 
-@pytest.mark.parametrize("method", SHARDED)
+@pytest.mark.parametrize("method", devices.SHARDED)
 def test_sharded_state_equals_one_device(found, method):
     check_equal(found, method, "sharded")
 
 
-@pytest.mark.parametrize("method", ["kfac", "sngd"])
-def test_sharded_kernels_equal_one_device(found, method):
-    check_equal(found, method, "kernels")
+@pytest.mark.parametrize("what", ["kernels", "kernels and state"])
+def test_sharded_kernels_equal_one_device(found, what):
+    check_equal(found, "kfac", what)
 
 
-def test_sharded_kernels_and_state_equal_one_device(found):
-    check_equal(found, "kfac", "kernels and state")
-
-
-@pytest.mark.parametrize("method", SHARDED)
+@pytest.mark.parametrize("method", devices.SHARDED)
 def test_each_device_has_its_part_of_the_state(found, method):
     whole, of_one = found["trainings"][method, "sharded"]["bytes"]
-    # Filling up takes a few rows of these small factors.
-    assert whole / devices.DEVICES <= of_one < 1.2 * whole / devices.DEVICES
+    # Filling up takes a few rows of these small matrices: four more to twelve of HyLo's.
+    assert whole / devices.DEVICES <= of_one < (1.4 if method == "hylo-switch" else 1.2) * whole / devices.DEVICES
 
 
 @pytest.mark.parametrize("method", ["kfac", "sngd"])
@@ -101,10 +95,9 @@ def test_a_batch_that_devices_cannot_share_stops_the_training(found):
     assert found["mistakes"]["steps before it"] == 2
 
 
-@pytest.mark.parametrize("path", ["one", "eight", "eight, then one", "one, then eight"])
+@pytest.mark.parametrize("path", ["eight", "eight, then one", "one, then eight"])
 def test_resumes_on_the_same_and_on_another_number_of_devices(found, path):
-    one, resumed = found["resumes"]["one"], found["resumes"][path]
-    assert relative_distance(found["trainings"]["kfac", "one"]["weights"], one["weights"]) < 1e-6
+    one, resumed = found["trainings"]["kfac", "one"], found["resumes"][path]
     assert relative_distance(resumed["weights"], one["weights"]) < 1e-5
     assert relative_distance(resumed["averages"], one["averages"]) < 1e-5
     assert resumed["step"] == devices.STEPS
