@@ -71,9 +71,9 @@ def check_batch(size):
 class Spread:
     """How a tensor lies on a mesh of devices.
 
-    Matrices, and stacks of them, are cut along the axis, the last one left out, that takes the fewest zeros to be filled up to
-    what the devices divide; along their rows, where that is as good. What has fewer than three axes, or no axis as long as there
-    are devices, is whole on all of them.
+    Stacks of matrices are cut along the axis, the last one left out, that takes the fewest zeros to be filled up to what the
+    devices divide, and the first of several such: products with whole matrices need nothing of other devices. What has fewer than
+    three axes, or no axis as long as there are devices, is whole on all of them.
 
     Args:
         mesh: `jax.sharding.Mesh`.
@@ -91,7 +91,7 @@ class Spread:
         if not self.shard or len(self.shape) < 3:
             return None
         axes = [i for i, size in enumerate(self.shape[:-1]) if size >= self.mesh.size]
-        return min(axes, key=lambda i: (self._padding(i) / self.shape[i], -i), default=None)
+        return min(axes, key=lambda i: self._padding(i) / self.shape[i], default=None)
 
     def _padding(self, axis):
         return -self.shape[axis] % self.mesh.size

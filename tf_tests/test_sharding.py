@@ -24,7 +24,8 @@ def spread(shape, devices=8, shard=True):
         ((2, 9, 128, 128), 2, (2, 9, 128, 128)),
         # Along the layers, where this takes less to be filled up.
         ((16, 9, 9), 0, (16, 9, 9)),
-        ((16, 24, 24), 1, (16, 24, 24)),
+        ((16, 24, 24), 0, (16, 24, 24)),
+        ((12, 24, 24), 1, (12, 24, 24)),
         # Along the blocks, where these have fewer rows than there are devices.
         ((1, 18, 4, 4), 1, (1, 24, 4, 4)),
         ((1, 4, 4), None, (1, 4, 4)),

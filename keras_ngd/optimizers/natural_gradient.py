@@ -373,7 +373,7 @@ class NaturalGradient(Checks, Counters, DataParallel, ShardedState, StrictState,
             gradients[block] = ops.cast(block.rows.matrix(grads[index(block.kernel)], bias), block.shape[2])
         for group in self.held.groups:
             parts = [gradients[block] for block in group.blocks]
-            v = parts[0] if len(parts) == 1 else ops.concatenate(parts)
+            v = self.everywhere(group, parts[0] if len(parts) == 1 else ops.concatenate(parts))
             p = self.everywhere(group, group.curvature.precondition(v, damping, self.state_of(group, inputs)))
             lengths.append(ops.cast(ops.sum(p * v), "float32"))
             found |= {block: p[part] for block, part in group.slices()}

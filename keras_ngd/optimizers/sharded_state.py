@@ -65,12 +65,12 @@ class ShardedState:
         return [t if s is None else s.laid_out(t) for t, s in zip(averages, spreads, strict=True)]
 
     @staticmethod
-    def everywhere(group, preconditioned):
-        """A group's preconditioned gradients, of which devices with a part of an inverse made a part, on all devices."""
+    def everywhere(group, gradients):
+        """A group's gradients on all devices, before and after each has multiplied them with its part of the inverses."""
         spreads = [sharding.spread_of(v) for v in group.curvature.variables]
         if any(s is not None and s.axis is not None for s in spreads):
-            return spreads[0].everywhere(preconditioned)
-        return preconditioned
+            return spreads[0].everywhere(gradients)
+        return gradients
 
     @staticmethod
     def stored_state(group, state):

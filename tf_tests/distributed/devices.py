@@ -46,6 +46,16 @@ def network(batch_size=None):
     return keras.Model(inputs, layers.Dense(5, name="logits")(h))
 
 
+def deep_network():
+    """As many layers of one shape as there are devices, and two more."""
+    keras.utils.set_random_seed(1)
+    inputs = keras.Input((6, 6, 2))
+    h = layers.Dense(4, activation="tanh")(layers.Flatten()(inputs))
+    for _ in range(DEVICES):
+        h = layers.Dense(4, activation="tanh")(h)
+    return keras.Model(inputs, layers.Dense(5, name="logits")(h))
+
+
 def _kfac(**arguments):
     return keras_ngd.KFAC(0.05, 0.03, factor_interval=2, inverse_interval=4, **arguments)
 
@@ -89,9 +99,9 @@ def model_parallel():
     return keras.distribution.ModelParallel(layout_map=layouts, batch_dim_name="data")
 
 
-def prepared(method, **arguments):
+def prepared(method, make=network, **arguments):
     """A captured and compiled model."""
-    model, optimizer = network(), METHODS[method](**arguments)
+    model, optimizer = make(), METHODS[method](**arguments)
     keras_ngd.capture(model, optimizer)
     return compiled(model, optimizer)
 
@@ -169,6 +179,8 @@ def trainings():
             found[method, "sharded"] = trained(method, data_parallel(), shard_state=True)
         if method in SHARED:
             found[method, "eight"] = trained(method, data_parallel())
+    found["kfac", "deep, one"] = trained("kfac", make=deep_network)
+    found["kfac", "deep, sharded"] = trained("kfac", data_parallel(), make=deep_network, shard_state=True)
     found["kfac", "kernels"] = trained("kfac", model_parallel())
     found["kfac", "kernels and state"] = trained("kfac", model_parallel(), shard_state=True)
     return found

@@ -18,8 +18,8 @@ def found(tmp_path_factory):
     return devices.launch("everything", tmp_path_factory.mktemp("devices"))
 
 
-def check_equal(found, method, where):
-    one, other = (found["trainings"][key] for key in ((devices.SAME.get(method, method), "one"), (method, where)))
+def check_equal(found, method, where, alone="one"):
+    one, other = (found["trainings"][key] for key in ((devices.SAME.get(method, method), alone), (method, where)))
     assert relative_distance(other["weights"], one["weights"]) < 1e-5
     assert other["loss"] == pytest.approx(one["loss"], rel=1e-5)
     assert other["updates"] == one["updates"]
@@ -34,6 +34,12 @@ def test_eight_devices_equal_one(found, method):
 @pytest.mark.parametrize("method", devices.SHARDED)
 def test_sharded_state_equals_one_device(found, method):
     check_equal(found, method, "sharded")
+
+
+def test_whole_layers_of_one_shape_are_shared_out(found):
+    check_equal(found, "kfac", "deep, sharded", alone="deep, one")
+    whole, of_one = found["trainings"]["kfac", "deep, sharded"]["bytes"]
+    assert of_one < 1.2 * whole / devices.DEVICES
 
 
 @pytest.mark.parametrize("what", ["kernels", "kernels and state"])
