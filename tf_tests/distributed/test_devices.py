@@ -89,7 +89,7 @@ def test_mistakes_are_errors_that_say_what_to_do(found):
     assert (
         "was made for a mesh of 8 devices, {'batch': 8}, but now training is for one" in mistakes["distribution gone"]
     )
-    assert "has a batch size of 12, which the 8 devices" in mistakes["batch size"]
+    assert "a batch size of 12, which the 8 devices" in mistakes["batch size"]
     assert "along the axis 'data' of its mesh, which has the axes ('model',)" in mistakes["no batch axis"]
     assert "no `keras.distribution` of several devices is active" in mistakes["no devices"]
     assert "Received: shard_state=1" in mistakes["not a flag"]
