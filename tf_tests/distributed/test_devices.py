@@ -75,7 +75,8 @@ def test_only_gradients_travel_where_nothing_is_due(found, method):
 def test_with_sharded_state_preconditioned_gradients_travel_too(found, method):
     collectives = found["steps"][method, True]["collectives"]
     always = sum(elements for _, elements, conditional in collectives if not conditional)
-    assert always < 3 * found["steps"]["weights"]
+    # THOR's go to and fro between the parts of both sides.
+    assert always < (4 if method == "thor" else 3) * found["steps"]["weights"]
     if method == "kfac":
         # The factor of the hidden layer's inputs travels when it is inverted.
         assert max(elements for _, elements, conditional in collectives if conditional) > 129 * 129
