@@ -6,7 +6,7 @@ import math
 
 import keras
 
-from keras_ngd import backend, layers
+from keras_ngd import backend, layers, sharding
 from keras_ngd.layers.captured import Captured
 from keras_ngd.optimizers.blocks import Block, Group
 from keras_ngd.optimizers.natural_gradient import NaturalGradient
@@ -59,7 +59,8 @@ def capture(model, optimizer, skip=None, data=None):
     Raises:
         TypeError: if `model` or `optimizer` is of the wrong kind.
         ValueError: if the model is not built, the optimizer is in use, no layer can be captured, a pattern matches no
-            layer, or layers compute in float16 without a static loss scale.
+            layer, layers compute in float16 without a static loss scale, or the model or the optimizer was made before the
+            active `keras.distribution` was set.
     """
     backend.name()
     if not isinstance(model, keras.Model):
@@ -80,6 +81,9 @@ def capture(model, optimizer, skip=None, data=None):
 
 
 def _capture(model, optimizer, skip, data):
+    sharding.check([*model.weights, *optimizer.variables])
+    for tensor in keras.tree.flatten(getattr(model, "inputs", None) or []):
+        sharding.check_batch(tensor.shape[0])
     found = list(_layers_with_weights(model))
     skipped = _skipper(skip, [layer for layer, _ in found])
     _check_built(model, [layer for layer, _ in found if not skipped(layer)])
@@ -102,7 +106,7 @@ def _capture(model, optimizer, skip, data):
             with contextlib.ExitStack() as scopes:
                 for name in layer.path.split("/"):
                     scopes.enter_context(keras.name_scope(name))
-                layer.attach_statistics(optimizer.make_statistics(layer))
+                layer.attach_statistics(optimizer.new_statistics(layer))
             # Eager training records its first batch before it builds the optimizer, which starts all again in its order.
             optimizer.start_statistics(layer.statistics, sum(entry.captured for entry in entries))
             entries.append(_describe(layer, optimizer))
@@ -240,8 +244,9 @@ def _check_float16(optimizer, captured):
 def _describe(layer, optimizer):
     block = Block(layer.path, layer._kernel, layer.bias, layer.statistics)
     averages = layer.statistics.averages
-    shapes = tuple(tuple(v.shape[1:] if v.shape[0] == 1 else v.shape) for v in averages if len(v.shape) > 2)
-    size = backend.itemsize(averages[0].dtype) * sum(math.prod(v.shape) for v in averages)
+    shapes = [sharding.shape_of(v) for v in averages]
+    size = backend.itemsize(averages[0].dtype) * sum(map(math.prod, shapes))
+    shapes = tuple(s[1:] if s[0] == 1 else s for s in shapes if len(s) > 2)
     kind = type(layer).plain.__name__
     size += optimizer.make_curvature(Group([block])).bytes + optimizer.further_bytes(block)
     return LayerReport(layer.path, kind, shapes, size)

@@ -8,7 +8,7 @@ import keras
 import numpy as np
 from keras import ops
 
-from keras_ngd import schedules
+from keras_ngd import schedules, sharding
 from keras_ngd.optimizers import THOR
 from keras_ngd.optimizers.trace_rule import DECISIONS
 
@@ -156,7 +156,7 @@ class CurvatureMonitor(keras.callbacks.Callback):
     def _conditions(optimizer):
         result = {}
         for group in optimizer.held.groups:
-            parts = [ops.convert_to_numpy(variable) for variable in group.curvature.variables]
+            parts = [sharding.to_numpy(variable) for variable in group.curvature.variables]
             for block, part in group.slices():
                 result[block.layer] = max(_condition(p[part].reshape(-1, *p.shape[2:])) for p in parts)
         return result

@@ -2,7 +2,7 @@
 
 from keras import ops
 
-from keras_ngd import backend
+from keras_ngd import backend, sharding
 from keras_ngd.linalg import inverse
 
 INVERSES = ("auto", "cholesky", "newton-schulz", "eigen")
@@ -57,6 +57,20 @@ def inversion_method(method):
     return "newton-schulz" if backend.on_accelerator() else "cholesky"
 
 
+def _decomposed(known, state, factors):
+    """Eigenvectors and eigenvalues of the factors that are `known`, the old ones where that fails."""
+    vectors, values = state
+    # TensorFlow's decomposition stops the program where a matrix is not finite.
+    finite = inverse.all_finite(factors) & known
+    factors = ops.where(ops.reshape(finite, (-1, 1, 1)), factors, ops.zeros_like(factors))
+    new_values, new_vectors = ops.linalg.eigh(inverse.symmetrize(factors))
+    good = finite & inverse.all_finite(new_vectors) & ops.all(ops.isfinite(new_values), axis=1)
+    return [
+        ops.where(ops.reshape(good, (-1, 1, 1)), new_vectors, vectors),
+        ops.where(ops.reshape(good, (-1, 1)), ops.maximum(new_values, 0.0), values),
+    ]
+
+
 class KroneckerCurvature:
     """Damped inverse Kronecker factors of `k` blocks of one shape, kept stacked.
 
@@ -82,6 +96,7 @@ class KroneckerCurvature:
     def __init__(self, count, input_dim, output_dim, dtype, inverse_method, damping_mode):
         self.count, self.input_dim, self.output_dim, self.dtype = count, input_dim, output_dim, dtype
         self.inverse_method, self.damping_mode = inverse_method, damping_mode
+        self.variables = []
 
     def build(self, add_variable):
         """Creates the state with `add_variable(shape, initializer, dtype, name)`."""
@@ -115,7 +130,7 @@ class KroneckerCurvature:
     def refresh(self, a, g, damping, state):
         """New state from the factors `a` and `g`, `[k, d, d]`, and the state in use."""
         if self.inverse_method == "eigen":
-            return [*self._decompose(a, *state[:2]), *self._decompose(g, *state[2:])]
+            return [*sharding.divided(_decomposed, state[:2], a), *sharding.divided(_decomposed, state[2:], g)]
         method = inversion_method(self.inverse_method)
         damping_a, damping_g = factor_dampings(mean_eigenvalues(a), mean_eigenvalues(g), damping, self.damping_mode)
         return [
@@ -123,22 +138,14 @@ class KroneckerCurvature:
             inverse.damped_inverse(g, damping_g, state[1], method),
         ]
 
-    @staticmethod
-    def _decompose(factors, vectors, values):
-        # TensorFlow's decomposition stops the program where a matrix is not finite.
-        finite = inverse.all_finite(factors)
-        factors = ops.where(ops.reshape(finite, (-1, 1, 1)), factors, ops.zeros_like(factors))
-        new_values, new_vectors = ops.linalg.eigh(inverse.symmetrize(factors))
-        good = finite & inverse.all_finite(new_vectors) & ops.all(ops.isfinite(new_values), axis=1)
-        return [
-            ops.where(ops.reshape(good, (-1, 1, 1)), new_vectors, vectors),
-            ops.where(ops.reshape(good, (-1, 1)), ops.maximum(new_values, 0.0), values),
-        ]
-
     def precondition(self, v, damping, state):
         """`P` of the gradients `v`, `[k, input_dim, output_dim]`."""
         if self.inverse_method != "eigen":
-            return backend.matmul(backend.matmul(state[0], v), state[1])
+            product, cut = backend.matmul(state[0], v), [sharding.spread_of(variable) for variable in self.variables]
+            if self.output_dim <= self.input_dim or not cut or cut[1] is None or cut[1].axis is None:
+                return backend.matmul(product, state[1])
+            # Each device has a few rows of an inverse that is larger than the gradient: the gradient is to travel.
+            return backend.matmul(cut[1].everywhere(product), state[1], transpose_b=True)
         vectors_a, values_a, vectors_g, values_g = state
         if self.damping_mode == "exact":
             scale = values_a[:, :, None] * values_g[:, None, :] + ops.cast(damping, self.dtype)

@@ -3,7 +3,7 @@
 import numpy as np
 from keras import ops
 
-from keras_ngd import backend
+from keras_ngd import backend, sharding
 
 NEWTON_SCHULZ_STEPS = 7  # 0.9 ** 2**7 is 1e-6
 _GUARD_STEPS = 8
@@ -153,6 +153,9 @@ def damped_inverse(factors, damping, previous=None, method="cholesky"):
     Returns:
         `[k, d, d]`, finite and symmetric wherever `previous` is.
     """
+    if sharding.is_dividing():
+        start = ops.zeros_like(factors) if previous is None else previous
+        return damped_inverse_of(factors, damping, start, ops.ones((factors.shape[0],), "bool"), method)
     factors = symmetrize(factors)
     inverses, good = factors if previous is None else previous, ops.zeros((factors.shape[0],), "bool")
     if method == "newton-schulz":
@@ -187,6 +190,17 @@ def damped_inverse_of(factors, damping, previous, chosen, method):
         factors, damping, previous, method: as for `damped_inverse`.
         chosen: `[k]` booleans.
     """
+
+    if not sharding.is_dividing():
+        return _damped_inverse_of(factors, damping, previous, chosen, method)
+
+    def inverses(known, state, factors, damping, chosen):
+        return [_damped_inverse_of(factors, damping, state[0], known & chosen, method)]
+
+    return sharding.divided(inverses, [previous], factors, damping, chosen)[0]
+
+
+def _damped_inverse_of(factors, damping, previous, chosen, method):
     count, size = factors.shape[0], factors.shape[-1]
     chunk = min(count, max(_CHUNK_ENTRIES // size**2, 1))
     order = ops.argsort(ops.cast(ops.logical_not(chosen), "int32"))

@@ -8,12 +8,12 @@ class Counters:
 
     def add_counters(self):
         """Creates them, all 0."""
-        self._next_factors = self.add_variable((), dtype="int", name="next_factor_step")
-        self._next_inverses = self.add_variable((), dtype="int", name="next_inverse_step")
-        self._factor_updates = self.add_variable((), dtype="int", name="factor_updates")
-        self._inverse_updates = self.add_variable((), dtype="int", name="inverse_updates")
-        self._skipped_statistics = self.add_variable((), dtype="int", name="skipped_statistics")
-        self._skipped_steps = self.add_variable((), dtype="int", name="skipped_steps")
+        self._next_factors = self._add_state((), "zeros", "int", "next_factor_step")
+        self._next_inverses = self._add_state((), "zeros", "int", "next_inverse_step")
+        self._factor_updates = self._add_state((), "zeros", "int", "factor_updates")
+        self._inverse_updates = self._add_state((), "zeros", "int", "inverse_updates")
+        self._skipped_statistics = self._add_state((), "zeros", "int", "skipped_statistics")
+        self._skipped_steps = self._add_state((), "zeros", "int", "skipped_steps")
 
     def _read(self, counter):
         # Not `int` of the variable: a strategy's has none.

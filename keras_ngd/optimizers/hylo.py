@@ -172,8 +172,7 @@ class HyLo(SNGD):
         if self.mode == "random":
             return
         for variable in (v for block in layout.blocks for v in _parts(block)):
-            name = f"{variable.path.replace('/', '_')}_gradient_sum"
-            self._sums.append(self._add_state(variable.shape, "zeros", variable.dtype, name))
+            self._sums.append(self.add_variable_from_reference(variable, "gradient_sum"))
 
     def further_bytes(self, block):
         rows = super().further_bytes(block)

@@ -51,7 +51,8 @@ class KFAC(NaturalGradient):
         statistics_fraction: in (0, 1]: the share of each batch the factors are estimated from. Default 1.
         kl_clip: positive float, or None for none. Default 1e-3.
         **kwargs: all other arguments of `keras.optimizers.SGD` (`weight_decay` is decoupled; `clipnorm` and its
-            kin clip the preconditioned gradient), except `gradient_accumulation_steps`.
+            kin clip the preconditioned gradient), except `gradient_accumulation_steps`; and `NaturalGradient`'s for
+            several workers and devices: `communicator`, `gradient_worker_fraction`, `shard_state`.
 
     Attributes:
         skipped_statistics, skipped_steps: how often something was not finite; see `NaturalGradient`.

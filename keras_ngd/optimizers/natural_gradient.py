@@ -5,12 +5,13 @@ import weakref
 import keras
 from keras import ops
 
-from keras_ngd import backend, distributed, schedules
+from keras_ngd import backend, distributed, schedules, sharding
 from keras_ngd.optimizers.averaging import WeightAveraging
 from keras_ngd.optimizers.blocks import Layout, find_blocks
 from keras_ngd.optimizers.checks import Checks
 from keras_ngd.optimizers.counters import Counters
 from keras_ngd.optimizers.data_parallel import DataParallel
+from keras_ngd.optimizers.sharded_state import ShardedState
 from keras_ngd.optimizers.state import StrictState
 
 
@@ -20,7 +21,7 @@ def stacked(group, inputs):
     return [part[0] if len(part) == 1 else ops.concatenate(part) for part in parts]
 
 
-class NaturalGradient(Checks, Counters, DataParallel, StrictState, WeightAveraging, keras.optimizers.SGD):
+class NaturalGradient(Checks, Counters, DataParallel, ShardedState, StrictState, WeightAveraging, keras.optimizers.SGD):
     """Base of all methods: statistics in, curvature updated, gradients preconditioned, then Keras's own SGD.
 
     One step does, in this order:
@@ -57,6 +58,8 @@ class NaturalGradient(Checks, Counters, DataParallel, StrictState, WeightAveragi
         reduce_scatter: whether statistics and the gradients of captured layers are summed up on their layers' owners alone, as in
             SP-NGD; for `gradient_worker_fraction=0`. Default False: on all workers. What is saved then needs the callback
             `keras_ngd.callbacks.GatherStatistics` on all workers.
+        shard_state: whether each device of the active `keras.distribution` (JAX) keeps and inverts a part of the statistics
+            and inverses, in place of all of them. Default False.
         **kwargs: all other arguments of `keras.optimizers.SGD`: `nesterov`, `weight_decay` (decoupled), `clipnorm`,
             `clipvalue`, `global_clipnorm` (these clip the preconditioned gradient), `use_ema`, `ema_momentum`,
             `ema_overwrite_frequency`, `loss_scale_factor`, `name`.
@@ -74,6 +77,7 @@ class NaturalGradient(Checks, Counters, DataParallel, StrictState, WeightAveragi
         communicator="auto",
         gradient_worker_fraction=1.0,
         reduce_scatter=False,
+        shard_state=False,
         **kwargs,
     ):
         name = type(self).__name__
@@ -103,13 +107,14 @@ class NaturalGradient(Checks, Counters, DataParallel, StrictState, WeightAveragi
                 "`reduce_scatter=True` brings sums to each layer's owner alone, so nobody else can hold its inverses: it needs "
                 f"`gradient_worker_fraction=0`. Received: gradient_worker_fraction={gradient_worker_fraction!r}"
             )
+        self._check_shard_state(shard_state, gradient_worker_fraction)
         super().__init__(learning_rate=learning_rate, momentum=momentum, **kwargs)
         self.damping, self.factor_decay = damping, float(factor_decay)
         self.kl_clip = None if kl_clip is None else float(kl_clip)
         self.factor_interval, self.inverse_interval = factor_interval, inverse_interval
         self.communicator, self.gradient_worker_fraction = communicator, float(gradient_worker_fraction)
         self.reduce_scatter = reduce_scatter
-        self.layout = Layout()
+        self.shard_state, self.layout = shard_state, Layout()
 
     def measure(self, model, data):
         """Settles what is to be measured on a model about to be captured, and on a batch of its inputs (or None)."""
@@ -141,13 +146,14 @@ class NaturalGradient(Checks, Counters, DataParallel, StrictState, WeightAveragi
         """Creates momenta, inverses and counters for a model's trainable variables.
 
         Raises:
-            ValueError: if the model was not captured for this kind of optimizer.
+            ValueError: if the model was not captured for this kind of optimizer, or not under the active `keras.distribution`.
         """
         if self.built:
             return
         variables = list(variables)
         layout = Layout(find_blocks(variables, self._var_key))
         self._check_blocks(layout.blocks)
+        sharding.check([*variables, *self.variables])
         super().build(variables)
         self.layout, self._all_workers = layout, self._make_workers(layout)
         self.build_curvature(layout)
@@ -171,15 +177,12 @@ class NaturalGradient(Checks, Counters, DataParallel, StrictState, WeightAveragi
         for group in layout.groups:
             group.curvature = self.make_curvature(group)
         for group in self.held.groups:
-            group.curvature.build(self._add_state if self.gradient_worker_fraction == 1 else _unsaved)
+            group.curvature.build(self._add_curvature if self.gradient_worker_fraction == 1 else _unsaved)
         self._decided = []
 
     def start_statistics(self, statistics, number):
         """Opens the gate of the layer `number` for the first batch."""
         statistics.gate.assign(1.0)
-
-    def _add_state(self, shape, initializer, dtype, name):
-        return self.add_variable(shape, initializer=initializer, dtype=dtype, name=name)
 
     # The step
 
@@ -214,7 +217,9 @@ class NaturalGradient(Checks, Counters, DataParallel, StrictState, WeightAveragi
         damping = schedules.value_at(self.damping, step)
 
         def inputs(blocks):
-            return {b: given.get(b) or self.curvature_input(b.statistics, averages[b], calls[b]) for b in blocks}
+            return {
+                b: given.get(b) or self.curvature_input(b.statistics, self.whole(b, averages), calls[b]) for b in blocks
+            }
 
         self._refresh(inputs, damping, step, opened)
         preconditioned, lengths = self._precondition(grads, index, damping, inputs)
@@ -261,7 +266,7 @@ class NaturalGradient(Checks, Counters, DataParallel, StrictState, WeightAveragi
 
         several = ops.max(ops.stack(list(calls.values()))) > 1
         flat = iter(ops.cond(several, divided, lambda: [t for b in blocks for t in emitted[b]]))
-        return {block: [next(flat) for _ in emitted[block]] for block in blocks}
+        return {block: self.laid_out(block, [next(flat) for _ in emitted[block]]) for block in blocks}
 
     def _refused(self, grads, index):
         """`[blocks]`, whose statistics were to be recorded but are not finite."""
@@ -308,14 +313,16 @@ class NaturalGradient(Checks, Counters, DataParallel, StrictState, WeightAveragi
     def _renewed(self, inputs, damping, old):
         """New values of all variables that a refresh renews, from the old ones."""
         values = iter(old)
-        states = [[next(values) for _ in group.curvature.variables] for group in self.held.groups]
+        states = [[sharding.whole(v, next(values)) for v in group.curvature.variables] for group in self.held.groups]
         decided, update = self.decide(inputs, damping, list(values))
 
         def renew(layout, states):
             return self.refresh(layout, inputs(layout.blocks), damping, states, update)
 
-        new = self._refreshed_states(renew, states, update)
-        return [value for state in new for value in state] + list(decided)
+        with self.refreshing():
+            new = self._refreshed_states(renew, states, update)
+        pairs = zip(self.held.groups, new, strict=True)
+        return [t for group, state in pairs for t in self.stored_state(group, state)] + list(decided)
 
     def refresh_due(self, step, opened):
         """Whether the curvatures are to be refreshed at `step`; `opened` tells whether it recorded statistics."""
@@ -367,7 +374,7 @@ class NaturalGradient(Checks, Counters, DataParallel, StrictState, WeightAveragi
 
     def state_of(self, group, inputs):
         """What the curvature of a group preconditions with; `inputs(blocks)` is what these were refreshed with."""
-        return [ops.convert_to_tensor(v) for v in group.curvature.variables]
+        return [sharding.whole(v) for v in group.curvature.variables]
 
     def _precondition(self, grads, index, damping, inputs):
         """Preconditioned kernel and bias gradients by position, and parts of the sum of all `<P, V>`."""
@@ -377,8 +384,8 @@ class NaturalGradient(Checks, Counters, DataParallel, StrictState, WeightAveragi
             gradients[block] = ops.cast(block.rows.matrix(grads[index(block.kernel)], bias), block.shape[2])
         for group in self.held.groups:
             parts = [gradients[block] for block in group.blocks]
-            v = parts[0] if len(parts) == 1 else ops.concatenate(parts)
-            p = group.curvature.precondition(v, damping, self.state_of(group, inputs))
+            v = self.everywhere(group, parts[0] if len(parts) == 1 else ops.concatenate(parts))
+            p = self.everywhere(group, group.curvature.precondition(v, damping, self.state_of(group, inputs)))
             lengths.append(ops.cast(ops.sum(p * v), "float32"))
             found |= {block: p[part] for block, part in group.slices()}
         if self.held is not self.layout:
@@ -423,6 +430,8 @@ class NaturalGradient(Checks, Counters, DataParallel, StrictState, WeightAveragi
             config["gradient_worker_fraction"] = self.gradient_worker_fraction
         if self.reduce_scatter:
             config["reduce_scatter"] = True
+        if self.shard_state:
+            config["shard_state"] = True
         if isinstance(self.communicator, str) and self.communicator != "auto":
             config["communicator"] = self.communicator
         return config

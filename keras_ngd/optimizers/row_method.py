@@ -6,7 +6,7 @@ import math
 import keras
 from keras import ops, tree
 
-from keras_ngd import backend, schedules
+from keras_ngd import backend, schedules, sharding
 from keras_ngd.optimizers import joining
 from keras_ngd.optimizers.natural_gradient import NaturalGradient, stacked
 from keras_ngd.statistics.draws import LAYERS, Draws
@@ -124,7 +124,7 @@ class RowMethod(NaturalGradient):
 
     def given_shapes(self, block):
         """The shapes of what a block's curvature takes, of all workers together."""
-        shapes, workers = [tuple(v.shape) for v in self.given_weights(block)], self.connected().size
+        shapes, workers = [sharding.shape_of(v) for v in self.given_weights(block)], self.connected().size
         if workers == 1:
             return shapes
         return [joining.joined_shape(s, kind, workers) for s, kind in zip(shapes, self.joins(shapes), strict=True)]

@@ -1,7 +1,8 @@
 """Saving and loading of optimizer state without ever losing any of it."""
 
 import numpy as np
-from keras import ops
+
+from keras_ngd import sharding
 
 
 class StrictState:
@@ -12,6 +13,13 @@ class StrictState:
     """
 
     _pending_state = None
+
+    def save_own_variables(self, store):
+        for key, value in self._state().items():
+            store[key] = value
+
+    def _state(self):
+        return {str(i): sharding.to_numpy(v) for i, v in enumerate(self.variables)}
 
     def load_own_variables(self, store):
         """Restores the optimizer's variables from a checkpoint.
@@ -45,7 +53,7 @@ class StrictState:
         """Copies of all variables' values, as a checkpoint has them, of an optimizer that goes on from somewhere."""
         if not self.built:
             return self._pending_state
-        return {str(i): np.array(ops.convert_to_numpy(v)) for i, v in enumerate(self.variables)}
+        return self._state()
 
     def restore(self, state):
         """Takes over what `current_state` gave, now or once it is built."""
@@ -74,18 +82,18 @@ class StrictState:
             )
         renewed = []
         for i, variable in enumerate(variables):
-            if str(i) not in state or state[str(i)].shape != tuple(variable.shape):
+            if str(i) not in state or state[str(i)].shape != sharding.shape_of(variable):
                 if str(i) in state and self.can_renew(variable):
                     renewed.append(i)
                     continue
                 found = state[str(i)].shape if str(i) in state else "nothing"
                 raise ValueError(
-                    f"Optimizer variable {variable.path!r} (number {i}) has shape {tuple(variable.shape)} but the checkpoint "
-                    f"has {found}. {advice}"
+                    f"Optimizer variable {variable.path!r} (number {i}) has shape {sharding.shape_of(variable)} but the "
+                    f"checkpoint has {found}. {advice}"
                 )
         for i, variable in enumerate(variables):
             if i not in renewed:
-                variable.assign(state[str(i)])
+                variable.assign(sharding.from_numpy(variable, state[str(i)]))
         self._pending_state = None
         self.restored(bool(renewed))
 

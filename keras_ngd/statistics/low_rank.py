@@ -36,6 +36,7 @@ class LowRankStatistics(Draws, RowStatistics):
     """
 
     several_calls = False
+    merges_together = True
 
     def __init__(
         self,

@@ -6,25 +6,31 @@ import weakref
 import keras
 from keras import ops
 
-from keras_ngd import backend
+from keras_ngd import backend, sharding
 
 # Functions of a geometry and a kind of statistics, shared by all layers that have both.
 _EMISSIONS = {}
 
 
-def _emission(observer, rows, x, ds, weights=None, *, values, controls, replicas):
+def _emission(observer, rows, x, ds, weights=None, *, values, controls, spreads, replicas):
     *state, gate, calls, _, _ = values
     averages, controls = state[: len(state) - controls], state[len(state) - controls :]
 
+    def stored(values):
+        return [value if s is None else s.stored(value) for value, s in zip(values, spreads, strict=True)]
+
     def opened():
+        old = [average if s is None else s.whole(average) for average, s in zip(averages, spreads, strict=True)]
         # Keras divides the loss of a replica by how many there are; what is kept does not depend on that.
         upstream = ds if replicas == 1 else ds * ops.cast(replicas, ds.dtype)
-        observed, witness = observer.observe(rows, x, upstream, weights, controls, averages[0].dtype)
+        observed, witness = observer.observe(rows, x, upstream, weights, controls, old[0].dtype)
         observed = backend.on_every_device(observed)
+        if spreads[0] is not None and observer.merges_together:
+            observed = [spreads[0].everywhere(value) for value in observed]
         finite = ops.isfinite(witness)
-        merged, following = observer.merge(averages, observed, controls, finite, gate)
-        new = [ops.where(finite, value, average) for value, average in zip(merged, averages, strict=True)]
-        return (*new, *following, ops.cast(finite, "float32"))
+        merged, following = observer.merge(old, observed, controls, finite, gate)
+        new = [ops.where(finite, value, average) for value, average in zip(merged, old, strict=True)]
+        return (*stored(new), *following, ops.cast(finite, "float32"))
 
     def closed():
         return (*averages, *controls, ops.zeros((), "float32"))
@@ -63,9 +69,14 @@ class Statistics(keras.layers.Layer):
     `reached` tells whether a backward pass was ever traced through the probe, `traced_calls` how often the last one was.
 
     All weights are marked `overwrite_with_gradient`, so every Keras optimizer overwrites them with what the probe emits.
+
+    Args:
+        shard_state: whether the devices of a `keras.distribution` have a part of the averages each. Default False.
+        **kwargs: `keras.layers.Layer`'s.
     """
 
-    def __init__(self, **kwargs):
+    def __init__(self, shard_state=False, **kwargs):
+        self.shard_state = shard_state
         kwargs.setdefault("name", "statistics")
         super().__init__(**{"dtype": "float32", **kwargs})
         self.rows = None
@@ -92,17 +103,21 @@ class Statistics(keras.layers.Layer):
         self.built = True
 
     def _add(self, name, shape, initializer, dtype):
-        weight = self.add_weight(
-            name=name,
-            shape=shape,
-            initializer=initializer,
-            dtype=dtype,
-            trainable=True,
-            autocast=False,
-            # On TPUs what is to be averaged over replicas on assignment is; elsewhere the optimizer assigns each replica's own.
-            aggregation="none" if backend.on_tpu() else "mean",
-            overwrite_with_gradient=True,
-        )
+        def add_weight(shape, initializer):
+            return self.add_weight(
+                name=name,
+                shape=shape,
+                initializer=initializer,
+                dtype=dtype,
+                trainable=True,
+                autocast=False,
+                # On TPUs what is to be averaged over replicas on assignment is; elsewhere the optimizer assigns each one's own.
+                aggregation="none" if backend.on_tpu() else "mean",
+                overwrite_with_gradient=True,
+            )
+
+        spread = sharding.spread(shape, self.shard_state)
+        weight = add_weight(shape, initializer) if spread is None else sharding.add(add_weight, initializer, spread)
         weight.keras_ngd_statistics = self
         return weight
 
@@ -118,6 +133,9 @@ class Statistics(keras.layers.Layer):
 
     # Whether what several calls of a layer in one step emit can be averaged.
     several_calls = True
+
+    # Whether to merge is to walk through all that was observed, which several devices are better off doing each for itself.
+    merges_together = False
 
     def create(self, rows, dtype):
         """Adds the averaged weights with `self._add` and returns them."""
@@ -151,13 +169,19 @@ class Statistics(keras.layers.Layer):
         self.traced_calls = self.traced_calls + 1 if trace is self._trace else 1
         self._trace = trace
         self.check(rows, x)
-        key = (type(self), repr(self.spec), rows.key, weights is None, backend.surroundings())
+        spreads = tuple(sharding.spread_of(v) for v in self._averages)
+        key = (type(self), repr(self.spec), rows.key, weights is None, backend.surroundings(), spreads)
         if key not in _EMISSIONS:
             # Not `self`: a cache that outlives the layer must not keep its weights alive.
             observer = type(self).from_config(self.get_config())
             _EMISSIONS[key] = backend.traced_once(
                 functools.partial(
-                    _emission, observer, rows, controls=len(self._controls), replicas=backend.replica_count()
+                    _emission,
+                    observer,
+                    rows,
+                    controls=len(self._controls),
+                    spreads=spreads,
+                    replicas=backend.replica_count(),
                 )
             )
         return _EMISSIONS[key](x, ds, *([] if weights is None else [weights]), values=list(values))
@@ -170,7 +194,12 @@ class Statistics(keras.layers.Layer):
     def spec(self):
         """What distinguishes these statistics from others: its class and arguments, without its name."""
         config = self.get_config()
-        return (type(self).__name__, {k: v for k, v in config.items() if k not in ("name", "dtype", "trainable")})
+        left_out = ("name", "dtype", "trainable", "shard_state")
+        return (type(self).__name__, {k: v for k, v in config.items() if k not in left_out})
+
+    def get_config(self):
+        config = super().get_config()
+        return {**config, "shard_state": True} if self.shard_state else config
 
     # Called before the weights are saved; raises an error if they must not be.
     before_saving = None
@@ -178,9 +207,16 @@ class Statistics(keras.layers.Layer):
     def save_own_variables(self, store):
         if self.before_saving is not None:
             self.before_saving()
-        super().save_own_variables(store)
+        for i, weight in enumerate(self.weights):
+            store[str(i)] = sharding.to_numpy(weight)
 
     def load_own_variables(self, store):
         # A plain model's checkpoint has no statistics: they start afresh, as after capture.
         if store.keys():
-            super().load_own_variables(store)
+            weights = {str(i): weight for i, weight in enumerate(self.weights)}
+            super().load_own_variables(
+                {
+                    key: sharding.from_numpy(weights[key], store[key]) if key in weights else store[key]
+                    for key in store.keys()
+                }
+            )
