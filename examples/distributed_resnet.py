@@ -2,7 +2,7 @@
 
     horovodrun -np 2 -H localhost:2 --gloo python examples/distributed_resnet.py      # offline, two workers here
     python examples/distributed_resnet.py                                             # the same on one
-    horovodrun -np 32 -H host1:8,... python examples/distributed_resnet.py --network=resnet50 --dataset=imagenet2012
+    horovod_scripts/run_hosts.sh host1:8,... examples/distributed_resnet.py --network=resnet50 --dataset=imagenet2012
 
 Each worker reads its part of the data set. What differs from a script for one worker is `hvd.init()`, and that the data
 are sharded; metrics and checkpoints say so, too. The learning rate grows with the number of workers, from one worker's, over
@@ -39,6 +39,7 @@ flags.DEFINE_integer("image_size", 32, "Height and width that images are brought
 flags.DEFINE_integer("width", 16, "Channels of ResNet-32's first stage.", lower_bound=1)
 flags.DEFINE_string("data_dir", None, "Where tensorflow-datasets keeps prepared data. Default: its own choice.")
 flags.DEFINE_integer("epochs", 4, "Epochs.", lower_bound=1)
+flags.DEFINE_integer("steps", None, "Steps of an epoch, and of its test. Default: all examples once.", lower_bound=1)
 flags.DEFINE_integer("batch_size", 64, "Examples a step and worker.", lower_bound=1)
 flags.DEFINE_float("learning_rate", 0.03, "Learning rate of one worker.")
 flags.DEFINE_float("warmup", 1.0, "Epochs over which the learning rate grows to that of all workers.", lower_bound=0.0)
@@ -79,7 +80,8 @@ def load(split):
         examples = examples.shuffle(10_000, seed=FLAGS.seed + RANK)
         examples = examples.map(lambda x, y: (datasets.augmented(x), y), tf.data.AUTOTUNE)
     examples = examples.map(prepared, tf.data.AUTOTUNE)
-    return examples.batch(FLAGS.batch_size, drop_remainder=split == "train").prefetch(2)
+    examples = examples.batch(FLAGS.batch_size, drop_remainder=split == "train")
+    return examples.take(-1 if FLAGS.steps is None else FLAGS.steps).prefetch(2)
 
 
 def make_model(steps_per_epoch):

@@ -68,10 +68,10 @@ if [ $FORCE = 1 ] || ! ls "$WHEELS"/horovod-*.whl >/dev/null 2>&1; then
     echo '#pragma once' >"$BUILD/include/$header"
   done
   mkdir -p "$WHEELS"
-  env CXXFLAGS="-I$BUILD/include ${CXXFLAGS:-}" \
-    HOROVOD_WITH_TENSORFLOW=1 HOROVOD_WITHOUT_PYTORCH=1 HOROVOD_WITHOUT_MXNET=1 HOROVOD_WITH_GLOO=1 \
-    $([ $MPI = 1 ] && echo HOROVOD_WITH_MPI=1 || echo HOROVOD_WITHOUT_MPI=1) \
-    $([ $NCCL = 1 ] && echo HOROVOD_GPU_OPERATIONS=NCCL || true) \
+  SETTINGS=(HOROVOD_WITH_TENSORFLOW=1 HOROVOD_WITHOUT_PYTORCH=1 HOROVOD_WITHOUT_MXNET=1 HOROVOD_WITH_GLOO=1)
+  [ $MPI = 1 ] && SETTINGS+=(HOROVOD_WITH_MPI=1) || SETTINGS+=(HOROVOD_WITHOUT_MPI=1)
+  [ $NCCL = 0 ] || SETTINGS+=(HOROVOD_GPU_OPERATIONS=NCCL)
+  env CXXFLAGS="-I$BUILD/include ${CXXFLAGS:-}" "${SETTINGS[@]}" \
     PATH="$(dirname "$PYTHON"):$PATH" \
     "$PYTHON" -m pip wheel --disable-pip-version-check --no-build-isolation --no-deps --no-cache-dir \
     --wheel-dir "$BUILD/wheels" "horovod==$VERSION" >"$BUILD/log" 2>&1 ||

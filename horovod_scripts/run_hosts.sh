@@ -11,4 +11,5 @@ HOSTS=$1; shift
 PROCESSES=$(tr ',' '\n' <<<"$HOSTS" | awk -F: '{ n += ($2 == "" ? 1 : $2) } END { print n }')
 OPTIONS=(--gloo --ssh-port "${SSH_PORT:-22}")
 [ -z "${NETWORK:-}" ] || OPTIONS+=(--network-interfaces "$NETWORK")
-exec horovodrun -np "$PROCESSES" -H "$HOSTS" "${OPTIONS[@]}" "$(command -v python)" "$@"
+# See run_local.sh for the --.
+exec horovodrun -np "$PROCESSES" -H "$HOSTS" "${OPTIONS[@]}" env -- "$(command -v python)" "$@"

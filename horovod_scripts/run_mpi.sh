@@ -6,5 +6,10 @@ set -euo pipefail
 [ $# -ge 3 ] || { sed -n '2,4s/^# \{0,1\}//p' "$0" >&2; exit 2; }
 command -v mpirun >/dev/null || { echo "there is no mpirun: use run_hosts.sh, which needs no MPI" >&2; exit 1; }
 PROCESSES=$1 HOSTS=$2; shift 2
-exec mpirun -np "$PROCESSES" -H "$HOSTS" -bind-to none -map-by slot -x PATH -x LD_LIBRARY_PATH -x HOROVOD_CPU_OPERATIONS=MPI \
+EXPORTED=(-x PATH -x HOROVOD_CPU_OPERATIONS=MPI)
+# Open MPI takes those of its own everywhere; of these it warns where they are not set.
+for name in LD_LIBRARY_PATH PYTHONPATH KERAS_BACKEND; do
+  [ -z "${!name:-}" ] || EXPORTED+=(-x "$name")
+done
+exec mpirun -np "$PROCESSES" -H "$HOSTS" -bind-to none -map-by slot "${EXPORTED[@]}" \
   -mca pml ob1 -mca btl ^openib python "$@"

@@ -13,6 +13,9 @@ NETWORKS = {
     "tensorflow": ("MobileNetV3Small", "EfficientNetV2B0", "ResNet50", "ConvNeXtTiny", "DenseNet121"),
     "jax": ("MobileNetV3Small",),
 }
+# Four fifths of a test on ResNet50 went into making one step a graph and inverting factors of up to 4,608 rows. So it and
+# the like take the step eagerly, with blocks of factors; the small one has whole factors, in a graph.
+SMALL = ("MobileNetV3Small",)
 
 
 @pytest.mark.slow
@@ -21,12 +24,14 @@ def test_captures_trains_and_releases(name):
     model = getattr(keras.applications, name)(weights=None, input_shape=(32, 32, 3), classes=5)
     kinds = [type(layer) for layer in model._flatten_layers()]
     layers = [la for la in model._flatten_layers() if type(la) in (keras.layers.Dense, keras.layers.Conv2D)]
-    optimizer = keras_ngd.KFAC(0.01, damping=0.1)
+    small = name in SMALL
+    optimizer = keras_ngd.KFAC(0.01, damping=0.1) if small else keras_ngd.THOR(0.01, damping=0.1, split=64)
     report = keras_ngd.capture(model, optimizer)
     assert len(report.captured) == len(layers)
     assert set(report.not_captured.values()) <= {"not a captured kind"}
 
-    model.compile(optimizer=optimizer, loss="sparse_categorical_crossentropy", jit_compile=JIT)
+    loss = "sparse_categorical_crossentropy"
+    model.compile(optimizer=optimizer, loss=loss, jit_compile=JIT and small, run_eagerly=not small)
     rng = np.random.default_rng(0)
     x, y = rng.uniform(0, 255, (4, 32, 32, 3)).astype("float32"), np.array([0, 3, 1, 2])
     before = [np.array(ops.convert_to_numpy(layer._kernel)) for layer in layers]

@@ -14,8 +14,14 @@ from examples import datasets, networks, training
 EXAMPLES = pathlib.Path(__file__).parent.parent / "examples"
 
 
-def test_drawn_shapes_fill_their_classes(tmp_path):
-    images, labels = datasets.arrays("shapes32", "test", tmp_path, scale=255.0)
+@pytest.fixture(scope="module")
+def data_dir(tmp_path_factory):
+    """Where data are drawn once for all tests."""
+    return tmp_path_factory.mktemp("data")
+
+
+def test_drawn_shapes_fill_their_classes(data_dir):
+    images, labels = datasets.arrays("shapes32", "test", data_dir, scale=255.0)
     assert images.shape == (1024, 32, 32, 3)
     assert 0 <= images.min() < 0.05
     assert 0.95 < images.max() <= 1
@@ -27,8 +33,8 @@ def test_drawn_shapes_are_the_same_every_time():
     assert (datasets.draw_shape(3, 5) != datasets.draw_shape(4, 5)).mean() > 0.5
 
 
-def test_drawn_masks_are_binary_and_never_empty(tmp_path):
-    examples = datasets.load("masks64", "test", tmp_path)
+def test_drawn_masks_are_binary_and_never_empty(data_dir):
+    examples = datasets.load("masks64", "test", data_dir)
     images, masks = examples.batch(len(examples)).get_single_element()
     assert images.shape == (128, 64, 64, 3)
     assert masks.shape == (128, 64, 64, 1)
@@ -44,9 +50,9 @@ def test_drawn_masks_are_the_same_every_time():
         assert (one != other).any()
 
 
-def test_features_are_loaded_by_name(tmp_path):
-    by_name = datasets.load("masks64", "test[:2]", tmp_path, keys=("segmentation_mask", "image"))
-    for (mask, image), supervised in zip(by_name, datasets.load("masks64", "test[:2]", tmp_path), strict=True):
+def test_features_are_loaded_by_name(data_dir):
+    by_name = datasets.load("masks64", "test[:2]", data_dir, keys=("segmentation_mask", "image"))
+    for (mask, image), supervised in zip(by_name, datasets.load("masks64", "test[:2]", data_dir), strict=True):
         np.testing.assert_array_equal(image, supervised[0])
         np.testing.assert_array_equal(mask, supervised[1])
 
@@ -84,10 +90,10 @@ def test_unet_has_a_logit_for_every_pixel():
         networks.unet(size=12, depth=3)
 
 
-def run_example(name, tmp_path, *arguments):
+def run_example(name, data_dir, tmp_path, *arguments):
     """What an example prints; its plot must be there in the end."""
     plot = tmp_path / "plot.png"
-    command = [sys.executable, EXAMPLES / name, f"--data_dir={tmp_path}", f"--output={plot}", *arguments]
+    command = [sys.executable, EXAMPLES / name, f"--data_dir={data_dir}", f"--output={plot}", *arguments]
     done = subprocess.run(command, capture_output=True, text=True, timeout=600)
     assert done.returncode == 0, done.stderr[-3000:]
     assert plot.stat().st_size > 10_000
@@ -95,18 +101,18 @@ def run_example(name, tmp_path, *arguments):
 
 
 @pytest.mark.slow
-def test_cifar_resnet_runs(tmp_path):
+def test_cifar_resnet_runs(data_dir, tmp_path):
     small = ["--width=2", "--epochs=1", "--batch_size=512", "--first_interval=2", "--split=9"]
-    printed = run_example("cifar_resnet.py", tmp_path, *small, "--method=momentum", "--method=thor_stop")
+    printed = run_example("cifar_resnet.py", data_dir, tmp_path, *small, "--method=momentum", "--method=thor_stop")
     assert "thor_stop: 21 layers captured" in printed
     assert "test accuracy" in printed
 
 
 @pytest.mark.slow
-def test_fashion_3c1f_runs(tmp_path):
+def test_fashion_3c1f_runs(data_dir, tmp_path):
     history = tmp_path / "history.json"
     small = ["--width=2", "--epochs=2", "--batch_size=512", "--interval=3", f"--history={history}"]
-    printed = run_example("fashion_3c1f.py", tmp_path, *small)
+    printed = run_example("fashion_3c1f.py", data_dir, tmp_path, *small)
     for method in ("kfac", "skfac", "hylo"):
         assert f"{method}: 4 layers captured" in printed
     assert "test accuracy" in printed
@@ -116,10 +122,10 @@ def test_fashion_3c1f_runs(tmp_path):
 
 
 @pytest.mark.slow
-def test_unet_segmentation_runs(tmp_path):
+def test_unet_segmentation_runs(data_dir, tmp_path):
     small = ["--size=16", "--width=2", "--depth=1", "--epochs=1", "--batch_size=128", "--interval=2"]
     methods = ["--method=adam", "--method=skfac", "--method=hylo"]
-    printed = run_example("unet_segmentation.py", tmp_path, *small, *methods)
+    printed = run_example("unet_segmentation.py", data_dir, tmp_path, *small, *methods)
     assert "skfac: 8 layers captured" in printed
     assert "hylo: 8 layers captured" in printed
     assert "test dice" in printed

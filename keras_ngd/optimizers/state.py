@@ -46,7 +46,7 @@ class StrictState:
     def restored_step(self):
         """The step that training goes on from, as a number; 0 at a fresh start."""
         if self.built:
-            return int(ops.convert_to_numpy(self.iterations))
+            return int(sharding.to_numpy(self.iterations))
         return 0 if self._pending_state is None else int(self._pending_state["0"])
 
     def current_state(self):

@@ -108,6 +108,11 @@ def fit(model, x, y, rank=0, size=1, **arguments):
     return model.fit(part(x, rank, size), part(y, rank, size), batch_size=batch, shuffle=False, verbose=0, **arguments)
 
 
+def several(cases):
+    """The results of more than one case, by name, in the same processes: starting them takes longer than most cases."""
+    return {name: globals()[name](**arguments) for name, arguments in cases.items()}
+
+
 def methods(names, steps=200):
     """Of each method: the weights after 20 steps, digests after 20 and after more, and the bytes received."""
     import horovod.tensorflow as hvd

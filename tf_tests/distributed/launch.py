@@ -39,7 +39,7 @@ def start(case, processes, folder, **arguments):
     )
 
 
-def launch(case, processes, folder, timeout=240, **arguments):
+def launch(case, processes, folder, timeout=400, **arguments):
     """What `cases.<case>(**arguments)` returns in each of several processes, by rank."""
     job = start(case, processes, folder, **arguments)
     try:

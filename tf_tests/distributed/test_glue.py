@@ -16,14 +16,7 @@ from tf_tests.small import relative_distance, weights
 pytestmark = [*horovod, pytest.mark.slow]
 
 
-def test_workers_start_equal_and_see_the_same_metrics(tmp_path):
-    first, second = launch("glue", 2, tmp_path)
-    for (path, value), other in zip(first["start"].items(), second["start"].values(), strict=True):
-        np.testing.assert_array_equal(value, other, err_msg=path)
-    assert first["history"] == second["history"]
-    assert first["averaged"] == second["averaged"] == {"a": 0.5, "b": 1.0}
-
-
+RESUMED = ["kfac", "kfac-mem-opt", "sp-ngd", "sngd-roomy"]
 DISAGREEMENTS = {
     "model": r"shape of variable 0 is \[\[72, 8\], 'float32'\] on worker 0 but \[\[72, 9\], 'float32'\] on worker 1",
     "optimizer": "optimizer is 'KFAC' on worker 0 but 'THOR' on worker 1",
@@ -36,21 +29,35 @@ DISAGREEMENTS = {
 
 
 @pytest.fixture(scope="module")
-def disagreements(tmp_path_factory):
-    return launch("disagreements", 2, tmp_path_factory.mktemp("disagreements"), kinds=list(DISAGREEMENTS))
+def two(tmp_path_factory):
+    """What is left by two workers that do one thing after the other, by rank; and the folder of their files."""
+    folder = tmp_path_factory.mktemp("two")
+    cases = {
+        "glue": {},
+        "resumed": {"methods": RESUMED, "steps": 8, "save": str(folder)},
+        "ungathered": {"path": str(folder)},
+        "disagreements": {"kinds": list(DISAGREEMENTS)},
+    }
+    return launch("several", 2, folder, cases=cases), folder
+
+
+def test_workers_start_equal_and_see_the_same_metrics(two):
+    first, second = (worker["glue"] for worker in two[0])
+    for (path, value), other in zip(first["start"].items(), second["start"].values(), strict=True):
+        np.testing.assert_array_equal(value, other, err_msg=path)
+    assert first["history"] == second["history"]
+    assert first["averaged"] == second["averaged"] == {"a": 0.5, "b": 1.0}
 
 
 @pytest.mark.parametrize("what", DISAGREEMENTS)
-def test_every_worker_says_what_is_wrong(what, disagreements):
-    for worker in disagreements:
-        assert re.search(DISAGREEMENTS[what], worker[what]), worker[what]
+def test_every_worker_says_what_is_wrong(what, two):
+    for worker in two[0]:
+        message = worker["disagreements"][what]
+        assert re.search(DISAGREEMENTS[what], message), message
 
 
-RESUMED = ["kfac", "kfac-mem-opt", "sp-ngd", "sngd-roomy"]
-
-
-def test_statistics_that_others_have_are_not_lost_in_silence(tmp_path):
-    first, second = launch("ungathered", 2, tmp_path, path=str(tmp_path))
+def test_statistics_that_others_have_are_not_lost_in_silence(two):
+    first, second = (worker["ungathered"] for worker in two[0])
     for worker in (first, second):
         for what in ("model", "weights", "start"):
             assert "GatherStatistics" in worker[what], what
@@ -60,12 +67,12 @@ def test_statistics_that_others_have_are_not_lost_in_silence(tmp_path):
 
 
 @pytest.fixture(scope="module")
-def resumed(tmp_path_factory):
+def resumed(two, tmp_path_factory):
     """Two workers, then three that start from a file of which only worker 0 knows; and where theirs is."""
-    folders = [tmp_path_factory.mktemp(name) for name in ("two", "three")]
-    first = launch("resumed", 2, folders[0], methods=RESUMED, steps=8, save=str(folders[0]))
-    second = launch("resumed", 3, folders[1], methods=RESUMED, steps=8, load=str(folders[0]), save=str(folders[1]))
-    return first, second, folders[1]
+    workers, before = two
+    folder = tmp_path_factory.mktemp("three")
+    second = launch("resumed", 3, folder, methods=RESUMED, steps=8, load=str(before), save=str(folder))
+    return [worker["resumed"] for worker in workers], second, folder
 
 
 @pytest.mark.parametrize("method", RESUMED)
