@@ -130,14 +130,6 @@ def under_xla():
     return control_flow_util.GraphOrParentsInXlaContext(tf.compat.v1.get_default_graph())
 
 
-def trace_of(value):
-    """An object that is the same for all uses of one variable's `value` in a trace of a step, and differs between traces."""
-    if name() == "jax" or not hasattr(value, "graph"):
-        return value
-    # Replicas of a strategy are traced one after the other into the same graph.
-    return value.graph, replica_number()
-
-
 # The mesh of devices that what is being traced is compiled for, in place of this machine's.
 _COMPILED_FOR = contextvars.ContextVar("keras_ngd_compiled_for", default=None)
 
@@ -346,80 +338,6 @@ def sparse(values, indices, like):
     import tensorflow as tf
 
     return tf.IndexedSlices(values, indices, like.dense_shape)
-
-
-def several_replicas():
-    """Whether a `tf.distribute` strategy of several replicas is active."""
-    if name() != "tensorflow":
-        return False
-    import tensorflow as tf
-
-    return tf.distribute.get_strategy().num_replicas_in_sync > 1
-
-
-def scope_of(model, optimizer):
-    """A context in which variables are made where a model's are.
-
-    Raises:
-        ValueError: if an optimizer was made in the scope of another `tf.distribute` strategy.
-    """
-    strategy = getattr(model, "_distribute_strategy", None) if name() == "tensorflow" else None
-    if name() == "tensorflow":
-        import tensorflow as tf
-
-        of_optimizer = optimizer._distribution_strategy
-        if of_optimizer is not (strategy or of_optimizer) or (
-            strategy is None and of_optimizer.num_replicas_in_sync > 1
-        ):
-            names = [type(s or tf.distribute.get_strategy()).__name__ for s in (strategy, of_optimizer)]
-            raise ValueError(
-                "The model and its optimizer must be made in the scope of the same strategy: write both inside of one `with "
-                f"strategy.scope():`. Received: a model of {names[0]}, an optimizer of {names[1]}"
-            )
-    return contextlib.nullcontext() if strategy is None else strategy.scope()
-
-
-def replica_context():
-    """TensorFlow's context of the replica that is being traced or run; None outside of one, and where there is only one."""
-    if not several_replicas():
-        return None
-    import tensorflow as tf
-
-    return None if tf.distribute.in_cross_replica_context() else tf.distribute.get_replica_context()
-
-
-def replica_count():
-    """How many replicas there are, seen from inside of one; 1 elsewhere."""
-    return 1 if (replica := replica_context()) is None else replica.num_replicas_in_sync
-
-
-def surroundings():
-    """What a trace depends on besides its arguments: two are interchangeable where this is equal."""
-    return under_xla(), compiled_for(), replica_count(), replica_number()
-
-
-def replica_id():
-    """Number of the replica that is being traced or run, an int, or a tensor where all are traced as one; 0 outside of one."""
-    if (replica := replica_context()) is None:
-        return 0
-    number = replica_number()
-    return replica.replica_id_in_sync_group if number is None else number
-
-
-def replica_number():
-    """Of the replica that is being traced or run; None outside of one, and where all are traced as one."""
-    if (replica := replica_context()) is None:
-        return None
-    import tensorflow as tf
-
-    number = tf.get_static_value(replica.replica_id_in_sync_group)
-    return None if number is None else int(number)
-
-
-def local_variable(variable):
-    """This replica's component of a Keras variable that is mirrored on all; TensorFlow's."""
-    components = replica_context().strategy.experimental_local_results(getattr(variable, "value", variable))
-    return components[0] if len(components) == 1 else components[replica_number() % len(components)]
 
 
 def several_processes():

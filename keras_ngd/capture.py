@@ -6,7 +6,7 @@ import math
 
 import keras
 
-from keras_ngd import backend, layers, sharding
+from keras_ngd import backend, layers, replica, sharding
 from keras_ngd.layers.captured import Captured
 from keras_ngd.optimizers.blocks import Block, Group
 from keras_ngd.optimizers.natural_gradient import NaturalGradient
@@ -76,7 +76,7 @@ def capture(model, optimizer, skip=None, data=None):
             f"Optimizer {optimizer.name!r} is already in use: its variables are those of the model before this capture. Capture "
             "with a new optimizer."
         )
-    with backend.scope_of(model, optimizer):
+    with replica.scope_of(model, optimizer):
         return _capture(model, optimizer, skip, data)
 
 

@@ -1,11 +1,13 @@
 """The replicas of a `tf.distribute` strategy: one program on many devices."""
 
+import warnings
 import zlib
 
 import tensorflow as tf
 
-from keras_ngd import backend
+from keras_ngd import replica
 from keras_ngd.distributed.communicator import Communicator
+from keras_ngd.distributed.multi_worker import MultiWorkerMirroredStrategy
 
 
 def strategy_of(owner):
@@ -38,6 +40,13 @@ def strategy_of(owner):
 
 def make(strategy):
     """The communicator of a strategy's replicas."""
+    several_machines = isinstance(strategy, tf.distribute.MultiWorkerMirroredStrategy)
+    if several_machines and not isinstance(strategy, MultiWorkerMirroredStrategy):
+        warnings.warn(
+            "`fit` of Keras 3 does not run under TensorFlow's own MultiWorkerMirroredStrategy. Use "
+            "`keras_ngd.distributed.MultiWorkerMirroredStrategy()`, which is the same but for that.",
+            stacklevel=2,
+        )
     return TPUReplicas(strategy) if isinstance(strategy, tf.distribute.TPUStrategy) else Replicas(strategy)
 
 
@@ -66,7 +75,7 @@ class Replicas(Communicator):
     @property
     def rank(self):
         """Of the replica being traced or run, 0 outside of one; None where all replicas are traced as one."""
-        return 0 if backend.replica_context() is None else backend.replica_number()
+        return 0 if replica.context() is None else replica.number()
 
     def _collective(self, name, tensor):
         """Arguments of a collective operation: all replicas find the others by its name and its tensor."""
@@ -121,7 +130,7 @@ class TPUReplicas(Replicas):
 
     @property
     def rank(self):
-        return 0 if backend.replica_context() is None else None
+        return 0 if replica.context() is None else None
 
     def all_reduce(self, tensors, stage, name):
         return [self._sum(tf.convert_to_tensor(t), f"{name} {i}") for i, t in enumerate(tensors)]
@@ -131,11 +140,11 @@ class TPUReplicas(Replicas):
 
     def all_gather(self, tensors, stage, name):
         """Sums of what each replica puts into its own place: TPUs have no other gathering in TensorFlow."""
-        replica, gathered = backend.replica_context().replica_id_in_sync_group, []
+        mine, gathered = replica.identity(), []
         for i, tensor in enumerate(tensors):
             tensor = tf.convert_to_tensor(tensor)
-            mine = tf.cast(tf.range(self.size) == replica, tensor.dtype)
-            places = tf.reshape(tf.tensordot(mine, tensor, axes=0), [self.size * tensor.shape[0], *tensor.shape[1:]])
+            one_hot = tf.cast(tf.range(self.size) == mine, tensor.dtype)
+            places = tf.reshape(tf.tensordot(one_hot, tensor, axes=0), [self.size * tensor.shape[0], *tensor.shape[1:]])
             gathered.append(self._sum(places, f"{name} {i}"))
         return gathered
 

@@ -1,10 +1,40 @@
 """What an optimizer refuses to train with, and how it says so."""
 
-from keras_ngd import backend
+from keras_ngd import backend, distributed, schedules
 
 
 class Checks:
     """Mixin: what would otherwise train as plain SGD, or wrongly, is an error at the earliest point."""
+
+    def _check_own_arguments(self, factor_decay, kl_clip, kwargs):
+        name = type(self).__name__
+        if kwargs.get("gradient_accumulation_steps"):
+            raise ValueError(
+                f"{name} does not support `gradient_accumulation_steps`: statistics and gradients would come from "
+                "different batches. Use a larger batch. Received: gradient_accumulation_steps="
+                f"{kwargs['gradient_accumulation_steps']}"
+            )
+        if not schedules.is_number(factor_decay) or not 0 <= factor_decay < 1:
+            raise ValueError(f"`factor_decay` must be in [0, 1). Received: factor_decay={factor_decay!r}")
+        if kl_clip is not None and not (schedules.is_number(kl_clip) and 0 < kl_clip < float("inf")):
+            raise ValueError(f"`kl_clip` must be a positive float or None. Received: kl_clip={kl_clip!r}")
+
+    def _check_division(self, communicator, gradient_worker_fraction, reduce_scatter, shard_state):
+        """Of arguments that say how several workers or devices share the work."""
+        distributed.check(communicator)
+        if not schedules.is_number(gradient_worker_fraction) or not 0 <= gradient_worker_fraction <= 1:
+            raise ValueError(
+                "`gradient_worker_fraction` must be in [0, 1]. Received: "
+                f"gradient_worker_fraction={gradient_worker_fraction!r}"
+            )
+        if not isinstance(reduce_scatter, bool):
+            raise ValueError(f"`reduce_scatter` must be True or False. Received: reduce_scatter={reduce_scatter!r}")
+        if reduce_scatter and gradient_worker_fraction != 0:
+            raise ValueError(
+                "`reduce_scatter=True` brings sums to each layer's owner alone, so nobody else can hold its inverses: it needs "
+                f"`gradient_worker_fraction=0`. Received: gradient_worker_fraction={gradient_worker_fraction!r}"
+            )
+        self._check_shard_state(shard_state, gradient_worker_fraction)
 
     def _check_blocks(self, blocks):
         name = type(self).__name__

@@ -5,7 +5,7 @@ import weakref
 
 from keras import ops
 
-from keras_ngd import backend, distributed
+from keras_ngd import backend, distributed, replica
 from keras_ngd.optimizers.blocks import Group, find_blocks
 from keras_ngd.optimizers.workers import Workers
 
@@ -185,22 +185,22 @@ class DataParallel:
         return self.layout if self._workers is None else self._workers.held
 
     def assign(self, variable, value):
-        if backend.replica_number() is None:
+        if replica.number() is None:
             super().assign(variable, value)
         else:
             # A strategy would compare or reduce what replicas assign: they agree already, or have what is each one's own.
-            local = backend.local_variable(variable)
+            local = replica.local(variable)
             local.assign(ops.cast(value, local.dtype))
 
     def assign_add(self, variable, value):
-        if backend.replica_number() is None:
+        if replica.number() is None:
             super().assign_add(variable, value)
         else:
-            local = backend.local_variable(variable)
+            local = replica.local(variable)
             local.assign_add(ops.cast(value, local.dtype))
 
     def _overwrite_variables_directly_with_gradients(self, grads, variables):
-        if backend.replica_context() is None:
+        if replica.context() is None:
             return super()._overwrite_variables_directly_with_gradients(grads, variables)
         others = []
         for gradient, variable in zip(grads, variables, strict=True):

@@ -5,7 +5,7 @@ import weakref
 import keras
 from keras import ops
 
-from keras_ngd import backend, distributed, schedules, sharding
+from keras_ngd import backend, schedules, sharding
 from keras_ngd.optimizers.averaging import WeightAveraging
 from keras_ngd.optimizers.blocks import Layout, find_blocks
 from keras_ngd.optimizers.checks import Checks
@@ -80,34 +80,11 @@ class NaturalGradient(Checks, Counters, DataParallel, ShardedState, StrictState,
         shard_state=False,
         **kwargs,
     ):
-        name = type(self).__name__
-        if kwargs.get("gradient_accumulation_steps"):
-            raise ValueError(
-                f"{name} does not support `gradient_accumulation_steps`: statistics and gradients would come from "
-                "different batches. Use a larger batch. Received: gradient_accumulation_steps="
-                f"{kwargs['gradient_accumulation_steps']}"
-            )
-        if not schedules.is_number(factor_decay) or not 0 <= factor_decay < 1:
-            raise ValueError(f"`factor_decay` must be in [0, 1). Received: factor_decay={factor_decay!r}")
-        if kl_clip is not None and not (schedules.is_number(kl_clip) and 0 < kl_clip < float("inf")):
-            raise ValueError(f"`kl_clip` must be a positive float or None. Received: kl_clip={kl_clip!r}")
+        self._check_own_arguments(factor_decay, kl_clip, kwargs)
         damping = schedules.check_positive("damping", schedules.deserialize(damping))
         factor_interval = schedules.check_interval("factor_interval", schedules.deserialize(factor_interval))
         inverse_interval = schedules.check_interval("inverse_interval", schedules.deserialize(inverse_interval))
-        distributed.check(communicator)
-        if not schedules.is_number(gradient_worker_fraction) or not 0 <= gradient_worker_fraction <= 1:
-            raise ValueError(
-                "`gradient_worker_fraction` must be in [0, 1]. Received: "
-                f"gradient_worker_fraction={gradient_worker_fraction!r}"
-            )
-        if not isinstance(reduce_scatter, bool):
-            raise ValueError(f"`reduce_scatter` must be True or False. Received: reduce_scatter={reduce_scatter!r}")
-        if reduce_scatter and gradient_worker_fraction != 0:
-            raise ValueError(
-                "`reduce_scatter=True` brings sums to each layer's owner alone, so nobody else can hold its inverses: it needs "
-                f"`gradient_worker_fraction=0`. Received: gradient_worker_fraction={gradient_worker_fraction!r}"
-            )
-        self._check_shard_state(shard_state, gradient_worker_fraction)
+        self._check_division(communicator, gradient_worker_fraction, reduce_scatter, shard_state)
         super().__init__(learning_rate=learning_rate, momentum=momentum, **kwargs)
         self.damping, self.factor_decay = damping, float(factor_decay)
         self.kl_clip = None if kl_clip is None else float(kl_clip)

@@ -2,7 +2,7 @@
 
 from keras import ops
 
-from keras_ngd import backend
+from keras_ngd import backend, replica
 
 # Seeds are below this number, too: their product is the largest that a float32 counts to exactly.
 LAYERS = 2**12
@@ -31,8 +31,8 @@ class Draws:
     @staticmethod
     def uniform(draw, shape, dtype):
         """Numbers in (0, 1)."""
-        replica = ops.cast(backend.replica_id(), "int32") * LAYERS**2
-        return backend.uniform(shape, ops.cast(draw, "int32") + ops.stack([replica, ops.zeros_like(replica)]), dtype)
+        offset = ops.cast(replica.identity(), "int32") * LAYERS**2
+        return backend.uniform(shape, ops.cast(draw, "int32") + ops.stack([offset, ops.zeros_like(offset)]), dtype)
 
     @staticmethod
     def next_draw(draw):

@@ -6,7 +6,7 @@ import weakref
 import keras
 from keras import ops
 
-from keras_ngd import backend, sharding
+from keras_ngd import backend, replica, sharding
 
 # Functions of a geometry and a kind of statistics, shared by all layers that have both.
 _EMISSIONS = {}
@@ -99,7 +99,7 @@ class Statistics(keras.layers.Layer):
         self.examples = self._add("examples", (), "zeros", "float32")
         # Keras compiles no step with XLA that has a layer which does not support it; workers cannot meet inside one. (What is
         # for a TPU is compiled all the same.)
-        self.supports_jit = not (backend.several_processes() or backend.several_replicas())
+        self.supports_jit = not (backend.several_processes() or replica.several())
         self.built = True
 
     def _add(self, name, shape, initializer, dtype):
@@ -165,12 +165,12 @@ class Statistics(keras.layers.Layer):
     def emit(self, rows, x, ds, weights, values):
         """New values of all weights from their old `values`: what the probe returns as their gradients."""
         self.reached = True
-        trace = backend.trace_of(values[-1])
+        trace = replica.trace_of(values[-1])
         self.traced_calls = self.traced_calls + 1 if trace is self._trace else 1
         self._trace = trace
         self.check(rows, x)
         spreads = tuple(sharding.spread_of(v) for v in self._averages)
-        key = (type(self), repr(self.spec), rows.key, weights is None, backend.surroundings(), spreads)
+        key = (type(self), repr(self.spec), rows.key, weights is None, replica.surroundings(), spreads)
         if key not in _EMISSIONS:
             # Not `self`: a cache that outlives the layer must not keep its weights alive.
             observer = type(self).from_config(self.get_config())
@@ -181,7 +181,7 @@ class Statistics(keras.layers.Layer):
                     rows,
                     controls=len(self._controls),
                     spreads=spreads,
-                    replicas=backend.replica_count(),
+                    replicas=replica.count(),
                 )
             )
         return _EMISSIONS[key](x, ds, *([] if weights is None else [weights]), values=list(values))

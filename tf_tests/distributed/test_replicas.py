@@ -113,6 +113,36 @@ REFUSED = {
 }
 
 
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("ParameterServerStrategy", "step one by one, with no gradient of all to precondition"),
+        ("experimental.CentralStorageStrategy", "keras_ngd trains under .*Received: CentralStorageStrategy"),
+    ],
+)
+def test_strategies_that_cannot_serve_are_refused(name, message):
+    import operator
+
+    import tensorflow as tf
+
+    from keras_ngd.distributed.replicas import strategy_of
+
+    kind = operator.attrgetter(name)(tf.distribute)
+
+    class Several(kind):
+        num_replicas_in_sync = 2
+
+        def __init__(self):
+            pass
+
+    class Owner:
+        _distribution_strategy = Several()
+
+    Several.__name__ = kind.__name__
+    with pytest.raises(ValueError, match=message):
+        strategy_of(Owner())
+
+
 def test_what_cannot_be_trained_is_an_error(tmp_path):
     found = replicas.mirrored("refused", 2, tmp_path, kinds=list(REFUSED))
     for kind, message in REFUSED.items():

@@ -1,0 +1,82 @@
+"""What a replica of a `tf.distribute` strategy sees of itself; elsewhere there is one replica."""
+
+import contextlib
+
+from keras_ngd import backend
+
+
+def several():
+    """Whether a `tf.distribute` strategy of several replicas is active."""
+    if backend.name() != "tensorflow":
+        return False
+    import tensorflow as tf
+
+    return tf.distribute.get_strategy().num_replicas_in_sync > 1
+
+
+def scope_of(model, optimizer):
+    """A context in which variables are made where a model's are.
+
+    Raises:
+        ValueError: if an optimizer was made in the scope of another `tf.distribute` strategy.
+    """
+    if backend.name() != "tensorflow":
+        return contextlib.nullcontext()
+    strategy, other = getattr(model, "_distribute_strategy", None), optimizer._distribution_strategy
+    if (other.num_replicas_in_sync > 1) if strategy is None else (other is not strategy):
+        names = ["no strategy" if strategy is None else type(strategy).__name__, type(other).__name__]
+        raise ValueError(
+            "The model and its optimizer must be made in the scope of the same strategy: write both inside of one `with "
+            f"strategy.scope():`. Received: a model of {names[0]}, an optimizer of {names[1]}"
+        )
+    return contextlib.nullcontext() if strategy is None else strategy.scope()
+
+
+def context():
+    """TensorFlow's context of the replica that is being traced or run; None outside of one, and where there is only one."""
+    if not several():
+        return None
+    import tensorflow as tf
+
+    return None if tf.distribute.in_cross_replica_context() else tf.distribute.get_replica_context()
+
+
+def count():
+    """How many replicas there are, seen from inside of one; 1 elsewhere."""
+    return 1 if (inside := context()) is None else inside.num_replicas_in_sync
+
+
+def number():
+    """Of the replica that is being traced or run; None outside of one, and where all are traced as one."""
+    if (inside := context()) is None:
+        return None
+    import tensorflow as tf
+
+    found = tf.get_static_value(inside.replica_id_in_sync_group)
+    return None if found is None else int(found)
+
+
+def identity():
+    """The same, a tensor where all are traced as one; 0 outside of one."""
+    if (inside := context()) is None:
+        return 0
+    return inside.replica_id_in_sync_group if (found := number()) is None else found
+
+
+def local(variable):
+    """This replica's component of a Keras variable that is mirrored on all; TensorFlow's."""
+    components = context().strategy.experimental_local_results(getattr(variable, "value", variable))
+    return components[0] if len(components) == 1 else components[number() % len(components)]
+
+
+def surroundings():
+    """What a trace depends on besides its arguments: two are interchangeable where this is equal."""
+    return backend.under_xla(), backend.compiled_for(), count(), number()
+
+
+def trace_of(value):
+    """An object that is the same for all uses of one variable's `value` in a trace of a step, and differs between traces."""
+    if backend.name() == "jax" or not hasattr(value, "graph"):
+        return value
+    # Replicas of a strategy are traced one after the other into the same graph.
+    return value.graph, number()
