@@ -75,8 +75,8 @@ def surroundings():
 
 
 def trace_of(value):
-    """An object that is the same for all uses of one variable's `value` in a trace of a step, and differs between traces."""
+    """An object and a number that are the same for all uses of one variable's `value` in a trace, and differ between traces."""
     if backend.name() == "jax" or not hasattr(value, "graph"):
-        return value
+        return value, None
     # Replicas of a strategy are traced one after the other into the same graph.
     return value.graph, number()
