@@ -17,7 +17,7 @@ TPU := $(VENV)/.installed-tpu
 .PHONY: help demo test lint clean distclean
 BENCHMARKS := benchmark-step-cost benchmark-update-cost benchmark-convergence benchmark-thor-convergence \
   benchmark-row-cost benchmark-row-convergence benchmark-gradient-error benchmark-communication \
-  benchmark-tpu
+  benchmark-replicas benchmark-tpu
 .PHONY: $(BENCHMARKS)
 
 help:
@@ -31,6 +31,7 @@ help:
 	@echo "make benchmark-row-convergence  what steps of SKFAC and HyLo are worth"
 	@echo "make benchmark-gradient-error   how far HyLo's rows are from the whole batch"
 	@echo "make benchmark-communication    what workers receive; needs Horovod"
+	@echo "make benchmark-replicas     whether replicas of a strategy should share out inversions"
 	@echo "make benchmark-tpu          what steps take of the chips of a TPU, compiled without one; installs libtpu, takes hours"
 	@echo "make clean                  remove caches and build outputs (distclean: $(VENV), too)"
 

@@ -6,6 +6,7 @@ import re
 from benchmarks import (
     communication,
     convergence,
+    replicas,
     results,
     row_convergence,
     row_cost,
@@ -46,6 +47,7 @@ SECTIONS = {
     "update-cost": ("update_cost", update_cost.table),
     "row-cost": ("row_cost", row_cost.table),
     "communication": ("communication", communication.table),
+    "replicas": ("replicas", replicas.table),
     "convergence": ("convergence", convergence.table),
     "thor-convergence": ("thor_convergence", thor_convergence.table),
     "row-convergence": ("row_convergence", row_convergence.table),
