@@ -79,5 +79,6 @@ class ShardedState:
 
     def refreshing(self):
         """The context in which inverses are made, by all devices or by each its part."""
-        spreads = [sharding.spread_of(v) for group in self.layout.groups for v in group.curvature.variables]
-        return sharding.dividing(spreads[0].mesh if self.shard_state else None)
+        # Under Horovod a worker may hold no inverses at all.
+        variables = [v for group in self.layout.groups for v in group.curvature.variables] if self.shard_state else []
+        return sharding.dividing(sharding.spread_of(variables[0]).mesh if variables else None)
