@@ -37,11 +37,10 @@ def measure(network, method, batch_size, rank):
     import numpy as np
 
     import keras_ngd
-    from benchmarks.networks import resnet50
-    from examples.networks import unet
+    from examples.networks import resnet50, unet
 
     shape = (64, 64, 3)
-    model = resnet50(64) if network == "resnet50" else unet(64, 3, width=64, depth=4)
+    model = resnet50(64, 10) if network == "resnet50" else unet(64, 3, width=64, depth=4)
     rng = np.random.default_rng(0)
     x = rng.normal(size=(batch_size, *shape)).astype("float32")
     y = rng.integers(0, 2, (batch_size, *model.output_shape[1:])).astype("float32")

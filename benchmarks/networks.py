@@ -1,20 +1,50 @@
-"""The networks that step costs are measured on."""
+"""The networks that costs are measured on, with the batches that they take."""
 
 import keras
+import numpy as np
+from keras import layers, ops
 
-from examples.networks import resnet18, resnet32
+from examples.networks import cnn_3c1f, resnet18, resnet32, resnet50, unet
 
 
-def resnet50(size=64, classes=10):
-    """ResNet-50 of `keras.applications`, for small images."""
-    return keras.applications.ResNet50(
-        weights=None, input_shape=(size, size, 3), classes=classes, classifier_activation=None
-    )
+def transformer(tokens=64, vocabulary=256, width=128, heads=4, depth=2, classes=10):
+    """A classifier of sequences; its projections are `Dense` layers, one for queries, keys and values."""
+    inputs = keras.Input((tokens,), dtype="int32")
+    x = layers.Embedding(vocabulary, width)(inputs) + layers.Embedding(tokens, width)(ops.arange(tokens))
+    for _ in range(depth):
+        q, k, v = ops.split(
+            layers.Reshape((tokens, 3 * heads, width // heads))(
+                layers.Dense(3 * width)(layers.LayerNormalization()(x))
+            ),
+            3,
+            axis=2,
+        )
+        attended = ops.dot_product_attention(q, k, v)
+        x = x + layers.Dense(width)(layers.Reshape((tokens, width))(attended))
+        hidden = layers.Dense(4 * width, activation="gelu")(layers.LayerNormalization()(x))
+        x = x + layers.Dense(width)(hidden)
+    pooled = layers.GlobalAveragePooling1D()(layers.LayerNormalization()(x))
+    return keras.Model(inputs, layers.Dense(classes)(pooled), name="transformer")
 
 
 NETWORKS = {
-    "resnet18": {"make": lambda: resnet18(width=16), "size": 32, "batch": 128, "split": 16},
-    "resnet32": {"make": resnet32, "size": 32, "batch": 128, "split": 16},
-    "resnet50": {"make": resnet50, "size": 64, "batch": 16, "split": 128},
-    "resnet50-224": {"make": lambda: resnet50(224, 1000), "size": 224, "batch": 64, "split": 128},
+    "3c1f": {"make": cnn_3c1f, "shape": (28, 28, 1), "batch": 64, "split": 16},
+    "resnet18": {"make": resnet18, "shape": (32, 32, 3), "batch": 32, "split": 128},
+    "resnet32": {"make": resnet32, "shape": (32, 32, 3), "batch": 128, "split": 16},
+    "resnet50": {"make": lambda: resnet50(64, 10), "shape": (64, 64, 3), "batch": 16, "split": 128},
+    "resnet50-224": {"make": lambda: resnet50(224, 1000), "shape": (224, 224, 3), "batch": 64, "split": 128},
+    "unet": {"make": unet, "shape": (64, 64, 3), "batch": 16, "split": 64},
+    "transformer": {"make": transformer, "shape": (64,), "batch": 32, "split": 64},
 }
+
+
+def batch(name):
+    """A network's inputs and targets, random, and its loss."""
+    rng, settings = np.random.default_rng(0), NETWORKS[name]
+    shape = (settings["batch"], *settings["shape"])
+    if name == "unet":
+        targets = rng.integers(0, 2, (*shape[:3], 1)).astype("float32")
+        return rng.normal(size=shape).astype("float32"), targets, keras.losses.BinaryCrossentropy(from_logits=True)
+    x = rng.integers(0, 256, shape) if name == "transformer" else rng.normal(size=shape).astype("float32")
+    loss = keras.losses.SparseCategoricalCrossentropy(from_logits=True)
+    return x, rng.integers(0, 10, settings["batch"]), loss

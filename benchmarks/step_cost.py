@@ -55,7 +55,7 @@ def measure(network, mode):
 
     settings = NETWORKS[network]
     rng = np.random.default_rng(0)
-    x = rng.normal(size=(settings["batch"], settings["size"], settings["size"], 3)).astype("float32")
+    x = rng.normal(size=(settings["batch"], *settings["shape"])).astype("float32")
     y = rng.integers(0, 10, settings["batch"])
 
     def compiled(optimizer, captured):

@@ -237,6 +237,29 @@ def arrays(name="digits", split="train", data_dir=None, scale=16.0):
     return inputs.numpy().astype("float32") / scale, labels.numpy()
 
 
+def image_batches(examples, size, batch_size, shuffled_by=None, drop_remainder=True, steps=None):
+    """Batches of `(image, label)`, images scaled to about -2 to 2.
+
+    Args:
+        examples: a `tf.data.Dataset` of images of one size.
+        size: height and width that they are brought to.
+        batch_size, drop_remainder: of the batches.
+        shuffled_by: a seed, of what is trained on: shuffled, and augmented. Default None: neither.
+        steps: how many batches at most. Default None: all.
+    """
+
+    def prepared(x, y):
+        if x.shape[:2] != (size, size):
+            x = tf.image.resize(x, (size, size))
+        return (tf.cast(x, "float32") - 127.5) / 64, y
+
+    if shuffled_by is not None:
+        examples = examples.shuffle(10_000, seed=shuffled_by)
+        examples = examples.map(lambda x, y: (augmented(x), y), tf.data.AUTOTUNE)
+    batches = examples.map(prepared, tf.data.AUTOTUNE).batch(batch_size, drop_remainder=drop_remainder)
+    return batches.take(-1 if steps is None else steps).prefetch(2)
+
+
 def augmented(image):
     """A random reflection, and a shift by up to four pixels."""
     shape = tf.shape(image)

@@ -14,7 +14,6 @@ import os
 
 import keras
 import networks
-import tensorflow as tf
 import training
 from absl import app, flags
 
@@ -57,31 +56,29 @@ def make_optimizer(steps_per_epoch):
         warmup_target=FLAGS.learning_rate * WORKERS,
         warmup_steps=round(FLAGS.warmup * steps_per_epoch),
     )
-    shared = {"learning_rate": learning_rate, "damping": FLAGS.damping, "weight_decay": 5e-4}
-    if FLAGS.method in ("kfac", "thor"):
-        method = {"kfac": keras_ngd.KFAC, "thor": keras_ngd.THOR}[FLAGS.method]
-        return method(factor_interval=FLAGS.interval, inverse_interval=FLAGS.interval, **shared)
-    shared |= {"interval": FLAGS.interval, "batch_size": FLAGS.batch_size}
-    if FLAGS.method == "hylo":
-        return keras_ngd.HyLo(steps_per_epoch=steps_per_epoch, **shared)
-    return {"skfac": keras_ngd.SKFAC, "sngd": keras_ngd.SNGD}[FLAGS.method](**shared)
+    return training.natural_gradient(
+        FLAGS.method,
+        FLAGS.interval,
+        FLAGS.batch_size,
+        steps_per_epoch,
+        learning_rate=learning_rate,
+        damping=FLAGS.damping,
+        weight_decay=5e-4,
+    )
 
 
 def load(split):
     """This worker's batches of a split, scaled to about -2 to 2."""
     examples = shard(in_turn(lambda: datasets.load(FLAGS.dataset, split, FLAGS.data_dir)))
-
-    def prepared(x, y):
-        if x.shape[:2] != (FLAGS.image_size, FLAGS.image_size):
-            x = tf.image.resize(x, (FLAGS.image_size, FLAGS.image_size))
-        return (tf.cast(x, "float32") - 127.5) / 64, y
-
-    if split == "train":
-        examples = examples.shuffle(10_000, seed=FLAGS.seed + RANK)
-        examples = examples.map(lambda x, y: (datasets.augmented(x), y), tf.data.AUTOTUNE)
-    examples = examples.map(prepared, tf.data.AUTOTUNE)
-    examples = examples.batch(FLAGS.batch_size, drop_remainder=split == "train")
-    return examples.take(-1 if FLAGS.steps is None else FLAGS.steps).prefetch(2)
+    trained_on = split == "train"
+    return datasets.image_batches(
+        examples,
+        FLAGS.image_size,
+        FLAGS.batch_size,
+        shuffled_by=FLAGS.seed + RANK if trained_on else None,
+        drop_remainder=trained_on,
+        steps=FLAGS.steps,
+    )
 
 
 def make_model(steps_per_epoch):
@@ -89,10 +86,7 @@ def make_model(steps_per_epoch):
     if FLAGS.network == "resnet32":
         model = networks.resnet32(FLAGS.image_size, FLAGS.classes, FLAGS.width)
     else:
-        shape = (FLAGS.image_size, FLAGS.image_size, 3)
-        model = keras.applications.ResNet50(
-            weights=None, input_shape=shape, classes=FLAGS.classes, classifier_activation=None
-        )
+        model = networks.resnet50(FLAGS.image_size, FLAGS.classes)
     optimizer = make_optimizer(steps_per_epoch)
     keras_ngd.capture(model, optimizer)
     loss = keras.losses.SparseCategoricalCrossentropy(from_logits=True)

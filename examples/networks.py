@@ -59,6 +59,13 @@ def resnet32(size=32, classes=10, width=16):
     return residual_network("resnet32", size, classes, [width * 2**stage for stage in range(3)], 5)
 
 
+def resnet50(size, classes):
+    """The ResNet-50 of Keras's applications, without weights, ending in logits."""
+    return keras.applications.ResNet50(
+        weights=None, input_shape=(size, size, 3), classes=classes, classifier_activation=None
+    )
+
+
 def cnn_3c1f(shape=(28, 28, 1), classes=10, width=16):
     """Three convolutional layers, each with pooling, and one fully connected layer: the 3C1F of the HyLo paper.
 

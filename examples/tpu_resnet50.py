@@ -10,6 +10,7 @@ of all replicas together.
 
 import datasets  # isort: skip  (first: it imports TensorFlow without its greetings)
 import keras
+import networks
 import tensorflow as tf
 import training
 from absl import app, flags
@@ -54,27 +55,15 @@ def make_strategy():
 def load(split):
     """Batches of a split, scaled to about -2 to 2, all of one size: TPUs compile for it."""
     examples = datasets.load(FLAGS.dataset, split, FLAGS.data_dir)
-
-    def prepared(x, y):
-        x = tf.image.resize(x, (FLAGS.image_size, FLAGS.image_size))
-        return (x - 127.5) / 64, y
-
-    if split == "train":
-        examples = examples.shuffle(10_000, seed=FLAGS.seed)
-        examples = examples.map(lambda x, y: (datasets.augmented(x), y), tf.data.AUTOTUNE)
-    batches = examples.map(prepared, tf.data.AUTOTUNE).batch(FLAGS.batch_size, drop_remainder=True)
-    return batches.take(FLAGS.steps or -1).prefetch(2)
+    seed = FLAGS.seed if split == "train" else None
+    return datasets.image_batches(examples, FLAGS.image_size, FLAGS.batch_size, seed, steps=FLAGS.steps or None)
 
 
 def make_optimizer(steps):
     """The optimizer of the flags."""
     rate = keras.optimizers.schedules.CosineDecay(FLAGS.learning_rate, steps)
     shared = {"learning_rate": rate, "damping": FLAGS.damping, "weight_decay": 5e-4}
-    if FLAGS.method in ("kfac", "thor"):
-        method = {"kfac": keras_ngd.KFAC, "thor": keras_ngd.THOR}[FLAGS.method]
-        return method(factor_interval=FLAGS.interval, inverse_interval=FLAGS.interval, **shared)
-    method = {"skfac": keras_ngd.SKFAC, "sngd": keras_ngd.SNGD}[FLAGS.method]
-    return method(interval=FLAGS.interval, batch_size=FLAGS.batch_size, **shared)
+    return training.natural_gradient(FLAGS.method, FLAGS.interval, FLAGS.batch_size, **shared)
 
 
 def main(_):
@@ -82,10 +71,7 @@ def main(_):
     strategy = make_strategy()
     train, test = load("train"), load("test")
     with strategy.scope():
-        shape = (FLAGS.image_size, FLAGS.image_size, 3)
-        model = keras.applications.ResNet50(
-            weights=None, input_shape=shape, classes=FLAGS.classes, classifier_activation=None
-        )
+        model = networks.resnet50(FLAGS.image_size, FLAGS.classes)
         optimizer = make_optimizer(FLAGS.epochs * len(train))
         keras_ngd.capture(model, optimizer)
         loss = keras.losses.SparseCategoricalCrossentropy(from_logits=True)

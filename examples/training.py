@@ -59,12 +59,30 @@ def make_optimizer(method, steps_per_epoch, losses_per_example=1):
         "damping": FLAGS[f"{method}_damping"].value,
         "losses_per_example": losses_per_example,
     }
-    if method == "kfac":
-        return keras_ngd.KFAC(factor_interval=FLAGS.interval, inverse_interval=FLAGS.interval, **shared)
-    shared = {**shared, "interval": FLAGS.interval, "batch_size": FLAGS.batch_size}
     if method == "skfac":
-        return keras_ngd.SKFAC(history=FLAGS.skfac_history, **shared)
-    return keras_ngd.HyLo(rank=FLAGS.hylo_rank, mode=FLAGS.hylo_mode, steps_per_epoch=steps_per_epoch, **shared)
+        shared["history"] = FLAGS.skfac_history
+    elif method == "hylo":
+        shared |= {"rank": FLAGS.hylo_rank, "mode": FLAGS.hylo_mode}
+    return natural_gradient(method, FLAGS.interval, FLAGS.batch_size, steps_per_epoch, **shared)
+
+
+def natural_gradient(method, interval, batch_size, steps_per_epoch=None, **arguments):
+    """The `keras_ngd` optimizer of this name, with updates of the curvature every `interval` steps.
+
+    Args:
+        method: `"kfac"`, `"thor"`, `"skfac"`, `"sngd"` or `"hylo"`.
+        interval: steps.
+        batch_size: of the methods that keep rows.
+        steps_per_epoch: of HyLo.
+        **arguments: of all.
+    """
+    if method in ("kfac", "thor"):
+        factors = {"kfac": keras_ngd.KFAC, "thor": keras_ngd.THOR}[method]
+        return factors(factor_interval=interval, inverse_interval=interval, **arguments)
+    arguments |= {"interval": interval, "batch_size": batch_size}
+    if method == "hylo":
+        return keras_ngd.HyLo(steps_per_epoch=steps_per_epoch, **arguments)
+    return {"skfac": keras_ngd.SKFAC, "sngd": keras_ngd.SNGD}[method](**arguments)
 
 
 class Clock(keras.callbacks.Callback):

@@ -5,6 +5,7 @@ Everything else in the package is written with `keras.ops`, so this is the only 
 
 import contextlib
 import contextvars
+import itertools
 import sys
 
 import keras
@@ -72,6 +73,17 @@ def triangular_inverse(lower):
 
     # On the CPU JAX calls LAPACK for one matrix but has XLA write out a batch's solution, which takes minutes to compile.
     return inverse(lower) if lower.ndim == 2 else jax.lax.map(inverse, lower)
+
+
+def parts(stacked, counts):
+    """A tensor's parts, so many long, as a list. (`keras.ops.split` computes its places in the graph on TensorFlow.)"""
+    if len(counts) == 1:
+        return [stacked]
+    if name() == "tensorflow":
+        import tensorflow as tf
+
+        return tf.split(stacked, counts)
+    return ops.split(stacked, list(itertools.accumulate(counts))[:-1])
 
 
 def filter_gradient(inputs, upstream, kernel_size):

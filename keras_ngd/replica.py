@@ -64,9 +64,11 @@ def identity():
 
 
 def local(variable):
-    """This replica's component of a Keras variable that is mirrored on all; TensorFlow's."""
+    """This replica's component of a variable that is mirrored on all, TensorFlow's; the variable where none has a number."""
+    if (found := number()) is None:
+        return variable
     components = context().strategy.experimental_local_results(getattr(variable, "value", variable))
-    return components[0] if len(components) == 1 else components[number() % len(components)]
+    return components[found % len(components)]
 
 
 def surroundings():

@@ -157,8 +157,11 @@ class CurvatureMonitor(keras.callbacks.Callback):
         result = {}
         for group in optimizer.held.groups:
             parts = [sharding.to_numpy(variable) for variable in group.curvature.variables]
-            for block, part in group.slices():
-                result[block.layer] = max(_condition(p[part].reshape(-1, *p.shape[2:])) for p in parts)
+            start = 0
+            for block in group.blocks:
+                own = [p[start : start + block.rows.groups] for p in parts]
+                result[block.layer] = max(_condition(p.reshape(-1, *p.shape[2:])) for p in own)
+                start += block.rows.groups
         return result
 
     @staticmethod

@@ -4,6 +4,7 @@ from keras import ops
 
 from keras_ngd import backend
 from keras_ngd.linalg import kernel
+from keras_ngd.linalg.together import together
 
 
 class KernelCurvature:
@@ -55,7 +56,7 @@ class KernelCurvature:
 
 
 def refresh_together(curvatures, inputs, damping):
-    """New states of several curvatures of the same number of rows, all kernel matrices inverted in one batch.
+    """New states of several curvatures all kernel matrices of one size inverted in one batch.
 
     Args:
         curvatures: list of `KernelCurvature`.
@@ -65,18 +66,14 @@ def refresh_together(curvatures, inputs, damping):
     Returns:
         For each its new state.
     """
-    matrices = ops.concatenate([kernel.kernel_matrix(a, g) for a, g, *_ in inputs])
-    if len(inputs[0]) > 2:
-        weights, dampings = (ops.concatenate(list(t)) for t in zip(*(rest for _, _, *rest in inputs), strict=True))
-        core = kernel.interpolated_core(matrices, weights, dampings)
-    else:
-        dampings = ops.cast(damping, matrices.dtype) * ops.ones_like(matrices[:, 0, 0])
-        core = kernel.damped_core(matrices, dampings)
-    failed = ops.all(core == 0, axis=(1, 2))
-    dampings = ops.where(failed, ops.ones_like(dampings), dampings)
-    new, start = [], 0
-    for curvature in curvatures:
-        part = slice(start, start + curvature.count)
-        new.append([core[part], dampings[part]])
-        start += curvature.count
-    return new
+
+    def cores(matrices, *weighted):
+        if weighted:
+            core, dampings = kernel.interpolated_core(matrices, *weighted), weighted[1]
+        else:
+            dampings = ops.cast(damping, matrices.dtype) * ops.ones_like(matrices[:, 0, 0])
+            core = kernel.damped_core(matrices, dampings)
+        failed = ops.all(core == 0, axis=(1, 2))
+        return [core, ops.where(failed, ops.ones_like(dampings), dampings)]
+
+    return together(cores, [[kernel.kernel_matrix(a, g), *weighted] for a, g, *weighted in inputs])

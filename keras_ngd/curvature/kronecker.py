@@ -4,6 +4,7 @@ from keras import ops
 
 from keras_ngd import backend, sharding
 from keras_ngd.linalg import inverse
+from keras_ngd.linalg.together import together
 
 INVERSES = ("auto", "cholesky", "newton-schulz", "eigen")
 DAMPING_MODES = ("pi", "sqrt", "factor", "exact")
@@ -129,14 +130,7 @@ class KroneckerCurvature:
 
     def refresh(self, a, g, damping, state):
         """New state from the factors `a` and `g`, `[k, d, d]`, and the state in use."""
-        if self.inverse_method == "eigen":
-            return [*sharding.divided(_decomposed, state[:2], a), *sharding.divided(_decomposed, state[2:], g)]
-        method = inversion_method(self.inverse_method)
-        damping_a, damping_g = factor_dampings(mean_eigenvalues(a), mean_eigenvalues(g), damping, self.damping_mode)
-        return [
-            inverse.damped_inverse(a, damping_a, state[0], method),
-            inverse.damped_inverse(g, damping_g, state[1], method),
-        ]
+        return refresh_together([self], [(a, g)], damping, [state])[0]
 
     def precondition(self, v, damping, state):
         """`P` of the gradients `v`, `[k, input_dim, output_dim]`."""
@@ -156,3 +150,33 @@ class KroneckerCurvature:
             scale = (values_a + damping_a[:, None])[:, :, None] * (values_g + damping_g[:, None])[:, None, :]
         rotated = backend.matmul(backend.matmul(vectors_a, v, transpose_a=True), vectors_g) / scale
         return backend.matmul(backend.matmul(vectors_a, rotated), vectors_g, transpose_b=True)
+
+
+def refresh_together(curvatures, factors, damping, states):
+    """New states of several curvatures: all matrices of one size, of all layers and both factors, in one batch.
+
+    Args:
+        curvatures: list of `KroneckerCurvature`, all of one inverse method.
+        factors: for each, its `A` and `G`, `[k, d, d]`.
+        damping: scalar.
+        states: for each, its state.
+
+    Returns:
+        For each its new state; where a factor cannot be inverted, the old one.
+    """
+    if not curvatures:
+        return []
+    if curvatures[0].inverse_method == "eigen":
+        sides = [
+            [factor, *old]
+            for two, s in zip(factors, states, strict=True)
+            for factor, old in zip(two, (s[:2], s[2:]), strict=True)
+        ]
+        found = iter(together(lambda factors, *old: sharding.divided(_decomposed, list(old), factors), sides))
+        return [[*next(found), *next(found)] for _ in curvatures]
+    method, sides = inversion_method(curvatures[0].inverse_method), []
+    for curvature, (a, g), state in zip(curvatures, factors, states, strict=True):
+        dampings = factor_dampings(mean_eigenvalues(a), mean_eigenvalues(g), damping, curvature.damping_mode)
+        sides += [list(side) for side in zip((a, g), dampings, state, strict=True)]
+    found = iter(together(lambda *side: [inverse.damped_inverse(*side, method)], sides))
+    return [[*next(found), *next(found)] for _ in curvatures]

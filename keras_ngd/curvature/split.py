@@ -5,6 +5,7 @@ from keras import ops
 from keras_ngd import backend
 from keras_ngd.curvature.kronecker import factor_dampings, identities, inversion_method
 from keras_ngd.linalg import diagonal, inverse
+from keras_ngd.linalg.together import together
 
 
 class SplitCurvature:
@@ -89,26 +90,18 @@ def refresh_together(curvatures, factors, damping, states, chosen):
     Returns:
         For each its new state; where not chosen, or where a block cannot be inverted, the old one.
     """
-    work = {}
-    for i, (curvature, blocks, state) in enumerate(zip(curvatures, factors, states, strict=True)):
+    if not curvatures:
+        return []
+    method, work = inversion_method(curvatures[0].inverse_method), []
+    for curvature, blocks, state, renewed in zip(curvatures, factors, states, chosen, strict=True):
         of_sides = [
             d for d, side in zip(curvature.dampings(blocks, damping), curvature.sides, strict=True) for _ in side
         ]
-        for j, (count, size) in enumerate(curvature.parts):
-            flat = (
-                ops.reshape(blocks[j], (-1, size, size)),
-                ops.repeat(of_sides[j], count),
-                ops.reshape(state[j], (-1, size, size)),
-                ops.repeat(chosen[i], count),
-            )
-            work.setdefault((size, curvature.dtype), []).append((i, j, flat))
-    new = [list(state) for state in states]
-    method = inversion_method(curvatures[0].inverse_method)
-    for (size, _), entries in work.items():
-        stacked = [ops.concatenate(tensors) for tensors in zip(*(flat for *_, flat in entries), strict=True)]
-        inverses, start = inverse.damped_inverse_of(*stacked, method), 0
-        for i, j, flat in entries:
-            stop = start + flat[0].shape[0]
-            new[i][j] = ops.reshape(inverses[start:stop], (-1, curvatures[i].parts[j][0], size, size))
-            start = stop
-    return new
+        for (count, size), block, side_damping, old in zip(curvature.parts, blocks, of_sides, state, strict=True):
+            matrices = [ops.reshape(t, (-1, size, size)) for t in (block, old)]
+            work.append([matrices[0], ops.repeat(side_damping, count), matrices[1], ops.repeat(renewed, count)])
+    found = iter(together(lambda *parts: [inverse.damped_inverse_of(*parts, method)], work))
+    return [
+        [ops.reshape(next(found)[0], (-1, count, size, size)) for count, size in curvature.parts]
+        for curvature in curvatures
+    ]

@@ -5,6 +5,7 @@ from keras import ops
 from keras_ngd import backend
 from keras_ngd.curvature.kronecker import factor_dampings, identities
 from keras_ngd.linalg import inverse
+from keras_ngd.linalg.together import together
 
 
 class WoodburyCurvature:
@@ -81,24 +82,23 @@ def refresh_together(curvatures, inputs, damping):
     Returns:
         For each its new state.
     """
-    work = {}
-    for i, (curvature, given) in enumerate(zip(curvatures, inputs, strict=True)):
-        for j, (side, of_side) in enumerate(zip(given, curvature.dampings(given, damping), strict=True)):
-            rows, size = curvature.sides[j]
+    work, sides = [], [side for curvature in curvatures for side in curvature.sides]
+    for curvature, given in zip(curvatures, inputs, strict=True):
+        for side, of_side, (rows, size) in zip(given, curvature.dampings(given, damping), curvature.sides, strict=True):
             matrix = side if rows == size else backend.matmul(side, side, transpose_b=True)
-            work.setdefault((rows, curvature.dtype), []).append((i, 2 * j, matrix, of_side, rows == size))
-    new = [[None] * 4 for _ in curvatures]
-    for (rows, dtype), entries in work.items():
-        matrices, dampings = (ops.concatenate([entry[n] for entry in entries]) for n in (2, 3))
-        # Nothing to fall back on: the rows of the last inverse are gone. Then a factor counts as the identity.
-        inverses, start = inverse.damped_inverse(matrices, dampings), 0
-        failed = ops.all(inverses == 0, axis=(1, 2))
-        for i, j, matrix, of_side, whole in entries:
-            part = slice(start, start + matrix.shape[0])
-            fails = failed[part]
-            found = inverses[part]
-            if whole:
-                found = ops.where(ops.reshape(fails, (-1, 1, 1)), ops.eye(rows, dtype=dtype), found)
-            new[i][j], new[i][j + 1] = found, ops.where(fails, ops.ones_like(of_side), of_side)
-            start += matrix.shape[0]
-    return new
+            work.append([matrix, of_side])
+    found = []
+    for (rows, size), (inverses, dampings, failed) in zip(sides, together(_inverses, work), strict=True):
+        if rows == size:
+            eye = ops.eye(rows, dtype=backend.dtype_name(inverses))
+            inverses = ops.where(ops.reshape(failed, (-1, 1, 1)), eye, inverses)
+        found += [inverses, dampings]
+    return [found[i : i + 4] for i in range(0, len(found), 4)]
+
+
+def _inverses(matrices, dampings):
+    """Damped inverses, what they are divided by, and where they failed."""
+    # Nothing to fall back on: the rows of the last inverse are gone. Then a factor counts as the identity.
+    inverses = inverse.damped_inverse(matrices, dampings)
+    failed = ops.all(inverses == 0, axis=(1, 2))
+    return [inverses, ops.where(failed, ops.ones_like(dampings), dampings), failed]

@@ -14,13 +14,15 @@ class Communicator:
         size: number of workers.
         rank: which of them this is, from 0.
         local_rank: the same, among the workers of its machine.
-        loss_scale: what the trainer multiplies each worker's loss with.
-        batch_share: what a worker is given of the batches that the user speaks of.
         together: whether workers are one program, whose variables are the same from the start.
     """
 
-    size, rank, local_rank = 1, 0, 0
-    loss_scale, batch_share, together = 1.0, 1.0, False
+    size, rank, local_rank, together = 1, 0, 0, False
+
+    @property
+    def batch_share(self):
+        """What one worker is given of the batches that the user speaks of; Keras multiplies its loss with the same number."""
+        return 1 / self.size if self.together else 1.0
 
     def all_reduce(self, tensors, stage, name):
         """Sums over all workers, on all workers; received are `2 (P - 1) / P` times the tensors' size (in a ring)."""
@@ -91,23 +93,23 @@ def check(communicator):
         )
 
 
-def resolve(communicator, owner=None):
+def resolve(communicator, optimizer=None):
     """The communicator that an optimizer's argument stands for.
 
     Args:
         communicator: `"auto"`: the replicas of a `tf.distribute` strategy, or Horovod where it is initialised with more than
             one process, or none; `"horovod"`; `"local"`; or a `Communicator`.
-        owner: optimizer or model that may have been made in the scope of a strategy.
+        optimizer: one that may have been made in the scope of a strategy.
 
     Raises:
         ValueError: for anything else, where Horovod is asked for but is not installed, not initialised or of no use to
             the running backend, and where there is a strategy but it cannot be used or something else is asked for.
     """
     check(communicator)
-    if owner is not None and backend.name() == "tensorflow":
+    if optimizer is not None and backend.name() == "tensorflow":
         from keras_ngd.distributed import replicas
 
-        strategy = replicas.strategy_of(owner)
+        strategy = replicas.strategy_of(optimizer)
         if strategy is not None and communicator != "auto":
             raise ValueError(
                 f"Under {type(strategy).__name__} replicas talk to each other by themselves: leave `communicator` at 'auto'. "

@@ -2,6 +2,7 @@
 
 import tensorflow as tf
 
+from keras_ngd.distributed.by_dtype import summed
 from keras_ngd.distributed.communicator import Communicator
 
 WIRE_DTYPES = (None, "float16", "bfloat16")
@@ -54,25 +55,19 @@ class Horovod(Communicator):
         self._received, self._turn = {}, None
 
     def all_reduce(self, tensors, stage, name):
-        tensors = [tf.convert_to_tensor(t) for t in tensors]
-        sums, by_dtype, totals = {}, {}, []
-        for i, tensor in enumerate(tensors):
-            # Horovod adds no bfloat16.
-            sent = tf.cast(tensor, tf.float32) if tensor.dtype == tf.bfloat16 else tensor
-            by_dtype.setdefault(sent.dtype, []).append((i, sent))
-        for dtype, entries in by_dtype.items():
-            reduced = self._horovod.grouped_allreduce(
-                [sent for _, sent in entries],
-                op=self._horovod.Sum,
-                name=f"{name}_{dtype.name}",
-                ignore_name_scope=True,
+        sizes, totals = [], []
+
+        def reduced(sent, dtype):
+            sizes.extend(map(_bytes, sent))
+            found = self._horovod.grouped_allreduce(
+                sent, op=self._horovod.Sum, name=f"{name}_{dtype}", ignore_name_scope=True
             )
-            totals += reduced
-            for (i, sent), total in zip(entries, reduced, strict=True):
-                sums[i] = tf.cast(tf.ensure_shape(total, sent.shape), tensors[i].dtype)
-        size = sum(_bytes(sent) for entries in by_dtype.values() for _, sent in entries)
-        self._count(stage, 2 * (self.size - 1) * size // self.size, totals)
-        return [sums[i] for i in range(len(tensors))]
+            totals.extend(found)
+            return found
+
+        sums = summed(tensors, reduced)
+        self._count(stage, 2 * (self.size - 1) * sum(sizes) // self.size, totals)
+        return sums
 
     def all_gather(self, tensors, stage, name):
         gathered = []

@@ -6,19 +6,21 @@ import zlib
 import tensorflow as tf
 
 from keras_ngd import replica
+from keras_ngd.distributed.by_dtype import summed
 from keras_ngd.distributed.communicator import Communicator
 from keras_ngd.distributed.multi_worker import MultiWorkerMirroredStrategy
 
+# Those whose replicas step together.
+SERVED = (tf.distribute.MirroredStrategy, tf.distribute.MultiWorkerMirroredStrategy, tf.distribute.TPUStrategy)
 
-def strategy_of(owner):
-    """The strategy of several replicas in whose scope an optimizer or a model was made, or None.
+
+def strategy_of(optimizer):
+    """The strategy of several replicas in whose scope an optimizer was made, or None.
 
     Raises:
         ValueError: for a strategy whose replicas do not step together.
     """
-    strategy = getattr(owner, "_distribution_strategy", None) or getattr(owner, "_distribute_strategy", None)
-    if strategy is None or isinstance(strategy, tf.distribute.OneDeviceStrategy):
-        return None
+    strategy = optimizer._distribution_strategy
     if isinstance(
         strategy, (tf.distribute.experimental.ParameterServerStrategy, tf.distribute.ParameterServerStrategy)
     ):
@@ -28,14 +30,12 @@ def strategy_of(owner):
         )
     if strategy.num_replicas_in_sync == 1:
         return None
-    if isinstance(strategy, (tf.distribute.MirroredStrategy, tf.distribute.MultiWorkerMirroredStrategy)):
-        return strategy
-    if isinstance(strategy, tf.distribute.TPUStrategy):
-        return strategy
-    raise ValueError(
-        "keras_ngd trains under MirroredStrategy, MultiWorkerMirroredStrategy and TPUStrategy. Received: "
-        f"{type(strategy).__name__}"
-    )
+    if not isinstance(strategy, SERVED):
+        raise ValueError(
+            "keras_ngd trains under MirroredStrategy, MultiWorkerMirroredStrategy and TPUStrategy. Received: "
+            f"{type(strategy).__name__}"
+        )
+    return strategy
 
 
 def make(strategy):
@@ -57,8 +57,6 @@ class Replicas(Communicator):
     `all_reduce` may not, and a step without an update then exchanges gradients alone.
 
     Attributes:
-        loss_scale: what Keras multiplies each replica's loss with, `1 / size`.
-        batch_share: of a batch, what one replica is given, `1 / size`.
         together: True: their variables are the same from the start, made by one program.
     """
 
@@ -66,7 +64,6 @@ class Replicas(Communicator):
 
     def __init__(self, strategy):
         self.strategy, self.size = strategy, strategy.num_replicas_in_sync
-        self.loss_scale = self.batch_share = 1.0 / self.size
         # All processes name the group alike, and know their own devices only.
         devices = strategy.extended.worker_devices
         self._group = _key(f"keras_ngd {self.size} {devices if len(devices) == self.size else ''}")
@@ -86,18 +83,13 @@ class Replicas(Communicator):
         return {"group_size": self.size, "group_key": self._group, "instance_key": key}
 
     def all_reduce(self, tensors, stage, name):
-        tensors = [tf.convert_to_tensor(t) for t in tensors]
-        sums, by_dtype = {}, {}
-        for i, tensor in enumerate(tensors):
-            sent = tf.cast(tensor, tf.float32) if tensor.dtype == tf.bfloat16 else tensor
-            by_dtype.setdefault(sent.dtype, []).append((i, sent))
-        for dtype, entries in by_dtype.items():
+        def reduced(sent, dtype):
             # As one vector: there are many small ones.
-            flat = self._sum(tf.concat([tf.reshape(t, [-1]) for _, t in entries], axis=0), f"{name} {dtype.name}")
-            parts = tf.split(flat, [t.shape.num_elements() for _, t in entries])
-            for (i, sent), part in zip(entries, parts, strict=True):
-                sums[i] = tf.cast(tf.reshape(part, sent.shape), tensors[i].dtype)
-        return [sums[i] for i in range(len(tensors))]
+            flat = self._sum(tf.concat([tf.reshape(t, [-1]) for t in sent], axis=0), f"{name} {dtype}")
+            parts = tf.split(flat, [t.shape.num_elements() for t in sent])
+            return [tf.reshape(part, t.shape) for part, t in zip(parts, sent, strict=True)]
+
+        return summed(tensors, reduced)
 
     def _sum(self, vector, name):
         return tf.raw_ops.CollectiveReduce(

@@ -4,6 +4,8 @@ import math
 
 from keras import ops
 
+from keras_ngd.linalg.together import together
+
 
 def packed_size(dimension):
     """How many numbers a packed symmetric matrix has: `d (d + 1) / 2`."""
@@ -50,3 +52,39 @@ def unpack(packed, dimension):
 def _from_bottom(half, dimension):
     """Which numbers of the folded rows are of the lower rows of the matrix."""
     return ops.arange(dimension + 1)[None, :] <= ops.arange(half)[:, None]
+
+
+def _is_stack(tensor):
+    return len(tensor.shape) > 2 and tensor.shape[-1] == tensor.shape[-2]
+
+
+def packed(tensors):
+    """A list of tensors, its stacks of symmetric matrices `[..., d, d]` packed."""
+    stacks = [i for i, t in enumerate(tensors) if _is_stack(t)]
+    matrices = [[ops.reshape(tensors[i], (-1, *tensors[i].shape[-2:]))] for i in stacks]
+    return _replaced(tensors, stacks, together(lambda t: [pack(t)], matrices))
+
+
+def packed_shape(tensor):
+    """The shape of a tensor as `packed` returns it."""
+    shape = tuple(tensor.shape)
+    return (math.prod(shape[:-2]), packed_size(shape[-1])) if _is_stack(tensor) else shape
+
+
+def unpacked(tensors, like):
+    """What `packed` was given, from what it returned; `like` has the tensors' shapes."""
+    stacks = [i for i, t in enumerate(like) if _is_stack(t)]
+    found = together(lambda t: [unpack(t, _dimension(t.shape[-1]))], [[tensors[i]] for i in stacks])
+    return _replaced(tensors, stacks, [[ops.reshape(t, like[i].shape)] for i, [t] in zip(stacks, found, strict=True)])
+
+
+def _dimension(size):
+    """Of the matrices that have so many numbers when packed."""
+    return (math.isqrt(8 * size + 1) - 1) // 2
+
+
+def _replaced(tensors, indices, found):
+    tensors = list(tensors)
+    for i, [tensor] in zip(indices, found, strict=True):
+        tensors[i] = tensor
+    return tensors

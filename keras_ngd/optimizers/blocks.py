@@ -4,6 +4,8 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
 
+from keras_ngd import backend
+
 
 @dataclass(frozen=True, eq=False)
 class Block:
@@ -40,12 +42,9 @@ class Group:
     def count(self):
         return sum(block.rows.groups for block in self.blocks)
 
-    def slices(self):
-        """Yields every block with its slice of what the curvature stacks."""
-        start = 0
-        for block in self.blocks:
-            yield block, slice(start, start + block.rows.groups)
-            start += block.rows.groups
+    def parts(self, stacked):
+        """Pairs of every block and its part of what the curvature stacks."""
+        return zip(self.blocks, backend.parts(stacked, [block.rows.groups for block in self.blocks]), strict=True)
 
 
 def find_blocks(variables, key):

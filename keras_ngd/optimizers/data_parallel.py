@@ -3,8 +3,6 @@
 import functools
 import weakref
 
-from keras import ops
-
 from keras_ngd import backend, distributed, replica
 from keras_ngd.optimizers.blocks import Group, find_blocks
 from keras_ngd.optimizers.workers import Workers
@@ -110,6 +108,7 @@ class DataParallel:
                 part=lambda blocks: layout.part(blocks, self.make_curvature),
                 fraction=self.gradient_worker_fraction,
                 scatter=self.reduce_scatter,
+                one_clock=self.one_clock,
             )
 
         return workers
@@ -184,20 +183,13 @@ class DataParallel:
         """The part of the layout whose inverses this worker holds."""
         return self.layout if self._workers is None else self._workers.held
 
+    # A strategy would compare or reduce what replicas assign: they agree already, or have what is each one's own.
+
     def assign(self, variable, value):
-        if replica.number() is None:
-            super().assign(variable, value)
-        else:
-            # A strategy would compare or reduce what replicas assign: they agree already, or have what is each one's own.
-            local = replica.local(variable)
-            local.assign(ops.cast(value, local.dtype))
+        super().assign(replica.local(variable), value)
 
     def assign_add(self, variable, value):
-        if replica.number() is None:
-            super().assign_add(variable, value)
-        else:
-            local = replica.local(variable)
-            local.assign_add(ops.cast(value, local.dtype))
+        super().assign_add(replica.local(variable), value)
 
     def _overwrite_variables_directly_with_gradients(self, grads, variables):
         if replica.context() is None:

@@ -38,8 +38,8 @@ class NaturalGradient(Checks, Counters, DataParallel, ShardedState, StrictState,
     a batch whose gradients are not finite counts as a zero gradient. Both are counted: `skipped_statistics`,
     `skipped_steps`.
 
-    Methods override `make_statistics`, `make_curvature` and `curvature_input`; those whose layers do not all follow one
-    clock also `build_curvature`, `decide`, `refresh` and `gates`.
+    Methods override `make_statistics`, `make_curvature`, `curvature_input` and `refresh`; those whose layers do not all follow
+    one clock also `one_clock`, `build_curvature`, `decide` and `gates`.
 
     Args:
         learning_rate: float, `LearningRateSchedule` or callable, as for every Keras optimizer.
@@ -64,6 +64,9 @@ class NaturalGradient(Checks, Counters, DataParallel, ShardedState, StrictState,
             `clipvalue`, `global_clipnorm` (these clip the preconditioned gradient), `use_ema`, `ema_momentum`,
             `ema_overwrite_frequency`, `loss_scale_factor`, `name`.
     """
+
+    # Whether all layers record in the same steps.
+    one_clock = True
 
     def __init__(
         self,
@@ -329,10 +332,7 @@ class NaturalGradient(Checks, Counters, DataParallel, ShardedState, StrictState,
             states: for each of its groups the curvature's state.
             update: as `decide` returns it.
         """
-        return [
-            group.curvature.refresh(*stacked(group, inputs), damping, state)
-            for group, state in zip(layout.groups, states, strict=True)
-        ]
+        raise NotImplementedError
 
     def curvature_input(self, statistics, averages, calls):
         """A block's averages as its curvature takes them: summed over the layer's calls, without the loss scale."""
@@ -364,7 +364,7 @@ class NaturalGradient(Checks, Counters, DataParallel, ShardedState, StrictState,
             v = self.everywhere(group, parts[0] if len(parts) == 1 else ops.concatenate(parts))
             p = self.everywhere(group, group.curvature.precondition(v, damping, self.state_of(group, inputs)))
             lengths.append(ops.cast(ops.sum(p * v), "float32"))
-            found |= {block: p[part] for block, part in group.slices()}
+            found |= dict(group.parts(p))
         if self.held is not self.layout:
             found, length = self._workers.preconditioned(found, sum(lengths, ops.zeros(())))
             lengths = [length]

@@ -66,6 +66,8 @@ class THOR(KFAC):
         - [Chen et al., 2021](https://ojs.aaai.org/index.php/AAAI/article/view/16867)
     """
 
+    one_clock = False
+
     def __init__(
         self,
         learning_rate=0.05,
@@ -198,8 +200,8 @@ class THOR(KFAC):
             trace = trace_a * trace_g
             if self.trace_damping == "full":
                 trace = trace + ops.cast(damping, trace.dtype) * group.blocks[0].shape[0] * group.blocks[0].shape[1]
-            for block, part in group.slices():
-                found[block] = ops.cast(ops.sum(trace[part]), "float32")
+            for block, part in group.parts(trace):
+                found[block] = ops.cast(ops.sum(part), "float32")
         return ops.stack([found[block] for block in self.layout.blocks])
 
     def gates(self, gate):

@@ -7,33 +7,17 @@ from keras import ops
 
 from keras_ngd import backend
 from keras_ngd.distributed import gradient_workers, holders_of, place, row_of
-from keras_ngd.linalg.packing import pack, unpack
-
-
-def _is_matrix(tensor):
-    return len(tensor.shape) > 2 and tensor.shape[-1] == tensor.shape[-2]
-
-
-def packed(tensors):
-    """Symmetric matrices by one triangle each; other tensors as they are."""
-    return [pack(t) if _is_matrix(t) else t for t in tensors]
-
-
-def unpacked(tensors, like):
-    """What `packed` was given, from what it returned; `like` has the tensors' shapes."""
-    return [
-        ops.reshape(unpack(t, old.shape[-1]), old.shape) if _is_matrix(old) else t
-        for t, old in zip(tensors, like, strict=True)
-    ]
+from keras_ngd.linalg.packing import packed, packed_shape, unpacked
 
 
 def by_block(layout, states):
     """The parts of its groups' states that are each block's."""
-    return {
-        block: [value[part] for value in state]
-        for group, state in zip(layout.groups, states, strict=True)
-        for block, part in group.slices()
-    }
+    found = {block: [] for block in layout.blocks}
+    for group, state in zip(layout.groups, states, strict=True):
+        for value in state:
+            for block, part in group.parts(value):
+                found[block].append(part)
+    return found
 
 
 def by_group(layout, states):
@@ -42,6 +26,17 @@ def by_group(layout, states):
         [ops.concatenate(values) for values in zip(*(states[block] for block in group.blocks), strict=True)]
         for group in layout.groups
     ]
+
+
+def _flat(tensors, blocks):
+    """The tensors of these blocks as one list."""
+    return [t for block in blocks for t in tensors[block]]
+
+
+def _unflat(flat, like, blocks):
+    """By block, from one list; each has as many as in `like`."""
+    rest = iter(flat)
+    return {block: [next(rest) for _ in like[block]] for block in blocks}
 
 
 class Workers:
@@ -71,10 +66,12 @@ class Workers:
         part: function of a list of blocks: the `Layout` of these alone.
         fraction: share of the workers that hold each layer's inverses.
         scatter: whether statistics and gradients go to owners alone.
+        one_clock: whether all layers record statistics in the same steps.
     """
 
-    def __init__(self, communicator, rank, layout, cost, part, fraction, scatter=False):
-        self.communicator, self.rank, self.layout, self.scatter = communicator, rank, layout, scatter
+    def __init__(self, communicator, rank, layout, cost, part, fraction, scatter=False, one_clock=True):
+        self.communicator, self.rank, self.layout = communicator, rank, layout
+        self.scatter, self.one_clock = scatter, one_clock
         self.holding = gradient_workers(fraction, communicator.size)
         owners = place([cost(block) for block in layout.blocks], communicator.size)
         self.owners = dict(zip(layout.blocks, owners, strict=True))
@@ -111,9 +108,9 @@ class Workers:
             The means (where others alone need them, this worker's gradients), this worker's share of all examples, and
             `refused` of any worker.
         """
-        # Means over no examples are not numbers.
-        weight = examples / self.communicator.loss_scale
+        weight = examples / self.communicator.batch_share
         dense = [i for i, g in enumerate(gradients) if not backend.is_sparse(g)]
+        # Means over no examples are not numbers.
         products = backend.zero_unless(
             examples > 0, lambda: [gradients[i] * ops.cast(weight, gradients[i].dtype) for i in dense]
         )
@@ -154,21 +151,36 @@ class Workers:
         """
         if self.scatter:
             return self._scattered_statistics(emitted, share, refused)
-        averages = {}
-        for i, block in enumerate(self.layout.blocks):
-            averages[block] = ops.cond(
-                block.statistics.gate > 0,
-                lambda i=i, block=block: self._mean(i, block, emitted[block], share, refused[i]),
-                lambda block=block: list(emitted[block]),
-            )
-        return averages
-
-    def _mean(self, i, block, emitted, share, refused):
-        old = [ops.convert_to_tensor(v) for v in block.statistics.averages]
-        sums = self.communicator.all_reduce(
-            packed([t * ops.cast(share, t.dtype) for t in emitted]), "statistics", f"keras_ngd_statistics_{i}"
+        blocks = self.layout.blocks
+        opened = ops.stack([block.statistics.gate > 0 for block in blocks])
+        means = ops.cond(
+            ops.any(opened),
+            lambda: self._means(opened, emitted, share, refused),
+            lambda: _flat(emitted, blocks),
         )
-        return [ops.where(refused, o, t) for o, t in zip(old, unpacked(sums, old), strict=True)]
+        return _unflat(means, emitted, blocks)
+
+    def _means(self, opened, emitted, share, refused):
+        """The averages of all blocks, where some gate was open."""
+        blocks = self.layout.blocks
+        sent = packed([t * ops.cast(share, t.dtype) for t in _flat(emitted, blocks)])
+        if self.one_clock:
+            sums = self.communicator.all_reduce(sent, "statistics", "keras_ngd_statistics")
+        else:
+            sums, each = [], _unflat(sent, emitted, blocks)
+            for i, block in enumerate(blocks):
+
+                def reduced(i=i, block=block):
+                    return self.communicator.all_reduce(each[block], "statistics", f"keras_ngd_statistics_{i}")
+
+                sums += ops.cond(opened[i], reduced, functools.partial(list, each[block]))
+        refused = ops.unstack(refused)
+        means, chosen = _unflat(unpacked(sums, _flat(emitted, blocks)), emitted, blocks), []
+        for i, block in enumerate(blocks):
+            for variable, mean, unsent in zip(block.statistics.averages, means[block], emitted[block], strict=True):
+                mean = ops.where(refused[i], ops.convert_to_tensor(variable), mean)
+                chosen.append(mean if self.one_clock else ops.where(opened[i], mean, unsent))
+        return chosen
 
     def _scattered_statistics(self, emitted, share, refused):
         """Averages of the own blocks, if the gates, which all open together, were open."""
@@ -180,26 +192,23 @@ class Workers:
             return average * ops.cast(1 - ops.minimum(block.statistics.gate, 1.0), average.dtype)
 
         def opened():
-            sent, owners = [], []
-            for block in blocks:
-                # Without what this worker's average contributed: it is out of date on all but the owner.
-                fresh = [t - kept(block, old) for t, old in zip(emitted[block], averages[block], strict=True)]
-                tensors = packed([t * ops.cast(share, t.dtype) for t in fresh])
-                sent += tensors
-                owners += [self.owners[block]] * len(tensors)
+            # Without what this worker's averages contributed: they are out of date on all but the owners.
+            fresh = [t - kept(b, old) for b in blocks for t, old in zip(emitted[b], averages[b], strict=True)]
+            sent = packed([t * ops.cast(share, t.dtype) for t in fresh])
+            owners = [self.owners[block] for block in blocks for _ in averages[block]]
             sums = self.communicator.reduce_scatter(sent, owners, "statistics", "keras_ngd_statistics")
-            mine, new = iter([t for t in sums if t is not None]), []
-            for i, block in enumerate(blocks):
-                if block in own:
-                    fresh = unpacked([next(mine) for _ in averages[block]], averages[block])
-                    merged = [f + kept(block, old) for f, old in zip(fresh, averages[block], strict=True)]
-                    new += [ops.where(refused[i], o, t) for o, t in zip(averages[block], merged, strict=True)]
+            mine = _unflat(unpacked([t for t in sums if t is not None], _flat(averages, own)), averages, own)
+            new = []
+            for block in own:
+                merged = [f + kept(block, old) for f, old in zip(mine[block], averages[block], strict=True)]
+                i = blocks.index(block)
+                new += [ops.where(refused[i], o, t) for o, t in zip(averages[block], merged, strict=True)]
             # Never nothing: a worker may own no layer.
             return [*new, ops.zeros(())]
 
         due = ops.any(ops.stack([block.statistics.gate > 0 for block in blocks]))
-        new = iter(ops.cond(due, opened, lambda: [*(t for b in own for t in averages[b]), ops.zeros(())]))
-        return averages | {block: [next(new) for _ in averages[block]] for block in own}
+        *new, _ = ops.cond(due, opened, lambda: [*_flat(averages, own), ops.zeros(())])
+        return averages | _unflat(new, averages, own)
 
     def gather_statistics(self):
         """Gives all workers the averages of all layers, at once: where they are scattered, only owners have them."""
@@ -236,17 +245,26 @@ class Workers:
 
     def _broadcast(self, old, mine, update):
         """States of all blocks, of those that are renewed as their owners have them."""
-        new = {}
-        for i, block in enumerate(self.layout.blocks):
+        blocks, sent, received = self.layout.blocks, self._packed(mine), {}
+        for i, block in enumerate(blocks):
+            # Others' are only places for what comes. Not constants: TensorFlow would run what takes these while it compiles.
+            places = sent.get(block) or [
+                ops.reshape(ops.reshape(t, (-1,))[: math.prod(shape)], shape)
+                for shape, t in self._packed_shapes(block, old)
+            ]
 
-            def received(i=i, block=block):
-                sent = self._packed(block, mine.get(block, old[block]))
-                tensors = self.communicator.broadcast(sent, self.owners[block], "inverses", f"keras_ngd_inverse_{i}")
-                return self._unpacked(block, tensors, old[block])
+            def from_owner(i=i, block=block, places=places):
+                return self.communicator.broadcast(places, self.owners[block], "inverses", f"keras_ngd_inverse_{i}")
 
-            kept = functools.partial(list, old[block])
-            new[block] = received() if update is None else ops.cond(update[block], received, kept)
-        return new
+            kept = functools.partial(list, places)
+            received[block] = from_owner() if update is None else ops.cond(update[block], from_owner, kept)
+        new = self._unpacked(received, old)
+        if update is None:
+            return new
+        return {
+            block: [ops.where(update[block], t, o) for t, o in zip(new[block], old[block], strict=True)]
+            for block in blocks
+        }
 
     def _send_to_holders(self, old, mine, update):
         """States of the blocks that are held, of those that are renewed as their owners have them.
@@ -257,15 +275,15 @@ class Workers:
         column = holders_of(self.rank, self.holding, communicator.size)
         mates = [rank for rank in column if rank != self.rank]
         by_owner = {rank: [b for b in self.held.blocks if self.owners[b] == rank] for rank in range(communicator.size)}
-        shapes = {block: [t.shape for t in self._packed(block, old[block])] for block in old}
+        shapes = {block: [shape for shape, _ in self._packed_shapes(block, old)] for block in old}
         sizes = {block: sum(math.prod(shape) for shape in shapes[block]) for block in old}
 
         def renewed(block):
             return 1 if update is None else ops.cast(update[block], "int32")
 
-        vectors = []
+        vectors, sent = [], self._packed(mine)
         for block in self.own.blocks:
-            vector = ops.concatenate([ops.reshape(t, (-1,)) for t in self._packed(block, mine[block])])
+            vector = ops.concatenate([ops.reshape(t, (-1,)) for t in sent[block]])
             vectors.append(vector[: sizes[block] * renewed(block)])
         lengths = [
             sum(renewed(b) * sizes[b] for b in by_owner[rank]) if rank in mates else 0
@@ -282,7 +300,7 @@ class Workers:
 
                 def taken(vector=received[rank], start=start, block=block):
                     part = ops.reshape(ops.slice(vector, [start], [sizes[block]]), (sizes[block],))
-                    return self._unpacked(block, split_like(part, shapes[block]), old[block])
+                    return self._unpacked({block: split_like(part, shapes[block])}, old)[block]
 
                 kept = functools.partial(list, old[block])
                 new[block] = taken() if update is None else ops.cond(update[block], taken, kept)
@@ -293,11 +311,19 @@ class Workers:
     def _symmetric(self):
         return {block for group in self.layout.groups if group.curvature.symmetric for block in group.blocks}
 
-    def _packed(self, block, state):
-        return packed(state) if block in self._symmetric else state
+    def _packed_shapes(self, block, states):
+        """Pairs of the shape in which a tensor of this block's state travels, and the tensor."""
+        return [(packed_shape(t) if block in self._symmetric else tuple(t.shape), t) for t in states[block]]
 
-    def _unpacked(self, block, tensors, like):
-        return unpacked(tensors, like) if block in self._symmetric else tensors
+    def _packed(self, states):
+        """States by block, as they travel."""
+        symmetric = [block for block in states if block in self._symmetric]
+        return states | _unflat(packed(_flat(states, symmetric)), states, symmetric)
+
+    def _unpacked(self, received, like):
+        """The inverse of `_packed`; `like` has states of at least these blocks."""
+        symmetric = [block for block in received if block in self._symmetric]
+        return received | _unflat(unpacked(_flat(received, symmetric), _flat(like, symmetric)), like, symmetric)
 
     def preconditioned(self, found, length):
         """Preconditioned gradients of all blocks, where not all are held, from those of the blocks that are.
@@ -329,8 +355,5 @@ class Workers:
 
 def split_like(vector, shapes):
     """A vector as tensors of these shapes, one after the other."""
-    start, parts = 0, []
-    for shape in shapes:
-        parts.append(ops.reshape(vector[start : start + math.prod(shape)], shape))
-        start += math.prod(shape)
-    return parts
+    parts = backend.parts(vector, [math.prod(shape) for shape in shapes])
+    return [ops.reshape(part, shape) for part, shape in zip(parts, shapes, strict=True)]

@@ -1,9 +1,9 @@
 """What the tests run on eight devices of Keras's JAX backend: virtual ones, in a process of their own."""
 
 import contextlib
+import math
 import os
 import pickle
-import re
 import subprocess
 import sys
 import warnings
@@ -24,6 +24,7 @@ from keras import layers
 
 import keras_ngd
 from keras_ngd import sharding
+from keras_ngd.analysis import hlo
 from tf_tests.distributed import cases
 from tf_tests.small import array, weights
 
@@ -204,33 +205,19 @@ def step(model):
 
 def collectives(text):
     """`(kind, elements, conditional)` of each collective in a compiled step: does it run only if some condition holds?"""
-    bodies, name = {}, None
-    for line in text.splitlines():
-        if line.rstrip().endswith("{") and not line.startswith(" "):
-            name = line.split()[1 if line.startswith("ENTRY") else 0].lstrip("%")
-            bodies[name], entry = [], name if line.startswith("ENTRY") else None
-            first = name if entry else None
-            if first:
-                start = first
-        elif name:
-            bodies[name].append(line)
-    always, todo = set(), [start]
+    computations, entry = hlo.parse(text)
+    always, todo = set(), [entry]
     while todo:
         name = todo.pop()
-        if name in always:
-            continue
-        always.add(name)
-        for line in bodies[name]:
-            if " conditional(" not in line:
-                todo += [n for n in re.findall(r"(?:calls|to_apply|body|condition)=%?([\w.-]+)", line)]
-    pattern = re.compile(r"= (.*) (all-reduce|all-gather|reduce-scatter|all-to-all|collective-permute)(?:-start)?\(")
-    found = []
-    for name, lines in bodies.items():
-        for match in filter(None, map(pattern.search, lines)):
-            shapes = re.findall(r"[a-z]\w*\[([\d,]*)\]", match.group(1))
-            elements = sum(int(np.prod([int(n) for n in shape.split(",") if n])) for shape in shapes)
-            found.append((match.group(2), elements, name not in always))
-    return found
+        if name in computations and name not in always:
+            always.add(name)
+            todo += [n for i in computations[name] if i.opcode != "conditional" for n in i.called]
+    return [
+        (kind, sum(math.prod(shape) for _, shape in hlo.shapes(instruction.type)), name not in always)
+        for name, instructions in computations.items()
+        for instruction in instructions
+        if (kind := instruction.opcode.removesuffix("-start")) in hlo.COLLECTIVES
+    ]
 
 
 def steps():

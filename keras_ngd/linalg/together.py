@@ -1,0 +1,32 @@
+"""Batches of matrices of one size, from whatever they belong to, at once."""
+
+from keras import ops
+
+from keras_ngd import backend
+
+
+def together(function, work):
+    """`function` of many batches, calling it once for all whose matrices have one size and dtype.
+
+    Programs are smaller and products larger than with one call for each.
+
+    Args:
+        function: takes tensors with a common leading axis, returns a list of such.
+        work: list of the arguments of each: lists of tensors `[k, ...]`, of which the last axis of the first is the size.
+
+    Returns:
+        For each what `function` would return of it alone.
+    """
+    members, results = {}, [None] * len(work)
+    for i, (first, *_) in enumerate(work):
+        members.setdefault((first.shape[-1], backend.dtype_name(first)), []).append(i)
+    for indices in members.values():
+        joined = [
+            tensors[0] if len(tensors) == 1 else ops.concatenate(tensors)
+            for tensors in zip(*(work[i] for i in indices), strict=True)
+        ]
+        counts = [work[i][0].shape[0] for i in indices]
+        parts = [backend.parts(tensor, counts) for tensor in function(*joined)]
+        for i, found in zip(indices, zip(*parts, strict=True), strict=True):
+            results[i] = list(found)
+    return results
