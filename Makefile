@@ -18,12 +18,13 @@ TPU := $(VENV)/.installed-tpu
 BENCHMARKS := benchmark-step-cost benchmark-update-cost benchmark-convergence benchmark-thor-convergence \
   benchmark-row-cost benchmark-row-convergence benchmark-gradient-error benchmark-communication \
   benchmark-replicas benchmark-tpu
-.PHONY: $(BENCHMARKS)
+.PHONY: $(BENCHMARKS) benchmark
 
 help:
 	@echo "make demo                   train a small network with SGD and with KFAC, offline"
 	@echo "make test                   lint, then all tests on the TensorFlow and on the JAX backend"
 	@echo "make lint                   ruff: rules and format"
+	@echo "make benchmark              side by side: costs of steps, convergence on the digits, kfac-jax; goes on where interrupted"
 	@echo "make benchmark-step-cost    what a step costs, in steps of SGD"
 	@echo "make benchmark-update-cost  what THOR's blocks save of a refresh"
 	@echo "make benchmark-convergence  what a KFAC step is worth; benchmark-thor-convergence: and a THOR step"
@@ -49,6 +50,9 @@ lint: $(TEST)
 
 $(BENCHMARKS): $(TEST)
 	$(BIN)/python -m benchmarks.$(subst -,_,$(@:benchmark-%=%))
+
+benchmark: $(TEST)
+	$(BIN)/python -m benchmarks
 
 benchmark-tpu: $(TPU)
 

@@ -48,10 +48,15 @@ def environment():
     }
 
 
+def path_of(name):
+    """The file of a result."""
+    return DIRECTORY / f"{name}.json"
+
+
 def save(name, payload):
     """Writes `payload` and the environment to `results/<name>.json`; returns the path."""
-    DIRECTORY.mkdir(parents=True, exist_ok=True)
-    path = DIRECTORY / f"{name}.json"
+    path = path_of(name)
+    path.parent.mkdir(parents=True, exist_ok=True)
     text = json.dumps({"environment": environment(), **payload}, indent=1)
     # A list of numbers on one line: curves are long.
     text = re.sub(r"\[([^\[\]{}]*)\]", lambda match: "[" + " ".join(match[1].split()) + "]", text)
@@ -61,4 +66,4 @@ def save(name, payload):
 
 def load(name):
     """What `save` wrote."""
-    return json.loads((DIRECTORY / f"{name}.json").read_text())
+    return json.loads(path_of(name).read_text())

@@ -1,0 +1,48 @@
+"""The benchmarks' one command.
+
+    python -m benchmarks                            # all, unattended; goes on where it was interrupted
+    python -m benchmarks --quick                    # a few minutes: whether all of them run
+    python -m benchmarks costs                      # some
+    python -m benchmarks costs --only=resnet32-jax
+    python -m benchmarks --render                   # the page alone, from the results that are there
+
+Results are in `benchmarks/results/`, and `docs/benchmarks.md` is made of them.
+"""
+
+import json
+
+from absl import app, flags
+
+from benchmarks import harness
+
+NAMES = ("costs", "tasks", "peers")
+
+FLAGS = flags.FLAGS
+flags.DEFINE_boolean("quick", False, "Few and small cases; the page is left as it is.")
+flags.DEFINE_list("only", None, "Cases to measure anew, of one benchmark; the result keeps the others.")
+flags.DEFINE_boolean("render", False, "Make the page of the results that are there, and run nothing.")
+flags.DEFINE_string("worker", None, "Measure --case of this benchmark in this process (used by the harness).")
+flags.DEFINE_string("case", None, "A case, as JSON.")
+
+
+def main(arguments):
+    if FLAGS.worker:
+        print(json.dumps(harness.module_of(FLAGS.worker).measure(json.loads(FLAGS.case))))
+        return
+    from benchmarks import page
+
+    names = arguments[1:] or list(NAMES)
+    if unknown := set(names) - set(NAMES):
+        raise app.UsageError(f"There are no benchmarks {sorted(unknown)}. There are: {', '.join(NAMES)}")
+    if FLAGS.only and len(names) != 1:
+        raise app.UsageError("--only is for one benchmark: name it.")
+    if not FLAGS.render:
+        for name in names:
+            path = harness.run(name, FLAGS.quick, FLAGS.only)
+            print(f"\n{harness.module_of(name).table(json.loads(path.read_text()))}\n\nwritten to {path}\n")
+    if not FLAGS.quick:
+        page.write()
+
+
+if __name__ == "__main__":
+    app.run(main)

@@ -1,0 +1,43 @@
+"""The optimizers that costs are measured of, as users would set them."""
+
+ROW_METHODS = ("skfac", "sngd", "hylo-kid", "hylo-kis")
+METHODS = ("adam", "muon", "kfac", "thor", *ROW_METHODS)
+DAMPING = 0.1
+
+
+def optimizer_of(method, network):
+    """A method's optimizer for a network, and the optimizer to capture the model for, or None.
+
+    Args:
+        method: `"sgd"`, `"captured"` (SGD on a model captured for KFAC) or one of `METHODS`.
+        network: one of `benchmarks.networks.NETWORKS`.
+    """
+    import keras
+
+    import keras_ngd
+    from benchmarks.networks import NETWORKS
+
+    settings = NETWORKS[network]
+    if method == "adam":
+        return keras.optimizers.Adam(1e-3), None
+    if method == "muon":
+        return keras.optimizers.Muon(1e-3), None
+    # Losses of a network of pixels are means over these.
+    pixels = settings["shape"][0] * settings["shape"][1] if network == "unet" else 1
+    shared = {"learning_rate": 1e-3, "damping": DAMPING, "losses_per_example": pixels}
+    intervals = {"factor_interval": 1, "inverse_interval": 10}
+    if method in ("sgd", "captured"):
+        sgd = keras.optimizers.SGD(1e-3, momentum=0.9)
+        return sgd, keras_ngd.KFAC(**shared) if method == "captured" else None
+    if method == "kfac":
+        optimizer = keras_ngd.KFAC(**shared, **intervals)
+    elif method == "thor":
+        # Every layer renews its inverses at every refresh: the whole price.
+        optimizer = keras_ngd.THOR(**shared, **intervals, split=settings["split"], omega=(0, 0))
+    else:
+        shared |= {"interval": 10, "batch_size": settings["batch"]}
+        if method.startswith("hylo"):
+            optimizer = keras_ngd.HyLo(**shared, mode=method.split("-")[1], steps_per_epoch=10)
+        else:
+            optimizer = {"skfac": keras_ngd.SKFAC, "sngd": keras_ngd.SNGD}[method](**shared)
+    return optimizer, optimizer

@@ -1,0 +1,168 @@
+"""Trainings on the digits that start over again and again: trials of settings, and runs of the best."""
+
+import itertools
+import time
+
+from examples import datasets  # isort: skip  (before keras: it imports TensorFlow without its greetings)
+import keras
+import numpy as np
+from keras import layers, ops
+
+import keras_ngd
+
+TRIAL_SEED, FIRST_SEED = 1000, 101
+_TRIAL_STEPS = 1_000_000
+
+
+def cnn():
+    return keras.Sequential(
+        [
+            keras.Input((8, 8, 1)),
+            layers.Conv2D(16, 3, padding="same", activation="relu"),
+            layers.MaxPooling2D(),
+            layers.Conv2D(32, 3, padding="same", activation="relu"),
+            layers.Flatten(),
+            layers.Dense(64, activation="relu"),
+            layers.Dense(10),
+        ]
+    )
+
+
+def mlp():
+    return keras.Sequential(
+        [
+            keras.Input((64,)),
+            layers.Dense(128, activation="relu"),
+            layers.Dense(64, activation="relu"),
+            layers.Dense(10),
+        ]
+    )
+
+
+def autoencoder():
+    hidden = [layers.Dense(n, activation="tanh") for n in (48, 32, 16)]
+    hidden += [layers.Dense(8), *(layers.Dense(n, activation="tanh") for n in (16, 32, 48))]
+    return keras.Sequential([keras.Input((64,)), *hidden, layers.Dense(64)])
+
+
+MODELS = {"cnn": cnn, "mlp": mlp, "autoencoder": autoencoder}
+
+
+def data_and_loss(task):
+    """The inputs, targets and loss of a task."""
+    images, labels = datasets.arrays("digits", "train")
+    flat = images.reshape(len(images), -1)
+    if task == "autoencoder":
+        return (flat, flat), keras.losses.BinaryCrossentropy(from_logits=True)
+    return (images if task == "cnn" else flat, labels), keras.losses.SparseCategoricalCrossentropy(from_logits=True)
+
+
+@keras.saving.register_keras_serializable("benchmarks")
+class OfTrial(keras.optimizers.schedules.LearningRateSchedule):
+    """The value of the trial that the step counter started in: trial k counts its steps from `k * _TRIAL_STEPS`."""
+
+    def __init__(self, values):
+        self.values = list(values)
+
+    def __call__(self, step):
+        trial = ops.floor_divide(ops.cast(step, "int32"), _TRIAL_STEPS)
+        return ops.take(ops.convert_to_tensor(np.array(self.values, "float32")), trial)
+
+    def get_config(self):
+        return {"values": self.values}
+
+
+class Clock(keras.callbacks.Callback):
+    """Seconds of training in each epoch; the evaluation after it does not count."""
+
+    def on_train_begin(self, logs=None):
+        self.seconds = []
+
+    def on_epoch_begin(self, epoch, logs=None):
+        self.start = time.perf_counter()
+
+    def on_test_begin(self, logs=None):
+        # JAX returns before it has computed; reading a variable waits.
+        ops.convert_to_numpy(self.model.optimizer.iterations)
+        self.seconds.append(time.perf_counter() - self.start)
+
+    def on_epoch_end(self, epoch, logs=None):
+        float(logs["val_loss"])
+
+
+class Training:
+    """A compiled model that starts over for every run."""
+
+    def __init__(self, case, optimizer):
+        self.case, self.optimizer = case, optimizer
+        self.data, loss = data_and_loss(case["task"])
+        self.model = MODELS[case["task"]]()
+        if isinstance(optimizer, keras_ngd.optimizers.NaturalGradient):
+            keras_ngd.capture(self.model, optimizer)
+        steps = len(self.data[0]) // case["batch_size"]
+        self.model.compile(optimizer=optimizer, loss=loss, steps_per_execution=steps, jit_compile=True)
+        optimizer.build(self.model.trainable_variables)
+        self.variables = self.model.variables + optimizer.variables
+        self.start = [np.array(v) for v in self.variables]
+
+    def run(self, learning_rate, seed, epochs, trial=0):
+        """Losses and seconds by epoch, from scratch."""
+        for variable, value in zip(self.variables, self.start, strict=True):
+            variable.assign(value)
+        self.optimizer.iterations.assign(trial * _TRIAL_STEPS)
+        keras.utils.set_random_seed(seed)
+        for layer, fresh in zip(self.model.layers, MODELS[self.case["task"]]().layers, strict=True):
+            if fresh.weights:
+                layer.kernel.assign(fresh.kernel)
+                layer.bias.assign(fresh.bias)
+        self.optimizer.learning_rate = learning_rate
+        clock = Clock()
+        history = self.model.fit(
+            *self.data,
+            batch_size=self.case["batch_size"],
+            epochs=epochs,
+            validation_data=self.data,
+            validation_batch_size=len(self.data[0]),
+            callbacks=[clock],
+            verbose=0,
+        ).history
+        # The figures are what JSON can hold: divergence is a very large loss.
+        losses = np.nan_to_num(np.array(history["val_loss"]), nan=1e30, posinf=1e30)
+        return {"loss": [float(f"{x:.6g}") for x in losses], "seconds": [round(s, 6) for s in clock.seconds]}
+
+
+def make(case, value):
+    """The optimizer of a case; one of second order has the dampings of all trials."""
+    name, argument = case["optimizer"], case["argument"]
+    if name in ("SGD", "Adam", "Muon"):
+        return getattr(keras.optimizers, name)(0.1, **{argument: value})
+    shared = {"damping": OfTrial(case["values"]), "losses_per_example": case["losses_per_example"]}
+    factors, inverses = case["intervals"]
+    if name in ("KFAC", "THOR"):
+        return getattr(keras_ngd, name)(0.1, factor_interval=factors, inverse_interval=inverses, **shared)
+    shared |= {"interval": inverses, "batch_size": case["batch_size"]}
+    if name.startswith("HyLo"):
+        return keras_ngd.HyLo(0.1, mode=name.split("-")[1].lower(), steps_per_epoch=6, **shared)
+    return getattr(keras_ngd, name)(0.1, **shared)
+
+
+def measured(case):
+    """One run for each point of the grid, and runs of the best with fresh seeds."""
+    trainings, values = {}, case["values"]
+    second_order = case["argument"] == "damping"
+
+    def run(value, rate, seed):
+        key = None if second_order else value
+        if key not in trainings:
+            trainings[key] = Training(case, make(case, value))
+            trainings[key].run(rate, seed, 1)
+        return trainings[key].run(rate, seed, case["epochs"], values.index(value) if second_order else 0)
+
+    trials = [
+        {case["argument"]: value, "learning_rate": rate, "final_loss": run(value, rate, TRIAL_SEED)["loss"][-1]}
+        for value, rate in itertools.product(values, case["rates"])
+    ]
+    best = min(trials, key=lambda trial: trial["final_loss"])
+    seeds = range(FIRST_SEED, FIRST_SEED + case["seeds"])
+    runs = [{"seed": seed, **run(best[case["argument"]], best["learning_rate"], seed)} for seed in seeds]
+    return {"trials": trials, "best": best, "runs": runs}
