@@ -40,8 +40,8 @@ demo: $(DEMO)
 	$(BIN)/python examples/quickstart.py
 
 test: lint $(HOROVOD)
-	KERAS_BACKEND=tensorflow $(BIN)/pytest -m "" -n $(JOBS) --durations=12 --ignore=tf_tests/distributed
-	KERAS_BACKEND=tensorflow $(BIN)/pytest -m "" --durations=12 tf_tests/distributed
+	KERAS_BACKEND=tensorflow $(BIN)/pytest -m "not processes" -n $(JOBS) --durations=12
+	KERAS_BACKEND=tensorflow $(BIN)/pytest -m processes --durations=12
 	KERAS_BACKEND=jax $(BIN)/pytest -m "" -n $(JOBS) --durations=12
 
 lint: $(TEST)

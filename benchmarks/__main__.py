@@ -15,7 +15,7 @@ from absl import app, flags
 
 from benchmarks import harness
 
-NAMES = ("costs", "tasks", "peers")
+NAMES = ("costs", "tasks", "ablations", "peers")
 
 FLAGS = flags.FLAGS
 flags.DEFINE_boolean("quick", False, "Few and small cases; the page is left as it is.")

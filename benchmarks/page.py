@@ -19,6 +19,11 @@ SECTIONS = {
         "then run with five fresh seeds. The loss is that of the whole training set after each epoch; seconds are of training "
         "alone, after compiling, an epoch in one `steps_per_execution` on JAX.",
     ),
+    "ablations": (
+        "The papers' ideas one by one",
+        "The digits CNN with each variant, tuned over four learning rates, then run with five fresh seeds; otherwise as above. "
+        "THOR's blocks have 16 rows and columns here; without its trace rule all layers renew their inverses at every refresh.",
+    ),
     "peers": (
         "Beside kfac-jax",
         "KFAC of this package and of kfac-jax 0.0.8 on the same Keras model, data, batch and jax, in one run, turn by turn, in "

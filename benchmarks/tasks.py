@@ -119,36 +119,43 @@ def targets(payload):
     return found
 
 
-def table(payload):
-    """A Markdown table for each task, and what the best of each kind of method need."""
+def header(first):
+    """The first two lines of a Markdown table of `row`s."""
+    columns = [first, "best of its trials", "trials", "epochs to target", "seeds that reach it", "seconds to it"]
+    columns += ["ms per epoch", "final loss"]
+    return [f"| {' | '.join(columns)} |", "|---" * len(columns) + "|"]
+
+
+def row(name, case, target):
+    """What a case needs to reach a target, as a line of a Markdown table."""
     import numpy as np
 
-    columns = ["optimizer", "best of its trials", "trials", "epochs to target", "seeds that reach it", "seconds to it"]
-    columns += ["ms per epoch", "final loss"]
+    runs = case["runs"]
+    epochs = [epochs_to(run["loss"], target) for run in runs]
+    reached = [(e, sum(run["seconds"][:e])) for e, run in zip(epochs, runs, strict=True) if e]
+    best = f"{case['argument']} {case['best'][case['argument']]:g}, learning_rate {case['best']['learning_rate']:g}"
+    cells = [name, best, str(len(case["trials"]))]
+    cells += [spread([e for e, _ in reached], 1) if reached else f"> {case['epochs']}"]
+    cells += [f"{len(reached)} of {len(runs)}", spread([t for _, t in reached], 2) if reached else "-"]
+    cells += [f"{np.median([t for run in runs for t in run['seconds'][1:]]) * 1e3:.1f}"]
+    return f"| {' | '.join([*cells, spread([run['loss'][-1] for run in runs], 5)])} |"
+
+
+def table(payload):
+    """A Markdown table for each task, and what the best of each kind of method need."""
     parts = []
     for task, target in targets(payload).items():
-        found, lines = [case for case in payload["cases"] if case["task"] == task], []
-        lines += [
-            f"**{task}**: to a loss of {target:.4g}; batches of {found[0]['batch_size']}, {found[0]['epochs']} epochs.",
-            "",
-        ]
-        lines += [f"| {' | '.join(columns)} |", "|---" * len(columns) + "|"]
-        means = {}
+        found = [case for case in payload["cases"] if case["task"] == task]
+        most = found[0]["epochs"]
+        title = f"**{task}**: to a loss of {target:.4g}; batches of {found[0]['batch_size']}, {most} epochs."
+        lines, means = [title, "", *header("optimizer")], {}
         for case in found:
-            runs = case["runs"]
-            epochs = [epochs_to(run["loss"], target) for run in runs]
-            reached = [(e, sum(run["seconds"][:e])) for e, run in zip(epochs, runs, strict=True) if e]
+            lines.append(row(case["optimizer"], case, target))
             # A seed that does not get there counts with all its epochs.
-            means[case["optimizer"]] = float(np.mean([e or case["epochs"] for e in epochs]))
-            best = f"{case['argument']} {case['best'][case['argument']]:g}, learning_rate {case['best']['learning_rate']:g}"
-            cells = [case["optimizer"], best, str(len(case["trials"]))]
-            cells += [spread([e for e, _ in reached], 1) if reached else f"> {case['epochs']}"]
-            cells += [f"{len(reached)} of {len(runs)}", spread([t for _, t in reached], 2) if reached else "-"]
-            cells += [f"{np.median([t for run in runs for t in run['seconds'][1:]]) * 1e3:.1f}"]
-            cells += [spread([run["loss"][-1] for run in runs], 5)]
-            lines.append(f"| {' | '.join(cells)} |")
+            epochs = [epochs_to(run["loss"], target) or most for run in case["runs"]]
+            means[case["optimizer"]] = sum(epochs) / len(epochs)
         kinds = [[name for name in kind if name in means] for kind in (FIRST_ORDER, SECOND_ORDER)]
-        if all(kinds) and min(means.values()) < found[0]["epochs"]:
+        if all(kinds) and min(means.values()) < most:
             first, second = (min(kind, key=means.get) for kind in kinds)
             share = means[second] / means[first]
             lines += ["", f"{second} needs {share:.2f} of the epochs of {first} (the goal is 0.50)."]

@@ -12,6 +12,8 @@ import keras_ngd
 
 TRIAL_SEED, FIRST_SEED = 1000, 101
 _TRIAL_STEPS = 1_000_000
+# Of an epoch, in batches of 250.
+STEPS = 6
 
 
 def cnn():
@@ -99,8 +101,7 @@ class Training:
         self.model = MODELS[case["task"]]()
         if isinstance(optimizer, keras_ngd.optimizers.NaturalGradient):
             keras_ngd.capture(self.model, optimizer)
-        steps = len(self.data[0]) // case["batch_size"]
-        self.model.compile(optimizer=optimizer, loss=loss, steps_per_execution=steps, jit_compile=True)
+        self.model.compile(optimizer=optimizer, loss=loss, steps_per_execution=STEPS, jit_compile=True)
         optimizer.build(self.model.trainable_variables)
         self.variables = self.model.variables + optimizer.variables
         self.start = [np.array(v) for v in self.variables]
@@ -139,11 +140,13 @@ def make(case, value):
     shared = {"damping": OfTrial(case["values"]), "losses_per_example": case["losses_per_example"]}
     factors, inverses = case["intervals"]
     if name in ("KFAC", "THOR"):
-        return getattr(keras_ngd, name)(0.1, factor_interval=factors, inverse_interval=inverses, **shared)
-    shared |= {"interval": inverses, "batch_size": case["batch_size"]}
-    if name.startswith("HyLo"):
-        return keras_ngd.HyLo(0.1, mode=name.split("-")[1].lower(), steps_per_epoch=6, **shared)
-    return getattr(keras_ngd, name)(0.1, **shared)
+        shared |= {"factor_interval": factors, "inverse_interval": inverses}
+    else:
+        shared |= {"interval": inverses, "batch_size": case["batch_size"]}
+    kind, _, mode = name.partition("-")
+    if kind == "HyLo":
+        shared |= {"steps_per_epoch": STEPS, **({"mode": mode.lower()} if mode else {})}
+    return getattr(keras_ngd, kind)(0.1, **(shared | case.get("arguments", {})))
 
 
 def measured(case):

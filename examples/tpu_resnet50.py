@@ -40,6 +40,8 @@ flags.DEFINE_integer("seed", 1, "Seed of weights and of the order of examples.")
 
 def make_strategy():
     """A strategy for the TPU, if there is one; else for all GPUs, or for parts of the CPU."""
+    # It would tell of every reduction.
+    tf.get_logger().setLevel("WARNING")
     if FLAGS.tpu is not None or tf.config.list_physical_devices("TPU"):
         resolver = tf.distribute.cluster_resolver.TPUClusterResolver(FLAGS.tpu or "local")
         tf.config.experimental_connect_to_cluster(resolver)

@@ -108,6 +108,7 @@ def test_cifar_resnet_runs(data_dir, tmp_path):
     assert "test accuracy" in printed
 
 
+@pytest.mark.skipif(keras.backend.backend() == "jax", reason="one backend shows that it runs")
 @pytest.mark.slow
 def test_fashion_3c1f_runs(data_dir, tmp_path):
     history = tmp_path / "history.json"
@@ -121,6 +122,7 @@ def test_fashion_3c1f_runs(data_dir, tmp_path):
     assert all(np.isfinite(run["loss"]).all() and len(run["seconds"]) == 2 for run in runs.values())
 
 
+@pytest.mark.skipif(keras.backend.backend() == "jax", reason="one backend shows that it runs")
 @pytest.mark.slow
 def test_unet_segmentation_runs(data_dir, tmp_path):
     small = ["--size=16", "--width=2", "--depth=1", "--epochs=1", "--batch_size=128", "--interval=2"]

@@ -324,6 +324,7 @@ def test_bad_names():
         result.seconds("kfac", "all")
 
 
+@pytest.mark.skipif(keras.backend.backend() == "jax", reason="one backend shows that it runs")
 @pytest.mark.slow
 def test_command_line(tmp_path):
     command = [sys.executable, "-m", "keras_ngd.analysis.cost_model", "--model=mobilenetv3small", "--image_size=32"]

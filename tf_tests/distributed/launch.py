@@ -12,8 +12,9 @@ import pytest
 
 HOROVODRUN = shutil.which("horovodrun", path=f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}")
 
-# Not in several processes of pytest-xdist: each would start as many as there are cores.
+# `processes`: not in several processes of pytest-xdist, since each test starts as many as there are cores.
 horovod = [
+    pytest.mark.processes,
     pytest.mark.skipif(keras.backend.backend() != "tensorflow", reason="Horovod serves the TensorFlow backend"),
     pytest.mark.skipif(HOROVODRUN is None, reason="Horovod is not installed: horovod_scripts/install_horovod.sh"),
 ]
