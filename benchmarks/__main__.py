@@ -15,7 +15,9 @@ from absl import app, flags
 
 from benchmarks import harness
 
-NAMES = ("costs", "tasks", "ablations", "peers")
+# All that run without being named, and those that need a machine of their own.
+USUAL = ("costs", "tasks", "ablations", "peers")
+NAMES = (*USUAL, "gpu")
 
 FLAGS = flags.FLAGS
 flags.DEFINE_boolean("quick", False, "Few and small cases; the page is left as it is.")
@@ -31,7 +33,7 @@ def main(arguments):
         return
     from benchmarks import page
 
-    names = arguments[1:] or list(NAMES)
+    names = arguments[1:] or list(USUAL)
     if unknown := set(names) - set(NAMES):
         raise app.UsageError(f"There are no benchmarks {sorted(unknown)}. There are: {', '.join(NAMES)}")
     if FLAGS.only and len(names) != 1:

@@ -80,7 +80,10 @@ def run(name, quick=False, only=None):
     payload = {"cases": [kept[n] for n in names if n in kept]}
     path = results.save(title, payload)
     if hasattr(module, "plot"):
-        module.plot(payload, path.with_suffix(".png"))
+        try:
+            module.plot(payload, path.with_suffix(".png"))
+        except ModuleNotFoundError as error:
+            tqdm.write(f"{name} is not plotted: {error}")
     file.unlink(missing_ok=True)
     return path
 

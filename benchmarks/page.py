@@ -30,6 +30,10 @@ SECTIONS = {
         "an environment of their own (`.venv-peers`, made by the benchmark). Of kfac-jax its `Optimizer` is used, with its "
         "automatic registration of layers and without its adaptive damping and rates.",
     ),
+    "gpu": (
+        "On a GPU",
+        "As step costs above, with JAX on a GPU (`benchmarks/on_gpu.sh` on a machine without a network).",
+    ),
 }
 
 

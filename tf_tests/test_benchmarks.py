@@ -5,7 +5,7 @@ import types
 
 import pytest
 
-from benchmarks import ablations, costs, harness, peers, results, tasks
+from benchmarks import ablations, costs, gpu, harness, peers, results, tasks
 
 
 @pytest.fixture
@@ -88,7 +88,7 @@ def test_the_target_is_what_the_best_first_order_method_ends_with():
     assert tasks.epochs_to([0.5], 0.2) is None
 
 
-@pytest.mark.parametrize("benchmark", [costs, tasks, ablations, peers], ids=lambda module: module.__name__)
+@pytest.mark.parametrize("benchmark", [costs, tasks, ablations, peers, gpu], ids=lambda module: module.__name__)
 @pytest.mark.parametrize("quick", [True, False])
 def test_cases_have_names_of_their_own_and_fit_into_json(benchmark, quick):
     found = benchmark.cases(quick)
