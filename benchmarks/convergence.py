@@ -31,15 +31,15 @@ from examples import datasets  # isort: skip  (before keras: it imports TensorFl
 import keras
 import numpy as np
 from absl import app, flags
-from keras import layers, ops
 from tqdm import tqdm
 
 import keras_ngd
 from benchmarks import results
+from benchmarks.tasks import epochs_to, spread
+from benchmarks.trials import FIRST_SEED, TRIAL_SEED, OfTrial, Training, autoencoder
+from examples.networks import digits_cnn
 
 FIRST_ORDER = ("SGD", "Adam")
-TRIAL_SEED, FIRST_SEED = 1000, 101
-_TRIAL_STEPS = 1_000_000
 
 FLAGS = flags.FLAGS
 flags.DEFINE_enum("task", "all", ["all", "cnn", "autoencoder"], "Task to run.")
@@ -71,26 +71,6 @@ class Task:
     kfac: dict
 
 
-def cnn():
-    return keras.Sequential(
-        [
-            keras.Input((8, 8, 1)),
-            layers.Conv2D(16, 3, padding="same", activation="relu"),
-            layers.MaxPooling2D(),
-            layers.Conv2D(32, 3, padding="same", activation="relu"),
-            layers.Flatten(),
-            layers.Dense(64, activation="relu"),
-            layers.Dense(10),
-        ]
-    )
-
-
-def autoencoder():
-    hidden = [layers.Dense(n, activation="tanh") for n in (48, 32, 16)]
-    hidden += [layers.Dense(8), *(layers.Dense(n, activation="tanh") for n in (16, 32, 48))]
-    return keras.Sequential([keras.Input((64,)), *hidden, layers.Dense(64)])
-
-
 def pixels(images, labels):
     flat = images.reshape(len(images), -1)
     return flat, flat
@@ -98,7 +78,7 @@ def pixels(images, labels):
 
 TASKS = {
     "cnn": Task(
-        make_model=cnn,
+        make_model=digits_cnn,
         make_data=lambda images, labels: (images, labels),
         loss=keras.losses.SparseCategoricalCrossentropy(from_logits=True),
         batch_size=250,
@@ -128,83 +108,6 @@ TASKS = {
 }
 
 
-@keras.saving.register_keras_serializable("benchmarks")
-class OfTrial(keras.optimizers.schedules.LearningRateSchedule):
-    """The value of the trial that the step counter started in: trial k counts its steps from `k * _TRIAL_STEPS`."""
-
-    def __init__(self, values):
-        self.values = list(values)
-
-    def __call__(self, step):
-        trial = ops.floor_divide(ops.cast(step, "int32"), _TRIAL_STEPS)
-        return ops.take(ops.convert_to_tensor(np.array(self.values, "float32")), trial)
-
-    def get_config(self):
-        return {"values": self.values}
-
-
-class Clock(keras.callbacks.Callback):
-    """Seconds of training in each epoch; the evaluation after it does not count."""
-
-    def on_train_begin(self, logs=None):
-        self.seconds = []
-
-    def on_epoch_begin(self, epoch, logs=None):
-        self.start = time.perf_counter()
-
-    def on_test_begin(self, logs=None):
-        # JAX returns before it has computed; reading a variable waits.
-        ops.convert_to_numpy(self.model.optimizer.iterations)
-        self.seconds.append(time.perf_counter() - self.start)
-
-    def on_epoch_end(self, epoch, logs=None):
-        float(logs["val_loss"])
-
-
-class Training:
-    """A compiled model that starts over for every run."""
-
-    def __init__(self, task, data, optimizer):
-        self.task, self.data, self.optimizer = task, data, optimizer
-        self.model = task.make_model()
-        if isinstance(optimizer, keras_ngd.KFAC):
-            keras_ngd.capture(self.model, optimizer)
-        self.model.compile(
-            optimizer=optimizer,
-            loss=task.loss,
-            steps_per_execution=len(data[0]) // task.batch_size,
-            jit_compile=keras.backend.backend() == "jax",
-        )
-        optimizer.build(self.model.trainable_variables)
-        self.variables = self.model.variables + optimizer.variables
-        self.start = [np.array(v) for v in self.variables]
-
-    def run(self, learning_rate, seed, epochs, trial=0):
-        """Losses and seconds by epoch, from scratch."""
-        for variable, value in zip(self.variables, self.start, strict=True):
-            variable.assign(value)
-        self.optimizer.iterations.assign(trial * _TRIAL_STEPS)
-        keras.utils.set_random_seed(seed)
-        for layer, fresh in zip(self.model.layers, self.task.make_model().layers, strict=True):
-            if fresh.weights:
-                layer.kernel.assign(fresh.kernel)
-                layer.bias.assign(fresh.bias)
-        self.optimizer.learning_rate = learning_rate
-        clock = Clock()
-        history = self.model.fit(
-            *self.data,
-            batch_size=self.task.batch_size,
-            epochs=epochs,
-            validation_data=self.data,
-            validation_batch_size=len(self.data[0]),
-            callbacks=[clock],
-            verbose=0,
-        ).history
-        # The figures are what JSON can hold: divergence is a very large loss.
-        losses = np.nan_to_num(np.array(history["val_loss"]), nan=1e30, posinf=1e30)
-        return {"loss": [float(f"{x:.6g}") for x in losses], "seconds": [round(s, 6) for s in clock.seconds]}
-
-
 class Tuned:
     """An optimizer over its grid: `trainings` holds what must be compiled apart."""
 
@@ -222,7 +125,9 @@ class Tuned:
     def run(self, value, rate, seed, epochs):
         key = None if self.name == "KFAC" else value
         if key not in self.trainings:
-            self.trainings[key] = Training(self.task, self.data, self._make(value))
+            self.trainings[key] = Training(
+                self.task.make_model, self.data, self.task.loss, self.task.batch_size, self._make(value)
+            )
             self.trainings[key].run(rate, seed, 1)
         trial = self.values.index(value) if self.name == "KFAC" else 0
         return self.trainings[key].run(rate, seed, epochs, trial)
@@ -236,12 +141,6 @@ class Tuned:
             done.append({self.argument: value, "learning_rate": rate, "final_loss": run["loss"][-1]})
             bar.update()
         return done
-
-
-def epochs_to(losses, target):
-    """The first epoch after which the loss is at most `target`, or None."""
-    reached = np.flatnonzero(np.array(losses) <= target)
-    return int(reached[0]) + 1 if reached.size else None
 
 
 def measure(name, task, bar):
@@ -265,12 +164,6 @@ def measure(name, task, bar):
         for run in entry["runs"]:
             run["epochs_to_target"] = epochs_to(run["loss"], target)
     return {"batch_size": task.batch_size, "epochs": epochs, "target": target, "optimizers": optimizers}
-
-
-def spread(values, digits):
-    """`mean ± standard deviation`."""
-    deviation = np.std(values, ddof=1) if len(values) > 1 else 0.0
-    return f"{np.mean(values):.{digits}f} ± {deviation:.{digits}f}"
 
 
 def table(payload):

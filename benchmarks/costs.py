@@ -4,23 +4,36 @@ A case trains one network on one backend with all optimizers, turn by turn. A na
 step: one on which nothing is due, one that updates the statistics, and one that also refreshes the inverses; methods that keep
 rows take both at once. What a pair of intervals costs is their average over a whole cycle. THOR renews all layers at every
 refresh here. "captured" is SGD on a model captured for KFAC whose layers never record.
+
+What each part of second order takes is the difference of two kinds of step. Beside it stands what share this is of the rate of
+a large matrix product, measured in the same process: the operations that a part has by the layers' shapes (those of
+`keras_ngd.analysis.cost_model`; an inverse of d rows counts as d^3), at that rate, over the time it took. More than all of it is
+a part that needs fewer operations than these, as the statistics of convolutions that store no patches.
 """
 
+import ctypes
+import math
+import pathlib
 import statistics
 import time
 
 from benchmarks import results
 from benchmarks.methods import METHODS, ROW_METHODS, optimizer_of
 
-MODES = ("tensorflow", "tensorflow-jit", "jax")
 INTERVALS = ((1, 1), (1, 10), (10, 100))
-# Compiling all methods for a deep network takes XLA many minutes.
+# Compiling all methods for a deep network takes XLA many minutes. The last three are trained by `benchmarks.tasks`.
 CASES = [
     *((network, mode) for network in ("resnet32", "unet", "transformer") for mode in ("tensorflow", "jax")),
     ("resnet18", "tensorflow"),
     ("resnet50", "tensorflow"),
+    *((network, "jax") for network in ("digits-cnn", "digits-mlp", "autoencoder")),
 ]
 QUICK = [("3c1f", "tensorflow"), ("3c1f", "jax")]
+# At the longest intervals, of SGD's step.
+GOALS = {"kfac": 1.15, "thor": 1.05, "hylo-kid": 1.05, "hylo-kis": 1.05}
+PARTS = ("statistics", "inverses", "preconditioning")
+# Linux forgets here what the largest memory of this process was.
+PEAK = pathlib.Path("/proc/self/clear_refs")
 
 
 def cases(quick):
@@ -47,10 +60,11 @@ class Timed:
         from benchmarks.networks import NETWORKS, batch
 
         keras.utils.set_random_seed(0)
-        self.method, self.x, (self.y, loss) = method, *_first(batch(case["network"]))
+        self.method, (self.x, self.y, loss) = method, batch(case["network"])
         self.model = NETWORKS[case["network"]]["make"]()
         self.optimizer, captured = optimizer_of(method, case["network"])
-        self.bytes = 0 if captured is None else keras_ngd.capture(self.model, captured).bytes
+        if captured is not None:
+            keras_ngd.capture(self.model, captured)
         self.statistics = [
             s for la in self.model._flatten_layers() if (s := getattr(la, "statistics", None)) is not None
         ]
@@ -79,15 +93,58 @@ class Timed:
         self.model.train_on_batch(self.x, self.y)
         return time.perf_counter() - start
 
+    def kept(self):
+        """Bytes of weights and state."""
+        return sum(4 * math.prod(v.shape) for v in self.model.variables + self.optimizer.variables)
 
-def _first(batch):
-    x, *rest = batch
-    return x, rest
+    def peak(self):
+        """Bytes that a step with everything due takes beside what is kept, at its peak."""
+        found = []
+        for _ in range(3):
+            self.prepare(True, True)
+            # What the allocator keeps of earlier steps would hide what this one takes.
+            ctypes.CDLL(None).malloc_trim(0)
+            PEAK.write_text("5")
+            before = _resident("VmRSS")
+            self.seconds()
+            found.append(_resident("VmHWM") - before)
+        return statistics.median(found)
+
+
+def _resident(name):
+    lines = pathlib.Path("/proc/self/status").read_text().splitlines()
+    return next(1024 * int(line.split()[1]) for line in lines if line.startswith(name))
+
+
+def ideal(method, network, flops):
+    """Milliseconds that the operations of each part of a method's update take at a rate."""
+    from benchmarks.networks import NETWORKS
+    from keras_ngd.analysis import exchanges, projection, rates
+
+    settings = NETWORKS[network]
+    job = exchanges.Job(exchanges.layer_shapes(settings["make"]()), 1, settings["batch"], split=settings["split"])
+    machine = rates.Rates(flops, flops)
+    seconds = (
+        projection.statistics_seconds(method, job, machine),
+        sum(projection.inversion_costs(method, job, machine)),
+        sum(projection.preconditioning_costs(method, job, machine)),
+    )
+    return {part: 1e3 * s for part, s in zip(PARTS, seconds, strict=True)}
+
+
+def summary(times):
+    """Medians and ranges of lists of times, by method and kind of step."""
+    return {
+        "milliseconds": {m: {kind: statistics.median(t) for kind, t in of.items()} for m, of in times.items()},
+        "ranges": {m: {kind: [min(t), max(t)] for kind, t in of.items()} for m, of in times.items()},
+    }
 
 
 def measure(case):
-    """Medians and ranges in milliseconds of each method's kinds of step."""
+    """Medians and ranges in milliseconds of each method's kinds of step, its memory, and the machine's rate."""
     import keras
+
+    from keras_ngd.analysis.rates import product_seconds
 
     models = {method: Timed(case, method) for method in ("sgd", "captured", *case["methods"])}
     first, times = {}, {method: {kind: [] for kind in one.kinds} for method, one in models.items()}
@@ -100,12 +157,19 @@ def measure(case):
                 seconds = one.seconds()
                 if turn:
                     times[method][kind].append(1e3 * seconds)
+    flops, device = 2 * 1024**3 / product_seconds(1024), keras.distribution.list_devices()[0]
+    # TensorFlow's allocator and those of GPUs keep what they once had, so that nothing is seen of a step.
+    seen = PEAK.exists() and keras.backend.backend() == "jax" and "cpu" in device
+    second_order = [method for method in case["methods"] if len(models[method].kinds) > 1]
     return {
-        "milliseconds": {m: {kind: statistics.median(t) for kind, t in found.items()} for m, found in times.items()},
-        "ranges": {m: {kind: [min(t), max(t)] for kind, t in found.items()} for m, found in times.items()},
+        **summary(times),
         "first_step_seconds": first,
-        "second_order_bytes": {method: one.bytes for method, one in models.items()},
-        "device": keras.distribution.list_devices()[0],
+        "kept_bytes": {method: one.kept() for method, one in models.items()},
+        # Last: the steps after it would have to get their memory anew.
+        "peak_bytes": {method: one.peak() for method, one in models.items()} if seen else {},
+        "product_flops": flops,
+        "ideal_milliseconds": {method: ideal(method, case["network"], flops) for method in second_order},
+        "device": device,
     }
 
 
@@ -118,31 +182,58 @@ def cost(milliseconds, factor_interval, inverse_interval):
     return total / inverse_interval
 
 
+def parts(milliseconds, sgd):
+    """Milliseconds of statistics, inverses and preconditioning; rows and what is made of them count as statistics."""
+    both = milliseconds["inverses"] - milliseconds["plain"]
+    rows = "statistics" not in milliseconds
+    inverses = 0.0 if rows else milliseconds["inverses"] - milliseconds["statistics"]
+    return dict(zip(PARTS, (both - inverses, inverses, milliseconds["plain"] - sgd), strict=True))
+
+
+def _row(case, method):
+    """A method's line of a case's table."""
+    of, sgd = case["milliseconds"][method], case["milliseconds"]["sgd"]["plain"]
+    cells = [method, f"{of['plain'] / sgd:.2f}x"]
+    if "inverses" in of:
+        cells += [f"{cost(of, *i) / sgd:.2f}x" for i in INTERVALS]
+        operations = dict(case["ideal_milliseconds"][method])
+        if "statistics" not in of:
+            operations = {**operations, "statistics": operations["statistics"] + operations["inverses"], "inverses": 0}
+        for part, taken in parts(of, sgd).items():
+            share = f" ({operations[part] / taken:.0%})" if taken > 0 and operations[part] else ""
+            cells.append(f"{taken:.1f}{share}" if operations[part] else "")
+    else:
+        cells += [""] * (len(INTERVALS) + len(PARTS))
+    found = [case[kind].get(method) for kind in ("kept_bytes", "peak_bytes")]
+    cells += ["" if count is None else f"{count / 2**20:.1f}" for count in found]
+    return [*cells, f"{case['first_step_seconds'][method]:.0f}"]
+
+
 def table(payload):
     """A Markdown table for each case."""
-    parts = []
+    columns = ["method", "nothing due", *(f"({f},{i})" for f, i in INTERVALS)]
+    columns += [*(f"{part}, ms (of the rate)" for part in PARTS), "kept, MiB", "a step's peak, MiB", "first step, s"]
+    found = []
     for case in payload["cases"]:
-        ms, sgd = case["milliseconds"], case["milliseconds"]["sgd"]["plain"]
-        lines = [
-            f"**{case['network']}, {case['mode']}**: a step of SGD takes {sgd:.0f} ms.",
-            "",
-            "| method | nothing due | (1,1) | (1,10) | (10,100) | ms of statistics | of inverses | first step, s | state, MiB |",
-            "|---" * 9 + "|",
-        ]
-        for method, of in ms.items():
-            if method == "sgd":
-                continue
-            cells = [method, f"{of['plain'] / sgd:.2f}x"]
-            second_order = "inverses" in of
-            cells += [f"{cost(of, *i) / sgd:.2f}x" if second_order else "" for i in INTERVALS]
-            update = of.get("statistics", of.get("inverses", 0)) - of["plain"]
-            cells.append(f"{update:.0f}" if second_order else "")
-            cells.append(f"{of['inverses'] - of['statistics']:.0f}" if "statistics" in of else "")
-            cells.append(f"{case['first_step_seconds'][method]:.0f}")
-            cells.append(f"{case['second_order_bytes'][method] / 2**20:.0f}" if second_order else "")
-            lines.append(f"| {' | '.join(cells)} |")
-        parts.append("\n".join(lines))
-    return "\n\n".join(parts)
+        sgd, rate = case["milliseconds"]["sgd"]["plain"], case["product_flops"]
+        title = f"**{case['network']}, {case['mode']}**: a step of SGD takes {sgd:.1f} ms; products, {rate / 1e9:.0f} GFLOP/s."
+        lines = [title, "", f"| {' | '.join(columns)} |", "|---" * len(columns) + "|"]
+        lines += [f"| {' | '.join(_row(case, method))} |" for method in case["milliseconds"]]
+        found.append("\n".join(lines))
+    return "\n\n".join(found)
+
+
+def goals(payload):
+    """Goals of a step's cost at the longest intervals: what is asked, what is measured, and whether that is met."""
+    intervals = INTERVALS[-1]
+    found = []
+    for case in payload["cases"]:
+        ms = case["milliseconds"]
+        for method, most in GOALS.items():
+            ratio = cost(ms[method], *intervals) / ms["sgd"]["plain"]
+            name = f"{method} at {str(intervals).replace(' ', '')}, {case['network']}, {case['mode']}"
+            found.append((name, f"<= {most:.2f}x of SGD's step", f"{ratio:.2f}x", ratio <= most))
+    return found
 
 
 def plot(payload, path):

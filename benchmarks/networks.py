@@ -4,7 +4,7 @@ import keras
 import numpy as np
 from keras import layers, ops
 
-from examples.networks import cnn_3c1f, resnet18, resnet32, resnet50, unet
+from examples.networks import cnn_3c1f, digits_cnn, digits_mlp, resnet18, resnet32, resnet50, unet
 
 
 def transformer(tokens=64, vocabulary=256, width=128, heads=4, depth=2, classes=10):
@@ -27,14 +27,25 @@ def transformer(tokens=64, vocabulary=256, width=128, heads=4, depth=2, classes=
     return keras.Model(inputs, layers.Dense(classes)(pooled), name="transformer")
 
 
+def autoencoder():
+    """64-48-32-16-8-16-32-48-64 with tanh hidden layers, ending in logits: the classical test of second-order methods."""
+    hidden = [layers.Dense(n, activation="tanh") for n in (48, 32, 16)]
+    hidden += [layers.Dense(8), *(layers.Dense(n, activation="tanh") for n in (16, 32, 48))]
+    return keras.Sequential([keras.Input((64,)), *hidden, layers.Dense(64)])
+
+
+# A loss that is a mean over pixels has as many values for each example.
 NETWORKS = {
     "3c1f": {"make": cnn_3c1f, "shape": (28, 28, 1), "batch": 64, "split": 16},
     "resnet18": {"make": resnet18, "shape": (32, 32, 3), "batch": 32, "split": 128},
     "resnet32": {"make": resnet32, "shape": (32, 32, 3), "batch": 128, "split": 16},
     "resnet50": {"make": lambda: resnet50(64, 10), "shape": (64, 64, 3), "batch": 16, "split": 128},
     "resnet50-224": {"make": lambda: resnet50(224, 1000), "shape": (224, 224, 3), "batch": 64, "split": 128},
-    "unet": {"make": unet, "shape": (64, 64, 3), "batch": 16, "split": 64},
+    "unet": {"make": unet, "shape": (64, 64, 3), "batch": 16, "split": 64, "pixels": 64 * 64},
     "transformer": {"make": transformer, "shape": (64,), "batch": 32, "split": 64},
+    "digits-cnn": {"make": digits_cnn, "shape": (8, 8, 1), "batch": 250, "split": 128},
+    "digits-mlp": {"make": digits_mlp, "shape": (8, 8, 1), "batch": 250, "split": 128},
+    "autoencoder": {"make": autoencoder, "shape": (64,), "batch": 250, "split": 128, "pixels": 64},
 }
 
 
@@ -42,8 +53,8 @@ def batch(name):
     """A network's inputs and targets, random, and its loss."""
     rng, settings = np.random.default_rng(0), NETWORKS[name]
     shape = (settings["batch"], *settings["shape"])
-    if name == "unet":
-        targets = rng.integers(0, 2, (*shape[:3], 1)).astype("float32")
+    if "pixels" in settings:
+        targets = rng.integers(0, 2, (*shape[:3], 1) if len(shape) > 2 else shape).astype("float32")
         return rng.normal(size=shape).astype("float32"), targets, keras.losses.BinaryCrossentropy(from_logits=True)
     x = rng.integers(0, 256, shape) if name == "transformer" else rng.normal(size=shape).astype("float32")
     loss = keras.losses.SparseCategoricalCrossentropy(from_logits=True)

@@ -37,13 +37,6 @@ SECTIONS = {
 }
 
 
-def machine(payload):
-    """One line on where and with what a result was measured."""
-    environment = payload["environment"]
-    versions = ", ".join(f"{package} {version}" for package, version in environment["versions"].items())
-    return f"{environment['processor']}, {environment['cores']} cores, {environment['date']}; {versions}."
-
-
 def section(name):
     """A benchmark's part of the page."""
     title, text = SECTIONS[name]
@@ -55,7 +48,7 @@ def section(name):
     parts.append(harness.module_of(name).table(payload))
     if path.with_suffix(".png").exists():
         parts.append(f"![{title}](../benchmarks/results/{name}.png)")
-    return "\n\n".join([*parts, f"From `benchmarks/results/{name}.json`: {machine(payload)}"])
+    return "\n\n".join([*parts, results.source(name, payload)])
 
 
 def write():

@@ -8,13 +8,12 @@ records), and neither adaptive damping nor adaptive rates. It registers all laye
 
 import os
 import pathlib
-import statistics
 import subprocess
 import sys
 import time
 
 from benchmarks import results
-from benchmarks.costs import INTERVALS, Timed, cost
+from benchmarks.costs import INTERVALS, Timed, cost, summary
 
 FOLDER = pathlib.Path(__file__).parent.parent / ".venv-peers"
 PACKAGES = ("kfac-jax==0.0.8", "jax==0.7.2", "jaxlib==0.7.2", "keras", "tqdm")
@@ -126,8 +125,7 @@ def measure(case):
             for (name, kind), seconds in found.items():
                 times[name][kind].append(1e3 * seconds)
     return {
-        "milliseconds": {name: {kind: statistics.median(t) for kind, t in of.items()} for name, of in times.items()},
-        "ranges": {name: {kind: [min(t), max(t)] for kind, t in of.items()} for name, of in times.items()},
+        **summary(times),
         "first_step_seconds": first,
         "blocks": peers["plain"].blocks,
         "jax": jax.__version__,

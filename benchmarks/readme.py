@@ -19,17 +19,10 @@ from benchmarks import (
 ROOT = pathlib.Path(__file__).parent.parent
 
 
-def machine(payload):
-    """One line on where and with what a result was measured."""
-    environment = payload["environment"]
-    versions = ", ".join(f"{package} {version}" for package, version in environment["versions"].items())
-    return f"{environment['processor']}, {environment['cores']} cores, {environment['date']}; {versions}."
-
-
 def section(name, render):
     """The table of a result with its source and machine."""
     payload = results.load(name)
-    return f"{render(payload)}\n\nFrom `benchmarks/results/{name}.json`: {machine(payload)}"
+    return f"{render(payload)}\n\n{results.source(name, payload)}"
 
 
 def insert(text, marker, content):

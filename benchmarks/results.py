@@ -67,3 +67,11 @@ def save(name, payload):
 def load(name):
     """What `save` wrote."""
     return json.loads(path_of(name).read_text())
+
+
+def source(name, payload):
+    """One line on where a result is, and where and with what it was measured."""
+    environment = payload["environment"]
+    versions = ", ".join(f"{package} {version}" for package, version in environment["versions"].items())
+    machine = f"{environment['processor']}, {environment['cores']} cores, {environment['date']}; {versions}."
+    return f"From `benchmarks/results/{name}.json`: {machine}"

@@ -9,36 +9,12 @@ import numpy as np
 from keras import layers, ops
 
 import keras_ngd
+from examples.networks import digits_cnn, digits_mlp
 
 TRIAL_SEED, FIRST_SEED = 1000, 101
 _TRIAL_STEPS = 1_000_000
 # Of an epoch, in batches of 250.
 STEPS = 6
-
-
-def cnn():
-    return keras.Sequential(
-        [
-            keras.Input((8, 8, 1)),
-            layers.Conv2D(16, 3, padding="same", activation="relu"),
-            layers.MaxPooling2D(),
-            layers.Conv2D(32, 3, padding="same", activation="relu"),
-            layers.Flatten(),
-            layers.Dense(64, activation="relu"),
-            layers.Dense(10),
-        ]
-    )
-
-
-def mlp():
-    return keras.Sequential(
-        [
-            keras.Input((64,)),
-            layers.Dense(128, activation="relu"),
-            layers.Dense(64, activation="relu"),
-            layers.Dense(10),
-        ]
-    )
 
 
 def autoencoder():
@@ -47,16 +23,16 @@ def autoencoder():
     return keras.Sequential([keras.Input((64,)), *hidden, layers.Dense(64)])
 
 
-MODELS = {"cnn": cnn, "mlp": mlp, "autoencoder": autoencoder}
+MODELS = {"cnn": digits_cnn, "mlp": digits_mlp, "autoencoder": autoencoder}
 
 
 def data_and_loss(task):
     """The inputs, targets and loss of a task."""
     images, labels = datasets.arrays("digits", "train")
-    flat = images.reshape(len(images), -1)
     if task == "autoencoder":
+        flat = images.reshape(len(images), -1)
         return (flat, flat), keras.losses.BinaryCrossentropy(from_logits=True)
-    return (images if task == "cnn" else flat, labels), keras.losses.SparseCategoricalCrossentropy(from_logits=True)
+    return (images, labels), keras.losses.SparseCategoricalCrossentropy(from_logits=True)
 
 
 @keras.saving.register_keras_serializable("benchmarks")
@@ -95,13 +71,17 @@ class Clock(keras.callbacks.Callback):
 class Training:
     """A compiled model that starts over for every run."""
 
-    def __init__(self, case, optimizer):
-        self.case, self.optimizer = case, optimizer
-        self.data, loss = data_and_loss(case["task"])
-        self.model = MODELS[case["task"]]()
+    def __init__(self, make_model, data, loss, batch_size, optimizer):
+        self.make_model, self.data, self.batch_size, self.optimizer = make_model, data, batch_size, optimizer
+        self.model = make_model()
         if isinstance(optimizer, keras_ngd.optimizers.NaturalGradient):
             keras_ngd.capture(self.model, optimizer)
-        self.model.compile(optimizer=optimizer, loss=loss, steps_per_execution=STEPS, jit_compile=True)
+        self.model.compile(
+            optimizer=optimizer,
+            loss=loss,
+            steps_per_execution=len(data[0]) // batch_size,
+            jit_compile=keras.backend.backend() == "jax",
+        )
         optimizer.build(self.model.trainable_variables)
         self.variables = self.model.variables + optimizer.variables
         self.start = [np.array(v) for v in self.variables]
@@ -112,7 +92,7 @@ class Training:
             variable.assign(value)
         self.optimizer.iterations.assign(trial * _TRIAL_STEPS)
         keras.utils.set_random_seed(seed)
-        for layer, fresh in zip(self.model.layers, MODELS[self.case["task"]]().layers, strict=True):
+        for layer, fresh in zip(self.model.layers, self.make_model().layers, strict=True):
             if fresh.weights:
                 layer.kernel.assign(fresh.kernel)
                 layer.bias.assign(fresh.bias)
@@ -120,7 +100,7 @@ class Training:
         clock = Clock()
         history = self.model.fit(
             *self.data,
-            batch_size=self.case["batch_size"],
+            batch_size=self.batch_size,
             epochs=epochs,
             validation_data=self.data,
             validation_batch_size=len(self.data[0]),
@@ -151,13 +131,13 @@ def make(case, value):
 
 def measured(case):
     """One run for each point of the grid, and runs of the best with fresh seeds."""
-    trainings, values = {}, case["values"]
+    trainings, values, (data, loss) = {}, case["values"], data_and_loss(case["task"])
     second_order = case["argument"] == "damping"
 
     def run(value, rate, seed):
         key = None if second_order else value
         if key not in trainings:
-            trainings[key] = Training(case, make(case, value))
+            trainings[key] = Training(MODELS[case["task"]], data, loss, case["batch_size"], make(case, value))
             trainings[key].run(rate, seed, 1)
         return trainings[key].run(rate, seed, case["epochs"], values.index(value) if second_order else 0)
 

@@ -66,6 +66,36 @@ def resnet50(size, classes):
     )
 
 
+def digits_cnn():
+    """Two convolutional and two fully connected layers, for images of 8x8, ending in logits."""
+    return keras.Sequential(
+        [
+            keras.Input((8, 8, 1)),
+            layers.Conv2D(16, 3, padding="same", activation="relu"),
+            layers.MaxPooling2D(),
+            layers.Conv2D(32, 3, padding="same", activation="relu"),
+            layers.Flatten(),
+            layers.Dense(64, activation="relu"),
+            layers.Dense(10),
+        ],
+        name="CNN",
+    )
+
+
+def digits_mlp():
+    """Three fully connected layers, for images of 8x8, ending in logits."""
+    return keras.Sequential(
+        [
+            keras.Input((8, 8, 1)),
+            layers.Flatten(),
+            layers.Dense(128, activation="relu"),
+            layers.Dense(64, activation="relu"),
+            layers.Dense(10),
+        ],
+        name="MLP",
+    )
+
+
 def cnn_3c1f(shape=(28, 28, 1), classes=10, width=16):
     """Three convolutional layers, each with pooling, and one fully connected layer: the 3C1F of the HyLo paper.
 

@@ -11,9 +11,9 @@ import time
 
 import datasets  # isort: skip  (first: it imports TensorFlow without its greetings)
 import keras
+import networks
 import numpy as np
 from absl import app, flags
-from keras import layers
 from tqdm import tqdm
 
 import keras_ngd
@@ -33,34 +33,6 @@ flags.DEFINE_float("damping", 0.003, "KFAC's damping.")
 flags.DEFINE_string("data_dir", None, "Where tensorflow-datasets keeps prepared data. Default: its own choice.")
 flags.DEFINE_string("output", "quickstart.png", "The plot's file; empty for none.")
 flags.DEFINE_boolean("jit", False, "Compile steps with XLA; JAX always does. Slow to start on TensorFlow.")
-
-
-def cnn():
-    return keras.Sequential(
-        [
-            keras.Input((8, 8, 1)),
-            layers.Conv2D(16, 3, padding="same", activation="relu"),
-            layers.MaxPooling2D(),
-            layers.Conv2D(32, 3, padding="same", activation="relu"),
-            layers.Flatten(),
-            layers.Dense(64, activation="relu"),
-            layers.Dense(10),
-        ],
-        name="CNN",
-    )
-
-
-def mlp():
-    return keras.Sequential(
-        [
-            keras.Input((8, 8, 1)),
-            layers.Flatten(),
-            layers.Dense(128, activation="relu"),
-            layers.Dense(64, activation="relu"),
-            layers.Dense(10),
-        ],
-        name="MLP",
-    )
 
 
 def make_optimizer(name):
@@ -224,7 +196,7 @@ def main(_):
     results = {}
     total = 2 * sum(len(grid) + 1 for grid in GRIDS.values())
     with tqdm(total=total, unit="run") as bar:
-        for make_model in (cnn, mlp):
+        for make_model in (networks.digits_cnn, networks.digits_mlp):
             results[make_model().name] = compare(make_model, data, bar)
     print_table(results)
     if FLAGS.output:

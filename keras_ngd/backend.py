@@ -75,6 +75,11 @@ def triangular_inverse(lower):
     return inverse(lower) if lower.ndim == 2 else jax.lax.map(inverse, lower)
 
 
+def joined(tensors):
+    """Tensors one after the other; one alone as it is."""
+    return tensors[0] if len(tensors) == 1 else ops.concatenate(tensors)
+
+
 def parts(stacked, counts):
     """A tensor's parts, so many long, as a list. (`keras.ops.split` computes its places in the graph on TensorFlow.)"""
     if len(counts) == 1:

@@ -157,11 +157,11 @@ class CurvatureMonitor(keras.callbacks.Callback):
         result = {}
         for group in optimizer.held.groups:
             parts = [sharding.to_numpy(variable) for variable in group.curvature.variables]
-            start = 0
-            for block in group.blocks:
-                own = [p[start : start + block.rows.groups] for p in parts]
+            ends = np.cumsum([block.rows.groups for block in group.blocks])
+            for block, own in zip(
+                group.blocks, zip(*(np.split(p, ends[:-1]) for p in parts), strict=True), strict=True
+            ):
                 result[block.layer] = max(_condition(p.reshape(-1, *p.shape[2:])) for p in own)
-                start += block.rows.groups
         return result
 
     @staticmethod

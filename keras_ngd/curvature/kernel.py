@@ -56,7 +56,7 @@ class KernelCurvature:
 
 
 def refresh_together(curvatures, inputs, damping):
-    """New states of several curvatures all kernel matrices of one size inverted in one batch.
+    """New states of several curvatures, all kernel matrices of one size inverted in one batch.
 
     Args:
         curvatures: list of `KernelCurvature`.

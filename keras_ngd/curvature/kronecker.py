@@ -166,17 +166,18 @@ def refresh_together(curvatures, factors, damping, states):
     """
     if not curvatures:
         return []
-    if curvatures[0].inverse_method == "eigen":
-        sides = [
-            [factor, *old]
-            for two, s in zip(factors, states, strict=True)
-            for factor, old in zip(two, (s[:2], s[2:]), strict=True)
-        ]
-        found = iter(together(lambda factors, *old: sharding.divided(_decomposed, list(old), factors), sides))
-        return [[*next(found), *next(found)] for _ in curvatures]
     method, sides = inversion_method(curvatures[0].inverse_method), []
     for curvature, (a, g), state in zip(curvatures, factors, states, strict=True):
-        dampings = factor_dampings(mean_eigenvalues(a), mean_eigenvalues(g), damping, curvature.damping_mode)
-        sides += [list(side) for side in zip((a, g), dampings, state, strict=True)]
-    found = iter(together(lambda *side: [inverse.damped_inverse(*side, method)], sides))
+        if method == "eigen":
+            sides += [[a, *state[:2]], [g, *state[2:]]]
+        else:
+            dampings = factor_dampings(mean_eigenvalues(a), mean_eigenvalues(g), damping, curvature.damping_mode)
+            sides += [list(side) for side in zip((a, g), dampings, state, strict=True)]
+
+    def renewed(factors, *rest):
+        if method == "eigen":
+            return sharding.divided(_decomposed, list(rest), factors)
+        return [inverse.damped_inverse(factors, *rest, method)]
+
+    found = iter(together(renewed, sides))
     return [[*next(found), *next(found)] for _ in curvatures]

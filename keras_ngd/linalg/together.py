@@ -1,7 +1,5 @@
 """Batches of matrices of one size, from whatever they belong to, at once."""
 
-from keras import ops
-
 from keras_ngd import backend
 
 
@@ -21,10 +19,7 @@ def together(function, work):
     for i, (first, *_) in enumerate(work):
         members.setdefault((first.shape[-1], backend.dtype_name(first)), []).append(i)
     for indices in members.values():
-        joined = [
-            tensors[0] if len(tensors) == 1 else ops.concatenate(tensors)
-            for tensors in zip(*(work[i] for i in indices), strict=True)
-        ]
+        joined = [backend.joined(tensors) for tensors in zip(*(work[i] for i in indices), strict=True)]
         counts = [work[i][0].shape[0] for i in indices]
         parts = [backend.parts(tensor, counts) for tensor in function(*joined)]
         for i, found in zip(indices, zip(*parts, strict=True), strict=True):

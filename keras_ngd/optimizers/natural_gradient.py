@@ -18,7 +18,7 @@ from keras_ngd.optimizers.state import StrictState
 def stacked(group, inputs):
     """What the curvature of a group takes, of all its blocks."""
     parts = zip(*(inputs[block] for block in group.blocks), strict=True)
-    return [part[0] if len(part) == 1 else ops.concatenate(part) for part in parts]
+    return [backend.joined(part) for part in parts]
 
 
 class NaturalGradient(Checks, Counters, DataParallel, ShardedState, StrictState, WeightAveraging, keras.optimizers.SGD):
@@ -360,8 +360,7 @@ class NaturalGradient(Checks, Counters, DataParallel, ShardedState, StrictState,
             bias = None if block.bias is None else grads[index(block.bias)]
             gradients[block] = ops.cast(block.rows.matrix(grads[index(block.kernel)], bias), block.shape[2])
         for group in self.held.groups:
-            parts = [gradients[block] for block in group.blocks]
-            v = self.everywhere(group, parts[0] if len(parts) == 1 else ops.concatenate(parts))
+            v = self.everywhere(group, backend.joined([gradients[block] for block in group.blocks]))
             p = self.everywhere(group, group.curvature.precondition(v, damping, self.state_of(group, inputs)))
             lengths.append(ops.cast(ops.sum(p * v), "float32"))
             found |= dict(group.parts(p))

@@ -152,13 +152,17 @@ class Workers:
         if self.scatter:
             return self._scattered_statistics(emitted, share, refused)
         blocks = self.layout.blocks
-        opened = ops.stack([block.statistics.gate > 0 for block in blocks])
+        opened = self._opened()
         means = ops.cond(
             ops.any(opened),
             lambda: self._means(opened, emitted, share, refused),
             lambda: _flat(emitted, blocks),
         )
         return _unflat(means, emitted, blocks)
+
+    def _opened(self):
+        """`[blocks]`, whose statistics were to be recorded."""
+        return ops.stack([block.statistics.gate > 0 for block in self.layout.blocks])
 
     def _means(self, opened, emitted, share, refused):
         """The averages of all blocks, where some gate was open."""
@@ -191,23 +195,21 @@ class Workers:
             """What an average contributes to the next."""
             return average * ops.cast(1 - ops.minimum(block.statistics.gate, 1.0), average.dtype)
 
-        def opened():
+        def summed():
             # Without what this worker's averages contributed: they are out of date on all but the owners.
             fresh = [t - kept(b, old) for b in blocks for t, old in zip(emitted[b], averages[b], strict=True)]
             sent = packed([t * ops.cast(share, t.dtype) for t in fresh])
             owners = [self.owners[block] for block in blocks for _ in averages[block]]
             sums = self.communicator.reduce_scatter(sent, owners, "statistics", "keras_ngd_statistics")
             mine = _unflat(unpacked([t for t in sums if t is not None], _flat(averages, own)), averages, own)
-            new = []
+            new, refuses = [], dict(zip(blocks, ops.unstack(refused), strict=True))
             for block in own:
                 merged = [f + kept(block, old) for f, old in zip(mine[block], averages[block], strict=True)]
-                i = blocks.index(block)
-                new += [ops.where(refused[i], o, t) for o, t in zip(averages[block], merged, strict=True)]
+                new += [ops.where(refuses[block], o, t) for o, t in zip(averages[block], merged, strict=True)]
             # Never nothing: a worker may own no layer.
             return [*new, ops.zeros(())]
 
-        due = ops.any(ops.stack([block.statistics.gate > 0 for block in blocks]))
-        *new, _ = ops.cond(due, opened, lambda: [*_flat(averages, own), ops.zeros(())])
+        *new, _ = ops.cond(ops.any(self._opened()), summed, lambda: [*_flat(averages, own), ops.zeros(())])
         return averages | _unflat(new, averages, own)
 
     def gather_statistics(self):
