@@ -15,9 +15,8 @@ HOROVOD := $(VENV)/.installed-horovod
 TPU := $(VENV)/.installed-tpu
 
 .PHONY: help demo test lint clean distclean
-BENCHMARKS := benchmark-step-cost benchmark-update-cost benchmark-convergence benchmark-thor-convergence \
-  benchmark-row-cost benchmark-row-convergence benchmark-gradient-error benchmark-communication \
-  benchmark-replicas benchmark-tpu
+BENCHMARKS := benchmark-update-cost benchmark-row-cost benchmark-thor-convergence benchmark-row-convergence \
+  benchmark-gradient-error benchmark-communication benchmark-replicas benchmark-tpu
 .PHONY: $(BENCHMARKS) benchmark
 
 help:
@@ -25,9 +24,8 @@ help:
 	@echo "make test                   lint, then all tests on the TensorFlow and on the JAX backend"
 	@echo "make lint                   ruff: rules and format"
 	@echo "make benchmark              side by side: costs of steps, convergence on the digits, kfac-jax; goes on where interrupted"
-	@echo "make benchmark-step-cost    what a step costs, in steps of SGD"
 	@echo "make benchmark-update-cost  what THOR's blocks save of a refresh"
-	@echo "make benchmark-convergence  what a KFAC step is worth; benchmark-thor-convergence: and a THOR step"
+	@echo "make benchmark-thor-convergence  what steps of KFAC and THOR are worth with the papers' settings"
 	@echo "make benchmark-row-cost     what an update of HyLo costs against one of KFAC"
 	@echo "make benchmark-row-convergence  what steps of SKFAC and HyLo are worth"
 	@echo "make benchmark-gradient-error   how far HyLo's rows are from the whole batch"

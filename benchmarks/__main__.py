@@ -13,7 +13,7 @@ import json
 
 from absl import app, flags
 
-from benchmarks import harness
+from benchmarks import alone, harness
 
 # All that run without being named, and those that need a machine of their own.
 USUAL = ("costs", "tasks", "ablations", "peers")
@@ -29,7 +29,8 @@ flags.DEFINE_string("case", None, "A case, as JSON.")
 
 def main(arguments):
     if FLAGS.worker:
-        print(json.dumps(harness.module_of(FLAGS.worker).measure(json.loads(FLAGS.case))))
+        with alone.registered():
+            print(json.dumps(harness.module_of(FLAGS.worker).measure(json.loads(FLAGS.case))))
         return
     from benchmarks import page
 

@@ -9,6 +9,8 @@ from benchmarks import costs
 from benchmarks.methods import METHODS
 
 environment, table, plot = costs.environment, costs.table, costs.plot
+# A process that is stopped keeps its part of the GPU.
+AT_ONCE = 1
 
 
 def cases(quick):

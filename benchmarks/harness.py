@@ -1,28 +1,33 @@
-"""Runs the cases of a benchmark one by one, each in a process of its own, and goes on where it was interrupted.
+"""Runs the cases of a benchmark, each in a process of its own, two at once, and goes on where it was interrupted.
 
 A benchmark is a module of this package with
 
     cases(quick)          the cases, dicts of what JSON can hold, each with a "name"
-    measure(case)         what a case gives, a dict of what JSON can hold; runs in a process of its own
+    measure(case)         what a case gives, a dict of what JSON can hold; what it times stands in `alone.alone()`
     environment(case)     variables of that process's environment
     table(payload)        Markdown of `{"cases": [{**case, **found}, ...]}`
     plot(payload, path)   optional: a PNG of the same
     python(case)          optional: the interpreter of that process; where it raises a RuntimeError, the case is left out
+    AT_ONCE               optional: how many cases run at once, in place of two
 
 Every case that is done is kept in `results/partial/` until all are.
 """
 
+import concurrent.futures
 import importlib
 import json
 import os
+import signal
 import subprocess
 import sys
+import tempfile
 
 from tqdm import tqdm
 
-from benchmarks import results
+from benchmarks import alone, results
 
 PARTIAL = results.DIRECTORY / "partial"
+AT_ONCE = 2
 
 
 def module_of(name):
@@ -30,8 +35,14 @@ def module_of(name):
     return importlib.import_module(f"benchmarks.{name}")
 
 
-def measured_in_process(name, case):
-    """What a case gives, from a process of its own; None, with a message, where there is no interpreter for it."""
+def measured_in_process(name, case, running):
+    """What a case gives, from a process of its own; None, with a message, where there is no interpreter for it.
+
+    Args:
+        name: of the benchmark.
+        case: to measure.
+        running: a set that the process is in while it runs.
+    """
     environment = {**os.environ, "TF_CPP_MIN_LOG_LEVEL": "3", **module_of(name).environment(case)}
     try:
         python = getattr(module_of(name), "python", lambda case: sys.executable)(case)
@@ -39,10 +50,34 @@ def measured_in_process(name, case):
         tqdm.write(f"{name}, {case['name']} is left out: {error}")
         return None
     command = [python, "-m", "benchmarks", f"--worker={name}", f"--case={json.dumps(case)}"]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True)
-    if done.returncode:
-        raise RuntimeError(f"{name}, {case['name']} failed:\n{done.stderr[-3000:]}")
-    return json.loads(done.stdout.splitlines()[-1])
+    process = subprocess.Popen(
+        command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, stdin=subprocess.DEVNULL, text=True
+    )
+    running.add(process)
+    out, errors = process.communicate()
+    running.discard(process)
+    # It may have ended before it could say that it does not need the machine for itself any more.
+    alone.send([other.pid for other in list(running)], signal.SIGCONT)
+    if process.returncode:
+        raise RuntimeError(f"{name}, {case['name']} failed:\n{errors[-3000:]}")
+    return json.loads(out.splitlines()[-1])
+
+
+def found_of(name, cases):
+    """Yields each case with what it gives, as they are done; ends all processes if one fails or this is interrupted."""
+    running = set()
+    at_once = getattr(module_of(name), "AT_ONCE", AT_ONCE)
+    with tempfile.TemporaryDirectory() as folder, concurrent.futures.ThreadPoolExecutor(at_once) as pool:
+        os.environ[alone.VARIABLE] = folder
+        todo = {pool.submit(measured_in_process, name, case, running): case for case in cases}
+        try:
+            for done in concurrent.futures.as_completed(todo):
+                yield todo[done], done.result()
+        finally:
+            pool.shutdown(wait=False, cancel_futures=True)
+            for process in list(running):
+                process.kill()
+            del os.environ[alone.VARIABLE]
 
 
 def run(name, quick=False, only=None):
@@ -68,14 +103,14 @@ def run(name, quick=False, only=None):
         # What was measured otherwise than it would be now is measured again.
         kept |= {case["name"]: done[case["name"]] for case in cases if _is_of(done.get(case["name"]), case)}
     todo = [case for case in cases if case["name"] not in kept and (only is None or case["name"] in only)]
-    bar = tqdm(total=len(todo), unit="case")
-    for case in todo:
-        bar.set_description(f"{name}: {case['name']}")
-        if (found := measured_in_process(name, case)) is not None:
+    bar = tqdm(total=len(todo), unit="case", desc=name)
+    for case, found in found_of(name, todo):
+        if found is not None:
             kept[case["name"]] = {**case, **found}
             with file.open("a") as out:
                 out.write(json.dumps(kept[case["name"]]) + "\n")
         bar.update()
+        bar.set_postfix_str(case["name"])
     bar.close()
     payload = {"cases": [kept[n] for n in names if n in kept]}
     path = results.save(title, payload)

@@ -15,9 +15,10 @@ SECTIONS = {
     ),
     "tasks": (
         "Convergence",
-        "Epochs and seconds to a target loss on the digits, each optimizer tuned on a grid of 16 trials with a seed of its own, "
-        "then run with five fresh seeds. The loss is that of the whole training set after each epoch; seconds are of training "
-        "alone, after compiling, an epoch in one `steps_per_execution` on JAX.",
+        "Epochs and seconds to a target loss, each optimizer tuned on a grid of as many trials with a seed of its own, then run "
+        "with five fresh seeds. The loss is that of the whole training set after each epoch; seconds are of training alone, "
+        "after compiling, an epoch in one `steps_per_execution`. Means over the seeds that reach the target. Which ranges the "
+        "grids cover was explored before, on the seed of the trials. The tasks are described in `benchmarks/tasks.py`.",
     ),
     "ablations": (
         "The papers' ideas one by one",
@@ -34,6 +35,38 @@ SECTIONS = {
         "On a GPU",
         "As step costs above, with JAX on a GPU (`benchmarks/on_gpu.sh` on a machine without a network).",
     ),
+    "update_cost": (
+        "A refresh of ResNet-50's inverses",
+        "One refresh of all inverses at the sizes of its layers (224x224, 1000 classes): KFAC's whole factors, THOR's blocks.",
+    ),
+    "row_cost": (
+        "An update of HyLo for ResNet-50",
+        "One update for ResNet-50's layers against one of KFAC's, batches of 128.",
+    ),
+    "communication": (
+        "Communication",
+        "What a worker receives of the others for one step with an update, counted (and, in brackets, by the formulas of "
+        "`keras_ngd.analysis.received`), on the 3C1F network with 16 examples a worker; and projected for ResNet-50 with 80. "
+        "`python -m keras_ngd.analysis.cost_model` projects times as well, from what the machine computes in a second.",
+    ),
+    "replicas": (
+        "Replicas of a strategy",
+        "What a refresh adds to a step of KFAC on ResNet-32 (batch 32), on replicas that are parts of one CPU, where each "
+        "inverts its share of the layers and gets the others', and where each inverts all.",
+    ),
+    "thor_convergence": (
+        "THOR, KFAC and Momentum on images",
+        "`examples/cifar_resnet.py` with its defaults and 7 epochs, on 4,096 drawn 32x32 images in ten classes. KFAC and THOR "
+        "have the paper's learning rate and damping, untuned; Momentum has the best of three learning rates. All fall tenfold "
+        "after each third of the epochs, as in the paper, which leaves Momentum little time: this is about the start of a "
+        "training. Seconds are without the first step, whose tracing takes up to two and a half epochs.",
+    ),
+    "row_convergence": (
+        "HyLo, SKFAC and KFAC on images",
+        "`examples/fashion_3c1f.py` and `examples/unet_segmentation.py` with their defaults, three seeds. Settings are the best "
+        "of three to fifteen trials for each method. The targets are what KFAC can be counted on to reach: the lowest of its "
+        "best scores.",
+    ),
 }
 
 
@@ -41,7 +74,10 @@ def section(name):
     """A benchmark's part of the page."""
     title, text = SECTIONS[name]
     path = results.path_of(name)
-    parts = [f"## {title}", text, f"`python -m benchmarks {name}`"]
+    command = (
+        f"python -m benchmarks {name}" if hasattr(harness.module_of(name), "cases") else f"python -m benchmarks.{name}"
+    )
+    parts = [f"## {title}", text, f"`{command}`"]
     if not path.exists():
         return "\n\n".join([*parts, "Not measured."])
     payload = results.load(name)
@@ -51,7 +87,18 @@ def section(name):
     return "\n\n".join([*parts, results.source(name, payload)])
 
 
+def goals():
+    """The goals of all that is measured, beside what is."""
+    lines = ["| goal | asked | measured | met | where it goes, of SGD's step |", "|---|---|---|---|---|"]
+    for name in SECTIONS:
+        module = harness.module_of(name)
+        if results.path_of(name).exists() and hasattr(module, "goals"):
+            for goal, asked, measured, met, why in module.goals(results.load(name)):
+                lines.append(f"| {goal} | {asked} | {measured} | {'yes' if met else 'no'} | {why} |")
+    return "\n".join(["## Goals", "", *lines])
+
+
 def write():
     """Writes the page."""
-    head = "# Benchmarks\n\nMade by `python -m benchmarks` (`--render` makes the page alone). Nothing here is typed."
-    PAGE.write_text("\n\n".join([head, *map(section, SECTIONS)]) + "\n")
+    head = "# Benchmarks\n\nMade by `python -m benchmarks` (`--render` makes the page alone): no figure here is typed."
+    PAGE.write_text("\n\n".join([head, goals(), *map(section, SECTIONS)]) + "\n")

@@ -1,29 +1,47 @@
-"""KFAC of this package and of kfac-jax on the same Keras model, data, batch and jax, in one run, turn by turn.
+"""KFAC of this package and of kfac-jax on the same Keras model, data, batch and jax, in one run.
 
 kfac-jax does not run on the jax of this project, so both run in an environment of their own, which the benchmark makes
 (`.venv-peers`). Of kfac-jax, `kfac_jax.Optimizer` is used, with Keras's
 `stateless_call` as its loss function, its estimator for the gradients of the targets (`"fisher_empirical"`, what this package
-records), and neither adaptive damping nor adaptive rates. It registers all layers by itself. The ratios are to Keras's SGD.
+records), and neither adaptive damping nor adaptive rates. It registers all layers by itself.
+
+Costs are of steps taken turn by turn, in steps of Keras's SGD. For convergence both are tuned on the same grid of trials as KFAC
+is by `benchmarks.tasks`, at the same intervals and with the same bound on the length of a step; kfac-jax takes its steps from a
+loop in Python, as its `Optimizer.step` is made for, and this package's are Keras's `fit`. Where no loss is named, the target is
+what the worse of the two ends with.
 """
 
 import os
 import pathlib
 import subprocess
 import sys
+import threading
 import time
 
-from benchmarks import results
+from benchmarks import results, tasks
+from benchmarks.alone import alone
 from benchmarks.costs import INTERVALS, Timed, cost, summary
 
 FOLDER = pathlib.Path(__file__).parent.parent / ".venv-peers"
 PACKAGES = ("kfac-jax==0.0.8", "jax==0.7.2", "jaxlib==0.7.2", "keras", "tqdm")
+# What the data come from; beside TensorFlow, kfac-jax's own dependencies look for tf_keras, which asks for all of TensorFlow.
+PACKAGES += ("tensorflow-cpu", "tensorflow-datasets", "scikit-learn")
+ALONE = ("tf_keras",)
 NEVER = 10**6
+_making = threading.Lock()
 
 
 def cases(quick):
-    """One for each network."""
+    """One for each network, and one for each task and optimizer."""
     networks, rounds = (("3c1f",), 3) if quick else (("3c1f", "resnet32", "resnet18"), 5)
-    return [{"name": network, "network": network, "mode": "jax", "rounds": rounds} for network in networks]
+    found = [{"name": network, "network": network, "mode": "jax", "rounds": rounds} for network in networks]
+    for task in ("mlp",) if quick else ("cnn", "mlp", "autoencoder"):
+        case = next(case for case in tasks.cases(False) if case["name"] == f"{task}-KFAC")
+        if quick:
+            case |= {"epochs": 3, "values": case["values"][:1], "rates": case["rates"][:1], "seeds": 2}
+        for optimizer in ("KFAC", "kfac-jax"):
+            found.append({**case, "name": f"{task}-{optimizer}", "optimizer": optimizer})
+    return found
 
 
 def environment(case):
@@ -37,17 +55,47 @@ def python(case):
     Raises:
         RuntimeError: where it cannot be made.
     """
-    found = FOLDER / "bin" / "python"
-    if not (FOLDER / "complete").exists():
-        for command in (
-            [sys.executable, "-m", "venv", str(FOLDER)],
-            [str(found), "-m", "pip", "install", "-q", *PACKAGES],
-        ):
-            done = subprocess.run(command, capture_output=True, text=True)
-            if done.returncode:
-                raise RuntimeError(f"{' '.join(command)} failed:\n{done.stderr[-2000:]}")
-        (FOLDER / "complete").touch()
+    found, stamp, packages = FOLDER / "bin" / "python", FOLDER / "installed", " ".join(PACKAGES + ALONE)
+    with _making:
+        if not stamp.exists() or stamp.read_text() != packages:
+            for command in (
+                [sys.executable, "-m", "venv", str(FOLDER)],
+                [str(found), "-m", "pip", "install", "-q", *PACKAGES],
+                [str(found), "-m", "pip", "install", "-q", "--no-deps", *ALONE],
+            ):
+                done = subprocess.run(command, capture_output=True, text=True)
+                if done.returncode:
+                    raise RuntimeError(f"{' '.join(command)} failed:\n{done.stderr[-2000:]}")
+            stamp.write_text(packages)
     return os.fspath(found)
+
+
+def peer_optimizer(model, losses, **settings):
+    """kfac-jax's optimizer of a Keras model's weights.
+
+    Args:
+        model: a Keras model that ends in logits.
+        losses: loss values an example has: above 1, targets are between 0 and 1 and the loss is a mean over them.
+        settings: of `kfac_jax.Optimizer`.
+    """
+    import jax
+    import kfac_jax
+    from jax import numpy as jnp
+
+    others = [v.value for v in model.non_trainable_variables]
+
+    def loss(parameters, batch):
+        x, y = batch
+        logits, _ = model.stateless_call(parameters, others, x, training=True)
+        if losses > 1:
+            kfac_jax.register_sigmoid_cross_entropy_loss(logits, y, weight=1 / losses)
+            return jnp.mean(jax.nn.softplus(logits) - y * logits)
+        kfac_jax.register_softmax_cross_entropy_loss(logits, y)
+        return -jnp.mean(jnp.take_along_axis(jax.nn.log_softmax(logits), y[:, None], axis=1))
+
+    return loss, kfac_jax.Optimizer(
+        jax.value_and_grad(loss), l2_reg=0.0, num_burnin_steps=0, estimation_mode="fisher_empirical", **settings
+    )
 
 
 class Peer:
@@ -55,7 +103,6 @@ class Peer:
 
     def __init__(self, case, factor_interval, inverse_interval):
         import jax
-        import kfac_jax
         from jax import numpy as jnp
 
         from benchmarks.methods import DAMPING
@@ -65,24 +112,14 @@ class Peer:
         model = NETWORKS[case["network"]]["make"]()
         # Steps give their buffers away.
         self.parameters = [jnp.array(v.value) for v in model.trainable_variables]
-        others = [v.value for v in model.non_trainable_variables]
-
-        def loss(parameters, batch):
-            x, y = batch
-            logits, _ = model.stateless_call(parameters, others, x, training=True)
-            kfac_jax.register_softmax_cross_entropy_loss(logits, y)
-            return -jnp.mean(jnp.take_along_axis(jax.nn.log_softmax(logits), y[:, None], axis=1))
-
-        self.optimizer = kfac_jax.Optimizer(
-            jax.value_and_grad(loss),
-            l2_reg=0.0,
+        _, self.optimizer = peer_optimizer(
+            model,
+            1,
             learning_rate_schedule=lambda step: 1e-3,
             momentum_schedule=lambda step: 0.9,
             damping_schedule=lambda step: DAMPING,
-            num_burnin_steps=0,
             curvature_update_period=factor_interval,
             inverse_update_period=inverse_interval,
-            estimation_mode="fisher_empirical",
         )
         self.key, self.batch, self.step = jax.random.PRNGKey(0), (jnp.asarray(x), jnp.asarray(y)), 0
         self.state = self.optimizer.init(self.parameters, self.key, self.batch)
@@ -101,51 +138,146 @@ class Peer:
         return time.perf_counter() - start
 
 
+class PeerTraining:
+    """A training by kfac-jax that starts over for every run, with the weights that Keras draws for a seed."""
+
+    def __init__(self, case):
+        import jax
+        from jax import numpy as jnp
+
+        from benchmarks.trials import MODELS, data_and_loss
+
+        self.make_model, self.batch_size = MODELS[case["task"]], case["batch_size"]
+        (x, y), _ = data_and_loss(case["task"])
+        self.data = jnp.asarray(x), jnp.asarray(y)
+        factors, inverses = case["intervals"]
+        loss, self.optimizer = peer_optimizer(
+            self.make_model(),
+            case["losses_per_example"],
+            # As this package's default.
+            norm_constraint=1e-3,
+            curvature_update_period=factors,
+            inverse_update_period=inverses,
+        )
+        self.loss = jax.jit(loss)
+
+    def run(self, learning_rate, damping, seed, epochs):
+        """Losses and seconds by epoch, from scratch."""
+        import jax
+        import keras
+        import numpy as np
+        from jax import numpy as jnp
+
+        keras.utils.set_random_seed(seed)
+        parameters = [jnp.array(v.value) for v in self.make_model().trainable_variables]
+        key, rng, count = jax.random.PRNGKey(seed), np.random.default_rng(seed), len(self.data[0])
+        state = self.optimizer.init(parameters, key, tuple(a[: self.batch_size] for a in self.data))
+        settings = {"learning_rate": learning_rate, "momentum": 0.9, "damping": damping}
+        settings = {name: jnp.asarray(value) for name, value in settings.items()}
+        losses, seconds, step = [], [], 0
+        for _ in range(epochs):
+            order, start = rng.permutation(count), time.perf_counter()
+            for first in range(0, count - self.batch_size + 1, self.batch_size):
+                batch = tuple(a[order[first : first + self.batch_size]] for a in self.data)
+                parameters, state, _ = self.optimizer.step(
+                    parameters, state, key, batch=batch, global_step_int=step, **settings
+                )
+                step += 1
+            jax.block_until_ready((parameters, state))
+            seconds.append(round(time.perf_counter() - start, 6))
+            found = float(np.nan_to_num(self.loss(parameters, self.data), nan=1e30, posinf=1e30))
+            losses.append(float(f"{found:.6g}"))
+        return {"loss": losses, "seconds": seconds}
+
+
 def measure(case):
+    """Costs of steps, or trials and runs of the best of them."""
+    if "task" not in case:
+        return costs_of(case)
+    from benchmarks.trials import measured
+
+    if case["optimizer"] != "kfac-jax":
+        return measured(case)
+    training = PeerTraining(case)
+    training.run(0.01, 0.1, 0, 1)
+    return measured(case, lambda value, rate, seed: training.run(rate, value, seed, case["epochs"]))
+
+
+def costs_of(case):
     """Medians and ranges in milliseconds of the kinds of step of both."""
     import jax
 
-    ours = {"sgd": Timed(case, "sgd"), "kfac": Timed(case, "kfac")}
+    sgd, ours = Timed(case, "sgd"), Timed(case, "kfac")
     peers = {
         "inverses": Peer(case, 1, 1),
         "statistics": Peer(case, 1, NEVER),
         "plain": Peer(case, NEVER, NEVER),
     }
-    first = {"keras_ngd": ours["kfac"].seconds(), "kfac-jax": peers["inverses"].seconds()}
     times = {"sgd": {"plain": []}, "keras_ngd": {kind: [] for kind in peers}, "kfac-jax": {kind: [] for kind in peers}}
+
+    def turn():
+        found = {("sgd", "plain"): sgd.seconds()}
+        for kind, due in ours.kinds.items():
+            ours.prepare(*due)
+            found["keras_ngd", kind] = ours.seconds()
+        return found | {("kfac-jax", kind): peer.seconds() for kind, peer in peers.items()}
+
     # The first steps compile, and all intervals begin with an update.
-    for turn in range(case["rounds"] + 2):
-        found = {("sgd", "plain"): ours["sgd"].seconds()}
-        for kind, due in ours["kfac"].kinds.items():
-            ours["kfac"].prepare(*due)
-            found["keras_ngd", kind] = ours["kfac"].seconds()
-        for kind, peer in peers.items():
-            found["kfac-jax", kind] = peer.seconds()
-        if turn > 1:
-            for (name, kind), seconds in found.items():
+    ours.seconds()
+    turn()
+    with alone():
+        turn()
+        for _ in range(case["rounds"]):
+            for (name, kind), seconds in turn().items():
                 times[name][kind].append(1e3 * seconds)
-    return {
-        **summary(times),
-        "first_step_seconds": first,
-        "blocks": peers["plain"].blocks,
-        "jax": jax.__version__,
-    }
+    return {**summary(times), "blocks": peers["plain"].blocks, "jax": jax.__version__}
 
 
 def table(payload):
-    """A Markdown table of all networks."""
-    columns = ["network", "SGD, ms", "optimizer", "nothing due", *(f"({f},{i})" for f, i in INTERVALS)]
-    columns += ["ms of statistics", "of inverses", "first step, s", "overhead at (10,100) of kfac-jax's"]
-    lines = [f"| {' | '.join(columns)} |", "|---" * len(columns) + "|"]
+    """A Markdown table of all networks, and one for each task."""
+    found = [_costs_table([case for case in payload["cases"] if "task" not in case])]
+    trained = [case for case in payload["cases"] if "task" in case]
+    goals = tasks.targets({"cases": trained})
+    for task in dict.fromkeys(case["task"] for case in trained):
+        of = [case for case in trained if case["task"] == task]
+        title = (
+            f"**{task}**: to a loss of {goals[task]:.4g}; batches of {of[0]['batch_size']}, {of[0]['epochs']} epochs."
+        )
+        lines = [tasks.row(case["optimizer"], case, goals[task]) for case in of]
+        found.append("\n".join([title, "", *tasks.header("optimizer"), *lines]))
+    return "\n\n".join(found)
+
+
+def overheads(case):
+    """Milliseconds beyond SGD's of an average step at the longest intervals, by optimizer."""
+    ms = case["milliseconds"]
+    return {name: cost(ms[name], *INTERVALS[-1]) - ms["sgd"]["plain"] for name in ("keras_ngd", "kfac-jax")}
+
+
+def goals(payload):
+    """Goals of the overhead: name, what is asked, what is measured, whether it is met, where it goes."""
+    found = []
     for case in payload["cases"]:
-        ms, sgd = case["milliseconds"], case["milliseconds"]["sgd"]["plain"]
-        over = {name: cost(ms[name], *INTERVALS[-1]) - sgd for name in ("keras_ngd", "kfac-jax")}
+        if "task" not in case:
+            over = overheads(case)
+            share = over["keras_ngd"] / over["kfac-jax"]
+            name = f"KFAC's overhead at (10,100), {case['network']}"
+            why = "" if share <= 0.5 else f"{over['keras_ngd']:.1f} ms of {over['kfac-jax']:.1f}"
+            found.append((name, "<= 0.50 of kfac-jax's", f"{share:.2f}", share <= 0.5, why))
+    return found
+
+
+def _costs_table(cases):
+    columns = ["network", "SGD, ms", "optimizer", "nothing due", *(f"({f},{i})" for f, i in INTERVALS)]
+    columns += ["ms of statistics", "of inverses", "overhead at (10,100) of kfac-jax's"]
+    lines = [f"| {' | '.join(columns)} |", "|---" * len(columns) + "|"]
+    for case in cases:
+        ms, sgd, over = case["milliseconds"], case["milliseconds"]["sgd"]["plain"], overheads(case)
         for name in over:
             of = ms[name]
             cells = [case["network"], f"{sgd:.0f}", name, f"{of['plain'] / sgd:.2f}x"]
             cells += [f"{cost(of, *intervals) / sgd:.2f}x" for intervals in INTERVALS]
             cells += [f"{of['statistics'] - of['plain']:.0f}", f"{of['inverses'] - of['statistics']:.0f}"]
-            cells += [f"{case['first_step_seconds'][name]:.0f}"]
             cells += [f"{over['keras_ngd'] / over['kfac-jax']:.2f}" if name == "keras_ngd" else ""]
             lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines)

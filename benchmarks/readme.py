@@ -3,20 +3,31 @@
 import pathlib
 import re
 
-from benchmarks import (
-    communication,
-    convergence,
-    replicas,
-    results,
-    row_convergence,
-    row_cost,
-    step_cost,
-    thor_convergence,
-    tpu,
-    update_cost,
-)
+from benchmarks import costs, results, tasks, tpu
 
 ROOT = pathlib.Path(__file__).parent.parent
+
+
+def costs_table(payload):
+    """Steps of all methods at the longest intervals, by network."""
+    methods = [method for method in payload["cases"][0]["methods"] if method not in ("adam", "muon")]
+    lines = [f"| network, backend | {' | '.join(methods)} |", "|---" * (1 + len(methods)) + "|"]
+    for case in payload["cases"]:
+        ms = case["milliseconds"]
+        ratios = [f"{costs.cost(ms[method], *costs.INTERVALS[-1]) / ms['sgd']['plain']:.2f}x" for method in methods]
+        lines.append(f"| {case['network']}, {case['mode']} | {' | '.join(ratios)} |")
+    return "\n".join(lines)
+
+
+def tasks_table(payload):
+    """The least epochs and seconds of first and of second order, by task."""
+    columns = ["task", *(f"{unit} of {kind} order" for unit in ("epochs", "seconds") for kind in ("first", "second"))]
+    lines = [f"| {' | '.join(columns)} |", "|---" * len(columns) + "|"]
+    for task, target in tasks.targets(payload).items():
+        compared = tasks.comparison(payload, task, target)
+        cells = [f"{count:.3g} ({name})" for unit in ("epochs", "seconds") for name, count in compared[unit]]
+        lines.append(f"| {task}, to a loss of {target:.3g} | {' | '.join(cells)} |")
+    return "\n".join(lines)
 
 
 def section(name, render):
@@ -33,18 +44,7 @@ def insert(text, marker, content):
     return pattern.sub(lambda match: f"{match[1]}\n{content}\n{match[2]}", text)
 
 
-SECTIONS = {
-    "step-cost": ("step_cost", lambda payload: step_cost.table(payload["results"])),
-    "step-cost-thor": ("step_cost_thor", lambda payload: step_cost.table(payload["results"])),
-    "step-cost-rows": ("step_cost_rows", lambda payload: step_cost.table(payload["results"])),
-    "update-cost": ("update_cost", update_cost.table),
-    "row-cost": ("row_cost", row_cost.table),
-    "communication": ("communication", communication.table),
-    "replicas": ("replicas", replicas.table),
-    "convergence": ("convergence", convergence.table),
-    "thor-convergence": ("thor_convergence", thor_convergence.table),
-    "row-convergence": ("row_convergence", row_convergence.table),
-}
+SECTIONS = {"costs": ("costs", costs_table), "tasks": ("tasks", tasks_table)}
 TPU_SECTIONS = {
     "tpu": ("tpu", tpu.table),
     "tpu-inverses": ("tpu", lambda payload: tpu.refresh_table(payload["inverses"])),
@@ -56,7 +56,7 @@ def main():
     for page, sections in PAGES.items():
         text = (ROOT / page).read_text()
         for marker, (name, render) in sections.items():
-            measured = (results.DIRECTORY / f"{name}.json").exists()
+            measured = results.path_of(name).exists()
             text = insert(text, marker, section(name, render) if measured else "Not measured yet.")
         (ROOT / page).write_text(text)
 

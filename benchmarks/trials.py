@@ -1,38 +1,46 @@
-"""Trainings on the digits that start over again and again: trials of settings, and runs of the best."""
+"""Trainings that start over again and again: trials of settings, and runs of the best."""
 
 import itertools
+import math
 import time
 
 from examples import datasets  # isort: skip  (before keras: it imports TensorFlow without its greetings)
 import keras
 import numpy as np
-from keras import layers, ops
+from keras import ops
 
 import keras_ngd
-from examples.networks import digits_cnn, digits_mlp
+from benchmarks.alone import alone
+from benchmarks.networks import autoencoder
+from benchmarks.tasks import epochs_to
+from examples.networks import digits_cnn, digits_mlp, residual_network, unet
 
 TRIAL_SEED, FIRST_SEED = 1000, 101
 _TRIAL_STEPS = 1_000_000
-# Of an epoch, in batches of 250.
-STEPS = 6
-
-
-def autoencoder():
-    hidden = [layers.Dense(n, activation="tanh") for n in (48, 32, 16)]
-    hidden += [layers.Dense(8), *(layers.Dense(n, activation="tanh") for n in (16, 32, 48))]
-    return keras.Sequential([keras.Input((64,)), *hidden, layers.Dense(64)])
-
-
-MODELS = {"cnn": digits_cnn, "mlp": digits_mlp, "autoencoder": autoencoder}
+MODELS = {
+    "cnn": digits_cnn,
+    "mlp": digits_mlp,
+    "autoencoder": autoencoder,
+    "resnet": lambda: residual_network("resnet8", 32, 10, [8, 16, 32], 1),
+    "unet": lambda: unet(64, 3, width=8, depth=2),
+}
 
 
 def data_and_loss(task):
     """The inputs, targets and loss of a task."""
+    labels_loss = keras.losses.SparseCategoricalCrossentropy(from_logits=True)
+    pixels_loss = keras.losses.BinaryCrossentropy(from_logits=True)
+    if task == "resnet":
+        images, labels = datasets.arrays("shapes32", "train", scale=64.0)
+        return (images[:512] - 2, labels[:512]), labels_loss
+    if task == "unet":
+        images, masks = datasets.arrays("masks64", "train", scale=64.0, keys=("image", "segmentation_mask"))
+        return (images[:128] - 2, masks[:128].astype("float32")), pixels_loss
     images, labels = datasets.arrays("digits", "train")
     if task == "autoencoder":
         flat = images.reshape(len(images), -1)
-        return (flat, flat), keras.losses.BinaryCrossentropy(from_logits=True)
-    return (images, labels), keras.losses.SparseCategoricalCrossentropy(from_logits=True)
+        return (flat, flat), pixels_loss
+    return (images, labels), labels_loss
 
 
 @keras.saving.register_keras_serializable("benchmarks")
@@ -92,10 +100,10 @@ class Training:
             variable.assign(value)
         self.optimizer.iterations.assign(trial * _TRIAL_STEPS)
         keras.utils.set_random_seed(seed)
+        # All else starts at the same values with every seed.
         for layer, fresh in zip(self.model.layers, self.make_model().layers, strict=True):
-            if fresh.weights:
+            if hasattr(fresh, "kernel"):
                 layer.kernel.assign(fresh.kernel)
-                layer.bias.assign(fresh.bias)
         self.optimizer.learning_rate = learning_rate
         clock = Clock()
         history = self.model.fit(
@@ -103,7 +111,7 @@ class Training:
             batch_size=self.batch_size,
             epochs=epochs,
             validation_data=self.data,
-            validation_batch_size=len(self.data[0]),
+            validation_batch_size=self.batch_size,
             callbacks=[clock],
             verbose=0,
         ).history
@@ -125,12 +133,12 @@ def make(case, value):
         shared |= {"interval": inverses, "batch_size": case["batch_size"]}
     kind, _, mode = name.partition("-")
     if kind == "HyLo":
-        shared |= {"steps_per_epoch": STEPS, **({"mode": mode.lower()} if mode else {})}
+        shared |= {"steps_per_epoch": case["steps"], **({"mode": mode.lower()} if mode else {})}
     return getattr(keras_ngd, kind)(0.1, **(shared | case.get("arguments", {})))
 
 
-def measured(case):
-    """One run for each point of the grid, and runs of the best with fresh seeds."""
+def runs_of(case):
+    """A function that trains with a value of the case's argument, a learning rate and a seed."""
     trainings, values, (data, loss) = {}, case["values"], data_and_loss(case["task"])
     second_order = case["argument"] == "damping"
 
@@ -141,11 +149,23 @@ def measured(case):
             trainings[key].run(rate, seed, 1)
         return trainings[key].run(rate, seed, case["epochs"], values.index(value) if second_order else 0)
 
-    trials = [
-        {case["argument"]: value, "learning_rate": rate, "final_loss": run(value, rate, TRIAL_SEED)["loss"][-1]}
-        for value, rate in itertools.product(values, case["rates"])
-    ]
-    best = min(trials, key=lambda trial: trial["final_loss"])
+    return run
+
+
+def measured(case, run=None):
+    """One run for each point of the grid, and runs of the best with fresh seeds.
+
+    Args:
+        case: of `benchmarks.tasks`.
+        run: what trains. Default None: `runs_of(case)`.
+    """
+    run, trials = run or runs_of(case), []
+    for value, rate in itertools.product(case["values"], case["rates"]):
+        losses = run(value, rate, TRIAL_SEED)["loss"]
+        reached = None if case["target"] is None else epochs_to(losses, case["target"])
+        trials.append({case["argument"]: value, "learning_rate": rate, "epochs": reached, "final_loss": losses[-1]})
+    best = min(trials, key=lambda trial: (trial["epochs"] or math.inf, trial["final_loss"]))
     seeds = range(FIRST_SEED, FIRST_SEED + case["seeds"])
-    runs = [{"seed": seed, **run(best[case["argument"]], best["learning_rate"], seed)} for seed in seeds]
+    with alone():
+        runs = [{"seed": seed, **run(best[case["argument"]], best["learning_rate"], seed)} for seed in seeds]
     return {"trials": trials, "best": best, "runs": runs}

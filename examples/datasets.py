@@ -230,9 +230,9 @@ def load(name="digits", split="train", data_dir=None, keys=None):
         logging.set_verbosity(verbosity)
 
 
-def arrays(name="digits", split="train", data_dir=None, scale=16.0):
-    """A split as two arrays in the order it is stored in: float32 inputs divided by `scale`, and labels."""
-    examples = load(name, split, data_dir)
+def arrays(name="digits", split="train", data_dir=None, scale=16.0, keys=None):
+    """A split, as `load` gives it, as two arrays in the order it is stored in: float32 inputs divided by `scale`, and labels."""
+    examples = load(name, split, data_dir, keys)
     inputs, labels = examples.batch(len(examples)).get_single_element()
     return inputs.numpy().astype("float32") / scale, labels.numpy()
 

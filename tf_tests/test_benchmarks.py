@@ -1,11 +1,15 @@
 """What benchmarks do with their cases and figures; nothing is timed here."""
 
 import json
+import pathlib
+import subprocess
+import sys
+import time
 import types
 
 import pytest
 
-from benchmarks import ablations, costs, gpu, harness, peers, results, tasks
+from benchmarks import ablations, alone, costs, gpu, harness, peers, results, tasks
 
 
 @pytest.fixture
@@ -13,7 +17,7 @@ def runs(tmp_path, monkeypatch):
     """A benchmark of three cases that can be interrupted; its measured cases, in order."""
     done = types.SimpleNamespace(cases=[{"name": n, "size": 1} for n in "abc"], measured=[], fails=())
 
-    def measured(name, case):
+    def measured(name, case, running):
         if case["name"] in done.fails:
             raise KeyboardInterrupt
         done.measured.append(case["name"])
@@ -23,6 +27,7 @@ def runs(tmp_path, monkeypatch):
     monkeypatch.setattr(harness, "PARTIAL", tmp_path / "partial")
     monkeypatch.setattr(harness, "module_of", lambda name: types.SimpleNamespace(cases=lambda quick: done.cases))
     monkeypatch.setattr(harness, "measured_in_process", measured)
+    monkeypatch.setattr(harness, "AT_ONCE", 1)
     return done
 
 
@@ -62,9 +67,66 @@ def test_single_cases_can_be_measured_anew(runs):
 
 def test_a_case_without_an_interpreter_is_left_out(runs, monkeypatch):
     monkeypatch.setattr(
-        harness, "measured_in_process", lambda name, case: None if case["name"] == "b" else {"found": 1}
+        harness, "measured_in_process", lambda name, case, running: None if case["name"] == "b" else {"found": 1}
     )
     assert found(harness.run("some")) == {"a": 1, "c": 1}
+
+
+def test_what_is_timed_has_the_machine_to_itself(tmp_path, monkeypatch):
+    monkeypatch.setenv(alone.VARIABLE, str(tmp_path))
+    count = (
+        "import pathlib, sys, time\n"
+        "from benchmarks.alone import registered\n"
+        "with registered():\n"
+        "    while True:\n"
+        "        pathlib.Path(sys.argv[1]).write_text(str(time.monotonic()))\n"
+    )
+    file = tmp_path / "time"
+    other = subprocess.Popen([sys.executable, "-c", count, str(file)])
+    try:
+        while not file.exists():
+            time.sleep(0.01)
+        with alone.alone():
+            time.sleep(0.1)
+            before = file.read_text()
+            time.sleep(0.3)
+            assert file.read_text() == before
+        until = time.monotonic() + 30
+        while file.read_text() in (before, "") and time.monotonic() < until:
+            time.sleep(0.01)
+        assert file.read_text() != before
+    finally:
+        other.kill()
+        other.wait()
+
+
+def test_a_case_that_ends_while_it_is_alone_does_not_leave_others_stopped(tmp_path, monkeypatch):
+    cases = [{"name": "dies"}, {"name": "waits"}]
+    monkeypatch.setattr(results, "DIRECTORY", tmp_path)
+    monkeypatch.setattr(harness, "PARTIAL", tmp_path / "partial")
+    program = tmp_path / "program"
+    program.write_text(
+        f"#!{sys.executable}\n"
+        "import os, sys, time, pathlib\n"
+        f"sys.path.insert(0, {str(pathlib.Path.cwd())!r})\n"
+        "from benchmarks import alone\n"
+        f"there = pathlib.Path({str(tmp_path)!r}) / 'there'\n"
+        "with alone.registered():\n"
+        "    if 'waits' in sys.argv[-1]:\n"
+        "        there.touch()\n"
+        "        time.sleep(1)\n"
+        "        print('{}')\n"
+        "    else:\n"
+        "        while not there.exists():\n"
+        "            time.sleep(0.01)\n"
+        "        with alone.alone():\n"
+        "            print('{}', flush=True)\n"
+        "            os._exit(0)\n"
+    )
+    program.chmod(0o755)
+    module = types.SimpleNamespace(environment=lambda case: {}, python=lambda case: str(program))
+    monkeypatch.setattr(harness, "module_of", lambda name: module)
+    assert len(list(harness.found_of("some", cases))) == 2
 
 
 def test_costs_are_averages_over_a_cycle():
@@ -88,6 +150,41 @@ def test_the_target_is_what_the_best_first_order_method_ends_with():
     assert tasks.epochs_to([0.5], 0.2) is None
 
 
+def test_a_seed_that_does_not_get_there_counts_with_all_its_epochs():
+    runs = [{"loss": [0.5, 0.1, 0.1], "seconds": [1, 2, 4]}, {"loss": [0.5, 0.4, 0.3], "seconds": [1, 2, 4]}]
+    slow = {"task": "t", "optimizer": "SGD", "target": 0.2, "epochs": 3, "runs": runs}
+    fast = {**slow, "optimizer": "KFAC", "runs": [{"loss": [0.1, 0.1, 0.1], "seconds": [4, 4, 4]}]}
+    assert tasks.needs(slow, 0.2) == {"epochs": 2.5, "seconds": 5}
+    epochs, seconds = tasks.goals({"cases": [slow, fast]})
+    assert epochs[2:] == ("0.40 (KFAC, 1, of SGD's 2.5)", True, "")
+    assert seconds[2:] == ("0.80 (KFAC, 4, of SGD's 5)", True, "")
+
+
+def test_goals_of_costs_are_of_the_longest_intervals():
+    kfac = {"plain": 10.0, "statistics": 16.0, "inverses": 26.0}
+    rows = {"plain": 12.0, "inverses": 14.0}
+    ms = {"sgd": {"plain": 10.0}, "kfac": kfac, "thor": kfac, "hylo-kid": rows, "hylo-kis": rows}
+    ideal = {method: {"statistics": 1.0, "inverses": 1.0, "preconditioning": 0.5} for method in ms}
+    case = {"network": "n", "mode": "jax", "milliseconds": ms, "ideal_milliseconds": ideal}
+    found = costs.goals({"cases": [case]})
+    assert [goal[2:4] for goal in found] == [("1.07x", True), ("1.07x", False), ("1.20x", False), ("1.20x", False)]
+    assert found[0][4] == ""
+    assert found[1][4].startswith(
+        "statistics +0.060, inverses +0.010, preconditioning +0.000, whose operations take 0.050"
+    )
+    assert found[2][4].startswith("statistics +0.002, inverses +0.000, preconditioning +0.200")
+
+
+def test_parts_of_an_update_are_differences_of_steps():
+    factors = {"plain": 12.0, "statistics": 16.0, "inverses": 26.0}
+    assert costs.parts(factors, 10.0) == {"statistics": 4, "inverses": 10, "preconditioning": 2}
+    assert costs.parts({"plain": 12.0, "inverses": 15.0}, 10.0) == {
+        "statistics": 3,
+        "inverses": 0,
+        "preconditioning": 2,
+    }
+
+
 @pytest.mark.parametrize("benchmark", [costs, tasks, ablations, peers, gpu], ids=lambda module: module.__name__)
 @pytest.mark.parametrize("quick", [True, False])
 def test_cases_have_names_of_their_own_and_fit_into_json(benchmark, quick):
@@ -95,4 +192,7 @@ def test_cases_have_names_of_their_own_and_fit_into_json(benchmark, quick):
     assert found == json.loads(json.dumps(found))
     assert len({case["name"] for case in found}) == len(found)
     if benchmark is tasks:
-        assert quick or {len(case["values"]) * len(case["rates"]) for case in found} == {16}
+        budgets = {task: set() for task in tasks.TASKS}
+        for case in found:
+            budgets[case["task"]].add(len(case["values"]) * len(case["rates"]))
+        assert quick or all(len(counts) == 1 for counts in budgets.values())
