@@ -17,7 +17,8 @@ SECTIONS = {
         "Convergence",
         "Epochs and seconds to a target loss, each optimizer tuned on a grid of as many trials with a seed of its own, then run "
         "with five fresh seeds. The loss is that of the whole training set after each epoch; seconds are of training alone, "
-        "after compiling, an epoch in one `steps_per_execution`. Means over the seeds that reach the target. Which ranges the "
+        "after compiling, an epoch in one `steps_per_execution`; the first epoch counts as long as the median of the others, "
+        "since TensorFlow prepares its functions anew in it. Means over the seeds that reach the target. Which ranges the "
         "grids cover was explored before, on the seed of the trials. The tasks are described in `benchmarks/tasks.py`.",
     ),
     "ablations": (

@@ -216,11 +216,16 @@ def costs_of(case):
     times = {"sgd": {"plain": []}, "keras_ngd": {kind: [] for kind in peers}, "kfac-jax": {kind: [] for kind in peers}}
 
     def turn():
+        sgd.warm()
         found = {("sgd", "plain"): sgd.seconds()}
+        ours.warm()
         for kind, due in ours.kinds.items():
             ours.prepare(*due)
             found["keras_ngd", kind] = ours.seconds()
-        return found | {("kfac-jax", kind): peer.seconds() for kind, peer in peers.items()}
+        for kind, peer in peers.items():
+            peer.seconds()
+            found["kfac-jax", kind] = peer.seconds()
+        return found
 
     # The first steps compile, and all intervals begin with an update.
     ours.seconds()

@@ -25,7 +25,7 @@ def tasks_table(payload):
     lines = [f"| {' | '.join(columns)} |", "|---" * len(columns) + "|"]
     for task, target in tasks.targets(payload).items():
         compared = tasks.comparison(payload, task, target)
-        cells = [f"{count:.3g} ({name})" for unit in ("epochs", "seconds") for name, count in compared[unit]]
+        cells = [f"{tasks.count(number)} ({name})" for unit in ("epochs", "seconds") for name, number in compared[unit]]
         lines.append(f"| {task}, to a loss of {target:.3g} | {' | '.join(cells)} |")
     return "\n".join(lines)
 

@@ -24,7 +24,7 @@ BATCH = 32
 FLAGS = flags.FLAGS
 # Not when imported for its table: other benchmarks' flags have the same names.
 if __name__ == "__main__":
-    flags.DEFINE_list("replicas", ["2"], "Numbers of replicas to measure; more take many minutes to trace.")
+    flags.DEFINE_list("replicas", ["2"], "Numbers of replicas to measure.")
     flags.DEFINE_integer("rounds", 7, "Timed steps of each kind.")
     flags.DEFINE_string("result", "replicas", "Name of the result.")
     flags.DEFINE_integer(

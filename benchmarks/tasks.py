@@ -18,9 +18,12 @@ The best is the one with the fewest epochs to the loss that is named, or else th
 with fresh seeds. The loss is that of the whole training set after each epoch, not a running mean. All of it runs through plain
 `fit`, an epoch in one `steps_per_execution`, since on small networks Python would otherwise be most of the time. A trial reuses
 the compiled step: variables start over, learning rates are variables, and dampings follow a schedule that reads the number of the
-trial off the step counter.
+trial off the step counter. A run's first epoch counts as long as the median of its others: TensorFlow prepares its functions anew
+after a seed has been set.
 """
 
+import itertools
+import math
 import statistics
 
 FIRST_ORDER = ("SGD", "Adam", "Muon")
@@ -165,10 +168,12 @@ def targets(payload):
 
 
 def needs(case, target):
-    """Epochs and seconds to a target, means over the seeds; one that does not get there counts with all of its own."""
-    epochs = [epochs_to(run["loss"], target) or case["epochs"] for run in case["runs"]]
-    seconds = [sum(run["seconds"][:e]) for e, run in zip(epochs, case["runs"], strict=True)]
-    return {"epochs": sum(epochs) / len(epochs), "seconds": sum(seconds) / len(seconds)}
+    """Epochs and seconds to a target, medians over the seeds; infinite where most do not get there."""
+    ends = [(epochs_to(run["loss"], target), elapsed(run)) for run in case["runs"]]
+    return {
+        "epochs": statistics.median(epoch or math.inf for epoch, _ in ends),
+        "seconds": statistics.median(seconds[epoch - 1] if epoch else math.inf for epoch, seconds in ends),
+    }
 
 
 def comparison(payload, task, target):
@@ -182,6 +187,11 @@ def comparison(payload, task, target):
     }
 
 
+def count(number):
+    """A number of epochs or seconds, as text."""
+    return "not reached" if number == math.inf else f"{number:.3g}"
+
+
 def goals(payload):
     """Goals of convergence: name, what is asked, what is measured, whether it is met, where it goes."""
     found = []
@@ -190,17 +200,31 @@ def goals(payload):
         for unit, most in (("epochs", 0.5), ("seconds", 1.0)):
             (first, of_first), (second, of_second) = compared[unit]
             share = of_second / of_first
-            measured = f"{share:.2f} ({second}, {of_second:.3g}, of {first}'s {of_first:.3g})"
+            measured = f"{share:.2f} ({second}, {count(of_second)}, of {first}'s {count(of_first)})"
+            if of_second == math.inf:
+                measured = f"not reached ({first}: {count(of_first)})"
             why = ""
             if share > most:
                 cases = {case["optimizer"]: case for case in payload["cases"] if case["task"] == task}
-                epochs = [f"{needs(cases[name], target)['epochs']:.3g} epochs" for name in (second, first)]
+                epochs = [f"{count(needs(cases[name], target)['epochs'])} epochs" for name in (second, first)]
                 times = [f"{1e3 * epoch_seconds(cases[name]):.3g} ms" for name in (second, first)]
                 why = f"{second} takes {epochs[0]} of {times[0]}, {first} {epochs[1]} of {times[1]}"
+                if of_second == math.inf:
+                    ends = {
+                        name: statistics.median(run["loss"][-1] for run in case["runs"]) for name, case in cases.items()
+                    }
+                    second = min((name for name in SECOND_ORDER if name in ends), key=ends.get)
+                    why = f"{second} ends at {ends[second]:.4g}, the target is {target:.4g}"
             found.append(
                 (f"{unit} to the target, {task}", f"<= {most:.2f} of first order's", measured, share <= most, why)
             )
     return found
+
+
+def elapsed(run):
+    """Seconds of a run's training after each epoch."""
+    first, *others = run["seconds"]
+    return list(itertools.accumulate([statistics.median(others or [first]), *others]))
 
 
 def epoch_seconds(case):
@@ -219,7 +243,7 @@ def row(name, case, target):
     """What a case needs to reach a target, as a line of a Markdown table."""
     runs = case["runs"]
     epochs = [epochs_to(run["loss"], target) for run in runs]
-    reached = [(e, sum(run["seconds"][:e])) for e, run in zip(epochs, runs, strict=True) if e]
+    reached = [(e, elapsed(run)[e - 1]) for e, run in zip(epochs, runs, strict=True) if e]
     best = f"{case['argument']} {case['best'][case['argument']]:g}, learning_rate {case['best']['learning_rate']:g}"
     cells = [name, best, str(len(case["trials"]))]
     cells += [spread([e for e, _ in reached], 1) if reached else f"> {case['epochs']}"]
@@ -255,7 +279,7 @@ def plot(payload, path):
             if case["task"] != task:
                 continue
             losses = np.array([run["loss"] for run in case["runs"]])
-            seconds = np.median([np.cumsum(run["seconds"]) for run in case["runs"]], axis=0)
+            seconds = np.median([elapsed(run) for run in case["runs"]], axis=0)
             colour = COLOURS[case["optimizer"]]
             for axis, x in zip(row, (np.arange(1, losses.shape[1] + 1), seconds), strict=True):
                 axis.plot(x, np.median(losses, axis=0), color=colour, linewidth=1.5, label=case["optimizer"])

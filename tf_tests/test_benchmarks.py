@@ -150,14 +150,19 @@ def test_the_target_is_what_the_best_first_order_method_ends_with():
     assert tasks.epochs_to([0.5], 0.2) is None
 
 
-def test_a_seed_that_does_not_get_there_counts_with_all_its_epochs():
-    runs = [{"loss": [0.5, 0.1, 0.1], "seconds": [1, 2, 4]}, {"loss": [0.5, 0.4, 0.3], "seconds": [1, 2, 4]}]
+def test_comparisons_are_of_medians_and_of_methods_that_get_there():
+    # The first epoch counts as the median of the others, 3.
+    runs = [{"loss": [0.5, 0.1, 0.1], "seconds": [9, 2, 4]}, {"loss": [0.5, 0.4, 0.1], "seconds": [9, 2, 4]}]
     slow = {"task": "t", "optimizer": "SGD", "target": 0.2, "epochs": 3, "runs": runs}
+    never = {**slow, "optimizer": "Adam", "runs": [{"loss": [0.5] * 3, "seconds": [1] * 3}]}
     fast = {**slow, "optimizer": "KFAC", "runs": [{"loss": [0.1, 0.1, 0.1], "seconds": [4, 4, 4]}]}
-    assert tasks.needs(slow, 0.2) == {"epochs": 2.5, "seconds": 5}
-    epochs, seconds = tasks.goals({"cases": [slow, fast]})
+    assert tasks.needs(slow, 0.2) == {"epochs": 2.5, "seconds": 7}
+    epochs, seconds = tasks.goals({"cases": [slow, never, fast]})
     assert epochs[2:] == ("0.40 (KFAC, 1, of SGD's 2.5)", True, "")
-    assert seconds[2:] == ("0.80 (KFAC, 4, of SGD's 5)", True, "")
+    assert seconds[2:] == ("0.57 (KFAC, 4, of SGD's 7)", True, "")
+    fast["runs"] = never["runs"]
+    epochs, _ = tasks.goals({"cases": [slow, never, fast]})
+    assert epochs[2:] == ("not reached (SGD: 2.5)", False, "KFAC ends at 0.5, the target is 0.2")
 
 
 def test_goals_of_costs_are_of_the_longest_intervals():
