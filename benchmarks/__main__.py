@@ -4,7 +4,7 @@
     python -m benchmarks --quick                    # a few minutes: whether all of them run
     python -m benchmarks costs                      # some
     python -m benchmarks costs --only=resnet32-jax
-    python -m benchmarks --render                   # the page alone, from the results that are there
+    python -m benchmarks --render                   # plots and the page alone, from the results that are there
 
 Results are in `benchmarks/results/`, and `docs/benchmarks.md` is made of them.
 """
@@ -13,7 +13,7 @@ import json
 
 from absl import app, flags
 
-from benchmarks import alone, harness
+from benchmarks import alone, harness, results
 
 # All that run without being named, and those that need a machine of their own.
 USUAL = ("costs", "tasks", "ablations", "peers")
@@ -39,10 +39,12 @@ def main(arguments):
         raise app.UsageError(f"There are no benchmarks {sorted(unknown)}. There are: {', '.join(NAMES)}")
     if FLAGS.only and len(names) != 1:
         raise app.UsageError("--only is for one benchmark: name it.")
-    if not FLAGS.render:
-        for name in names:
+    for name in names:
+        if not FLAGS.render:
             path = harness.run(name, FLAGS.quick, FLAGS.only)
             print(f"\n{harness.module_of(name).table(json.loads(path.read_text()))}\n\nwritten to {path}\n")
+        elif results.path_of(name).exists():
+            harness.plot(name, name)
     if not FLAGS.quick:
         page.write()
 

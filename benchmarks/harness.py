@@ -112,15 +112,19 @@ def run(name, quick=False, only=None):
         bar.update()
         bar.set_postfix_str(case["name"])
     bar.close()
-    payload = {"cases": [kept[n] for n in names if n in kept]}
-    path = results.save(title, payload)
-    if hasattr(module, "plot"):
+    path = results.save(title, {"cases": [kept[n] for n in names if n in kept]})
+    file.unlink(missing_ok=True)
+    plot(name, title)
+    return path
+
+
+def plot(name, title):
+    """Draws a benchmark's result again, where it has a plot."""
+    if hasattr(module_of(name), "plot"):
         try:
-            module.plot(payload, path.with_suffix(".png"))
+            module_of(name).plot(results.load(title), results.path_of(title).with_suffix(".png"))
         except ModuleNotFoundError as error:
             tqdm.write(f"{name} is not plotted: {error}")
-    file.unlink(missing_ok=True)
-    return path
 
 
 def _is_of(entry, case):

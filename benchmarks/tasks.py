@@ -287,9 +287,10 @@ def plot(payload, path):
         for axis, label in zip(row, ("epoch", "seconds of training, after compiling"), strict=True):
             axis.axhline(target, color="black", linestyle=":", linewidth=1)
             axis.set(yscale="log", xlabel=label, ylabel=f"{task}: training loss")
-            axis.set_ylim(bottom=1e-6) if target == 0.05 else axis.set_ylim(bottom=target / 10)
+            lowest = min(run["loss"][-1] for case in payload["cases"] if case["task"] == task for run in case["runs"])
+            axis.set_ylim(bottom=max(1e-6, 0.8 * lowest))
             if task == "autoencoder":
-                axis.set(yscale="linear", ylim=(None, 0.45))
+                axis.set(yscale="linear", ylim=(0.97 * lowest, 0.45))
             axis.grid(alpha=0.3)
         row[0].legend(fontsize="x-small", ncols=2)
     figure.savefig(path, dpi=90)
