@@ -94,7 +94,13 @@ def peer_optimizer(model, losses, **settings):
         return -jnp.mean(jnp.take_along_axis(jax.nn.log_softmax(logits), y[:, None], axis=1))
 
     return loss, kfac_jax.Optimizer(
-        jax.value_and_grad(loss), l2_reg=0.0, num_burnin_steps=0, estimation_mode="fisher_empirical", **settings
+        jax.value_and_grad(loss),
+        l2_reg=0.0,
+        num_burnin_steps=0,
+        estimation_mode="fisher_empirical",
+        # It finds Keras's normalizations twice and stops; without, it gives their weights blocks of their own.
+        patterns_to_skip=tuple(f"normalization_haiku_broadcast_{axes}" for axes in range(3)),
+        **settings,
     )
 
 
