@@ -248,14 +248,11 @@ def table(payload):
     """A Markdown table of all networks, and one for each task."""
     found = [_costs_table([case for case in payload["cases"] if "task" not in case])]
     trained = [case for case in payload["cases"] if "task" in case]
-    goals = tasks.targets({"cases": trained})
     for task in dict.fromkeys(case["task"] for case in trained):
         of = [case for case in trained if case["task"] == task]
-        title = (
-            f"**{task}**: to a loss of {goals[task]:.4g}; batches of {of[0]['batch_size']}, {of[0]['epochs']} epochs."
-        )
-        lines = [tasks.row(case["optimizer"], case, goals[task]) for case in of]
-        found.append("\n".join([title, "", *tasks.header("optimizer"), *lines]))
+        ends = [sum(run["loss"][-1] for run in case["runs"]) / len(case["runs"]) for case in of]
+        found.append(tasks.task_table(of, of[0]["target"] or max(ends)))
+    found.append(f"Both with {' and '.join(PACKAGES[:2])}, not with the jax that the next line names.")
     return "\n\n".join(found)
 
 
