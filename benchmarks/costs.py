@@ -48,7 +48,7 @@ def cases(quick):
 
 def environment(case):
     """Of the process that measures a case."""
-    return {"KERAS_BACKEND": case["mode"].split("-")[0], **results.KEEP_MEMORY}
+    return {"KERAS_BACKEND": case["mode"], **results.KEEP_MEMORY}
 
 
 class Timed:
@@ -122,13 +122,10 @@ def _resident(name):
     return next(1024 * int(line.split()[1]) for line in lines if line.startswith(name))
 
 
-def ideal(method, network, flops):
+def ideal(method, job, flops):
     """Milliseconds that the operations of each part of a method's update take at a rate."""
-    from benchmarks.networks import NETWORKS
-    from keras_ngd.analysis import exchanges, projection, rates
+    from keras_ngd.analysis import projection, rates
 
-    settings = NETWORKS[network]
-    job = exchanges.Job(exchanges.layer_shapes(settings["make"]()), 1, settings["batch"], split=settings["split"])
     machine = rates.Rates(flops, flops)
     seconds = (
         projection.statistics_seconds(method, job, machine),
@@ -148,6 +145,9 @@ def summary(times):
 
 def measure(case):
     """Medians and ranges in milliseconds of each method's kinds of step, its memory, and the machine's rate."""
+    from benchmarks.networks import NETWORKS
+    from keras_ngd.analysis import exchanges
+
     models, first = {}, {}
     for method in ("sgd", "captured", *case["methods"]):
         start = time.process_time()
@@ -157,8 +157,9 @@ def measure(case):
     second_order = [method for method in case["methods"] if len(models[method].kinds) > 1]
     with alone():
         found = _timed(models, case["rounds"])
-    flops = found["product_flops"]
-    ideal_milliseconds = {method: ideal(method, case["network"], flops) for method in second_order}
+    settings = NETWORKS[case["network"]]
+    job = exchanges.Job(exchanges.layer_shapes(models["sgd"].model), 1, settings["batch"], split=settings["split"])
+    ideal_milliseconds = {method: ideal(method, job, found["product_flops"]) for method in second_order}
     return {**found, "first_step_processor_seconds": first, "ideal_milliseconds": ideal_milliseconds}
 
 
@@ -198,6 +199,11 @@ def cost(milliseconds, factor_interval, inverse_interval):
     return total / inverse_interval
 
 
+def ratio(case, method, intervals=INTERVALS[-1]):
+    """A method's average step, in steps of SGD; by default at the longest intervals."""
+    return cost(case["milliseconds"][method], *intervals) / case["milliseconds"]["sgd"]["plain"]
+
+
 def parts(milliseconds, sgd):
     """Milliseconds of statistics, inverses and preconditioning; rows and what is made of them count as statistics."""
     both = milliseconds["inverses"] - milliseconds["plain"]
@@ -211,8 +217,8 @@ def _row(case, method):
     of, sgd = case["milliseconds"][method], case["milliseconds"]["sgd"]["plain"]
     cells = [method, f"{of['plain'] / sgd:.2f}x"]
     if "inverses" in of:
-        cells += [f"{cost(of, *i) / sgd:.2f}x" for i in INTERVALS]
-        operations = dict(case["ideal_milliseconds"][method])
+        cells += [f"{ratio(case, method, intervals):.2f}x" for intervals in INTERVALS]
+        operations = case["ideal_milliseconds"][method]
         if "statistics" not in of:
             operations = {**operations, "statistics": operations["statistics"] + operations["inverses"], "inverses": 0}
         for part, taken in parts(of, sgd).items():
@@ -260,12 +266,12 @@ def goals(payload):
     intervals = INTERVALS[-1]
     found = []
     for case in payload["cases"]:
-        ms = case["milliseconds"]
         for method, most in GOALS.items():
-            ratio = cost(ms[method], *intervals) / ms["sgd"]["plain"]
+            measured = ratio(case, method)
             name = f"{method} at {str(intervals).replace(' ', '')}, {case['network']}, {case['mode']}"
-            why = "" if ratio <= most else profile(case, method)
-            found.append((name, f"<= {most:.2f}x of SGD's step", f"{ratio:.2f}x", ratio <= most, why))
+            met = measured <= most
+            why = "" if met else profile(case, method)
+            found.append((name, f"<= {most:.2f}x of SGD's step", f"{measured:.2f}x", met, why))
     return found
 
 
@@ -276,8 +282,7 @@ def plot(payload, path):
     found = payload["cases"]
     figure = Figure(figsize=(10, 1.2 + 1.6 * len(found)), layout="constrained")
     for axis, case in zip(figure.subplots(len(found), 1, squeeze=False)[:, 0], found, strict=True):
-        ms = case["milliseconds"]
-        ratios = {m: cost(of, *INTERVALS[-1]) / ms["sgd"]["plain"] for m, of in ms.items() if m != "sgd"}
+        ratios = {method: ratio(case, method) for method in case["milliseconds"] if method != "sgd"}
         bars = axis.bar(list(ratios), list(ratios.values()), color="tab:blue")
         axis.bar_label(bars, fmt="%.2f", fontsize=8)
         axis.axhline(1, color="black", linewidth=0.8)

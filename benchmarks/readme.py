@@ -13,8 +13,7 @@ def costs_table(payload):
     methods = [method for method in payload["cases"][0]["methods"] if method not in ("adam", "muon")]
     lines = [f"| network, backend | {' | '.join(methods)} |", "|---" * (1 + len(methods)) + "|"]
     for case in payload["cases"]:
-        ms = case["milliseconds"]
-        ratios = [f"{costs.cost(ms[method], *costs.INTERVALS[-1]) / ms['sgd']['plain']:.2f}x" for method in methods]
+        ratios = [f"{costs.ratio(case, method):.2f}x" for method in methods]
         lines.append(f"| {case['network']}, {case['mode']} | {' | '.join(ratios)} |")
     return "\n".join(lines)
 

@@ -102,8 +102,6 @@ def test_what_is_timed_has_the_machine_to_itself(tmp_path, monkeypatch):
 
 def test_a_case_that_ends_while_it_is_alone_does_not_leave_others_stopped(tmp_path, monkeypatch):
     cases = [{"name": "dies"}, {"name": "waits"}]
-    monkeypatch.setattr(results, "DIRECTORY", tmp_path)
-    monkeypatch.setattr(harness, "PARTIAL", tmp_path / "partial")
     program = tmp_path / "program"
     program.write_text(
         f"#!{sys.executable}\n"
