@@ -248,8 +248,7 @@ def table(payload):
     """A Markdown table of all networks, and one for each task."""
     found = [_costs_table([case for case in payload["cases"] if "task" not in case])]
     trained = [case for case in payload["cases"] if "task" in case]
-    for task in dict.fromkeys(case["task"] for case in trained):
-        of = [case for case in trained if case["task"] == task]
+    for of in tasks.by_task(trained).values():
         ends = [sum(run["loss"][-1] for run in case["runs"]) / len(case["runs"]) for case in of]
         found.append(tasks.task_table(of, of[0]["target"] or max(ends)))
     found.append(f"Both with {' and '.join(PACKAGES[:2])}, not with the jax that the next line names.")

@@ -22,8 +22,9 @@ def tasks_table(payload):
     """The least epochs and seconds of first and of second order, by task."""
     columns = ["task", *(f"{unit} of {kind} order" for unit in ("epochs", "seconds") for kind in ("first", "second"))]
     lines = [f"| {' | '.join(columns)} |", "|---" * len(columns) + "|"]
+    cases = tasks.by_task(payload["cases"])
     for task, target in tasks.targets(payload).items():
-        compared = tasks.comparison(payload, task, target)
+        compared = tasks.comparison(cases[task], target)
         cells = [f"{tasks.count(number)} ({name})" for unit in ("epochs", "seconds") for name, number in compared[unit]]
         lines.append(f"| {task}, to a loss of {target:.3g} | {' | '.join(cells)} |")
     return "\n".join(lines)

@@ -51,6 +51,7 @@ _CLASSIFIER = {
     "HyLo-KID": ("damping", (0.03, 0.1, 0.3, 1.0), (0.1, 0.3)),
 }
 _DIGITS = {"backend": "jax", "batch_size": 250, "losses_per_example": 1}
+_IMAGES = {"backend": "tensorflow", "steps": 8, "target": None, "intervals": (4, 8)}
 TASKS = {
     "cnn": {**_DIGITS, "epochs": 20, "steps": 6, "target": 0.05, "intervals": (2, 6)},
     "mlp": {**_DIGITS, "epochs": 20, "steps": 6, "target": 0.05, "intervals": (2, 6)},
@@ -61,24 +62,8 @@ TASKS = {
         "target": None,
         "intervals": (1, 3),
     },
-    "resnet": {
-        "backend": "tensorflow",
-        "batch_size": 64,
-        "losses_per_example": 1,
-        "epochs": 16,
-        "steps": 8,
-        "target": None,
-        "intervals": (4, 8),
-    },
-    "unet": {
-        "backend": "tensorflow",
-        "batch_size": 16,
-        "losses_per_example": 64 * 64,
-        "epochs": 8,
-        "steps": 8,
-        "target": None,
-        "intervals": (4, 8),
-    },
+    "resnet": {**_IMAGES, "batch_size": 64, "losses_per_example": 1, "epochs": 16},
+    "unet": {**_IMAGES, "batch_size": 16, "losses_per_example": 64 * 64, "epochs": 8},
 }
 _RATES = (0.03, 0.1, 0.3)
 GRIDS = {
@@ -155,6 +140,14 @@ def spread(values, digits):
     return f"{np.mean(values):.{digits}f} ± {deviation:.{digits}f}"
 
 
+def by_task(cases):
+    """For each task its cases."""
+    found = {}
+    for case in cases:
+        found.setdefault(case["task"], []).append(case)
+    return found
+
+
 def targets(payload):
     """For each task the loss to reach."""
     found = {}
@@ -176,9 +169,9 @@ def needs(case, target):
     }
 
 
-def comparison(payload, task, target):
-    """The least epochs and seconds of first and of second order: `{unit: ((name, count), (name, count))}`."""
-    found = {case["optimizer"]: needs(case, target) for case in payload["cases"] if case["task"] == task}
+def comparison(cases, target):
+    """The least epochs and seconds of first and of second order in a task: `{unit: ((name, count), (name, count))}`."""
+    found = {case["optimizer"]: needs(case, target) for case in cases}
     kinds = [[name for name in kind if name in found] for kind in (FIRST_ORDER, SECOND_ORDER)]
     return {
         unit: tuple(min(((name, found[name][unit]) for name in kind), key=lambda pair: pair[1]) for kind in kinds)
@@ -194,31 +187,31 @@ def count(number):
 
 def goals(payload):
     """Goals of convergence: name, what is asked, what is measured, whether it is met, where it goes."""
-    found = []
+    found, cases = [], by_task(payload["cases"])
     for task, target in targets(payload).items():
-        compared = comparison(payload, task, target)
+        compared = comparison(cases[task], target)
         for unit, most in (("epochs", 0.5), ("seconds", 1.0)):
             (first, of_first), (second, of_second) = compared[unit]
             share = of_second / of_first
             measured = f"{share:.2f} ({second}, {count(of_second)}, of {first}'s {count(of_first)})"
             if of_second == math.inf:
                 measured = f"not reached ({first}: {count(of_first)})"
-            why = ""
-            if share > most:
-                cases = {case["optimizer"]: case for case in payload["cases"] if case["task"] == task}
-                epochs = [f"{count(needs(cases[name], target)['epochs'])} epochs" for name in (second, first)]
-                times = [f"{1e3 * epoch_seconds(cases[name]):.3g} ms" for name in (second, first)]
-                why = f"{second} takes {epochs[0]} of {times[0]}, {first} {epochs[1]} of {times[1]}"
-                if of_second == math.inf:
-                    ends = {
-                        name: statistics.median(run["loss"][-1] for run in case["runs"]) for name, case in cases.items()
-                    }
-                    second = min((name for name in SECOND_ORDER if name in ends), key=ends.get)
-                    why = f"{second} ends at {ends[second]:.4g}, the target is {target:.4g}"
-            found.append(
-                (f"{unit} to the target, {task}", f"<= {most:.2f} of first order's", measured, share <= most, why)
-            )
+            met = share <= most
+            why = "" if met else profile(cases[task], target, first, second)
+            found.append((f"{unit} to the target, {task}", f"<= {most:.2f} of first order's", measured, met, why))
     return found
+
+
+def profile(cases, target, first, second):
+    """What a method of second order takes beside one of first order; how near any comes where none gets there."""
+    cases = {case["optimizer"]: case for case in cases}
+    needed = {name: needs(cases[name], target)["epochs"] for name in (second, first)}
+    if needed[second] == math.inf:
+        ends = {name: statistics.median(run["loss"][-1] for run in case["runs"]) for name, case in cases.items()}
+        nearest = min((name for name in SECOND_ORDER if name in ends), key=ends.get)
+        return f"{nearest} ends at {ends[nearest]:.4g}, the target is {target:.4g}"
+    each = [f"{count(e)} epochs of {1e3 * epoch_seconds(cases[name]):.3g} ms" for name, e in needed.items()]
+    return f"{second} takes {each[0]}, {first} {each[1]}"
 
 
 def elapsed(run):
@@ -261,10 +254,8 @@ def task_table(cases, target):
 
 def table(payload):
     """A Markdown table for each task."""
-    return "\n\n".join(
-        task_table([case for case in payload["cases"] if case["task"] == task], target)
-        for task, target in targets(payload).items()
-    )
+    cases = by_task(payload["cases"])
+    return "\n\n".join(task_table(cases[task], target) for task, target in targets(payload).items())
 
 
 def plot(payload, path):
@@ -272,12 +263,10 @@ def plot(payload, path):
     import numpy as np
     from matplotlib.figure import Figure
 
-    goals = targets(payload)
+    goals, cases = targets(payload), by_task(payload["cases"])
     figure = Figure(figsize=(10, 3.4 * len(goals)), layout="constrained")
     for row, (task, target) in zip(figure.subplots(len(goals), 2, squeeze=False), goals.items(), strict=True):
-        for case in payload["cases"]:
-            if case["task"] != task:
-                continue
+        for case in cases[task]:
             losses = np.array([run["loss"] for run in case["runs"]])
             seconds = np.median([elapsed(run) for run in case["runs"]], axis=0)
             colour = COLOURS[case["optimizer"]]
@@ -287,7 +276,7 @@ def plot(payload, path):
         for axis, label in zip(row, ("epoch", "seconds of training, after compiling"), strict=True):
             axis.axhline(target, color="black", linestyle=":", linewidth=1)
             axis.set(yscale="log", xlabel=label, ylabel=f"{task}: training loss")
-            lowest = min(run["loss"][-1] for case in payload["cases"] if case["task"] == task for run in case["runs"])
+            lowest = min(run["loss"][-1] for case in cases[task] for run in case["runs"])
             axis.set_ylim(bottom=max(1e-6, 0.8 * lowest))
             if task == "autoencoder":
                 axis.set(yscale="linear", ylim=(0.97 * lowest, 0.45))
