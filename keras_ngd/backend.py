@@ -53,7 +53,29 @@ def cholesky(matrices):
         return tf.linalg.cholesky(matrices)
     import jax.numpy as jnp
 
-    return jnp.linalg.cholesky(matrices)
+    return _one_by_one_on_cpus(jnp.linalg.cholesky, matrices)
+
+
+def eigh(matrices):
+    """Eigenvalues, ascending, and eigenvectors of symmetric matrices."""
+    if name() == "tensorflow":
+        return ops.linalg.eigh(matrices)
+    import jax.numpy as jnp
+
+    return _one_by_one_on_cpus(lambda matrix: tuple(jnp.linalg.eigh(matrix)), matrices)
+
+
+def _one_by_one_on_cpus(function, matrices):
+    """JAX's `function` of a matrix or of matrices `[k, d, d]`; of one after the other where a CPU computes it.
+
+    There a call for a batch shares its work out among the threads that run the program, and waits in one of them: as many
+    such calls at a time as there are threads wait for ever.
+    """
+    import jax
+
+    if matrices.ndim == 2:
+        return function(matrices)
+    return jax.lax.platform_dependent(matrices, cpu=lambda batch: jax.lax.map(function, batch), default=function)
 
 
 def triangular_inverse(lower):
@@ -273,15 +295,21 @@ def uniform(shape, seed, dtype):
     return jax.random.uniform(key, shape, dtype, smallest, 1.0)
 
 
-def check_at_most(count, limit, message):
-    """Fails with `message` where `count`, an int or a scalar tensor, is larger than `limit`."""
+def check_at_most(count, limit, message, tensors=()):
+    """Fails with `message` where `count`, an int or a scalar tensor, is larger than `limit`.
+
+    Returns `tensors`, which are had only where it does not: TensorFlow runs what does not wait for a check beside it, and
+    might fail there first.
+    """
     if isinstance(count, int):
         if count > limit:
             raise ValueError(message)
     elif name() == "tensorflow":
         import tensorflow as tf
 
-        tf.debugging.assert_less_equal(count, limit, message=message)
+        with tf.control_dependencies([tf.debugging.assert_less_equal(count, limit, message=message)]):
+            return [tf.identity(t) for t in tensors]
+    return list(tensors)
 
 
 def zero_unless(ok, function):

@@ -64,7 +64,7 @@ def _decomposed(known, state, factors):
     # TensorFlow's decomposition stops the program where a matrix is not finite.
     finite = inverse.all_finite(factors) & known
     factors = ops.where(ops.reshape(finite, (-1, 1, 1)), factors, ops.zeros_like(factors))
-    new_values, new_vectors = ops.linalg.eigh(inverse.symmetrize(factors))
+    new_values, new_vectors = backend.eigh(inverse.symmetrize(factors))
     good = finite & inverse.all_finite(new_vectors) & ops.all(ops.isfinite(new_values), axis=1)
     return [
         ops.where(ops.reshape(good, (-1, 1, 1)), new_vectors, vectors),
