@@ -49,21 +49,19 @@ class RowStatistics(Statistics):
                 f"`skip=[{path!r}]`."
             )
 
-    def _examples(self, x):
-        """The number of examples, checked where it is known only now."""
+    def _checked(self, x, ds):
+        """`x` and `ds` as they are, of no more examples than there is room for, where their number is known only now."""
         if x.shape[0] is not None:
-            return x.shape[0]
-        examples = ops.shape(x)[0]
-        backend.check_at_most(
-            examples,
-            self.batch_size,
+            return x, ds
+        message = (
             f"A batch has more examples than the optimizer's `batch_size`, {self.batch_size}: set it to the size you train with "
-            "and capture again.",
+            "and capture again."
         )
-        return examples
+        return backend.check_at_most(ops.shape(x)[0], self.batch_size, message, (x, ds))
 
     def observe(self, rows, x, ds, weights, controls, dtype):
-        divisor = ops.cast(self._examples(x), dtype) * self.losses_per_example
+        x, ds = self._checked(x, ds)
+        divisor = ops.cast(ops.shape(x)[0], dtype) * self.losses_per_example
         x, ds = ops.cast(x, dtype), ops.cast(ds, dtype)
         a, g = rows.input_means(x, weights), ops.sqrt(divisor) * rows.gradient_sums(ds)
         observed = [filled_up(a, self.batch_size), filled_up(g, self.batch_size)]

@@ -81,7 +81,7 @@ class WoodburyStatistics(Draws, RowStatistics):
             a, g = self._sampled(rows, ops.cast(x, dtype), ops.cast(ds, dtype), controls[0], dtype)
         else:
             (a, g), _ = super().observe(rows, x, ds, weights, controls, dtype)
-            a = a / ops.sqrt(ops.cast(self._examples(x), dtype))
+            a = a / ops.sqrt(ops.cast(ops.shape(x)[0], dtype))
         observed = []
         for side, as_rows in zip((a, g), self.keeps_rows(rows), strict=True):
             side = filled_up(side, self.batch_rows(rows)) if as_rows else backend.matmul(side, side, transpose_a=True)
@@ -89,8 +89,8 @@ class WoodburyStatistics(Draws, RowStatistics):
         return observed, sum(ops.sum(t) for t in observed)
 
     def _sampled(self, rows, x, ds, draw, dtype):
-        examples = self._examples(x)
-        total = rows.outputs(ds)
+        x, ds = self._checked(x, ds)
+        examples, total = ops.shape(x)[0], rows.outputs(ds)
         kept = min(self.positions, total)
         if kept < total:
             noise = self.uniform(draw, (self.batch_size, total), dtype)

@@ -206,9 +206,9 @@ def test_a_batch_larger_than_there_is_room_for(method):
             fit(captured(model, method()), *regression(), batch_size=16)
 
 
-def test_a_batch_larger_than_there_is_room_for_after_others():
+def test_a_batch_larger_than_there_is_room_for_after_others(method):
     """TensorFlow's traces no longer know sizes once these change."""
-    model = captured(mlp(), METHODS["SNGD"]())
+    model = captured(mlp(), method())
     x, y = regression()
     fit(model, x[:8], y[:8])
     kind, message = ValueError, "sees 16 examples in a batch, but was captured for 8"
