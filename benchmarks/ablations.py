@@ -40,12 +40,13 @@ def cases(quick):
         case = {"name": name, "task": "cnn", "optimizer": optimizer, "arguments": arguments, **tasks.TASKS["cnn"]}
         case |= {
             "intervals": [1, 1],
-            "argument": "damping",
-            "values": [damping],
-            "rates": [0.01, 0.03, 0.1, 0.3],
+            # Methods that keep few rows take more than the epochs of a task to its own.
+            "target": 0.05,
+            "grid": {"momentum": [0.9], "learning_rate": [0.01, 0.03, 0.1, 0.3], "damping": [damping]},
+            "trial_seeds": 1,
             "seeds": 5,
         }
-        found.append(case | ({"epochs": 3, "rates": [0.03], "seeds": 2} if quick else {}))
+        found.append(case | ({"epochs": 3, "grid": tasks.first_points(case["grid"]), "seeds": 2} if quick else {}))
     return found
 
 

@@ -30,6 +30,8 @@ CASES = [
     *((network, "jax") for network in ("digits-cnn", "digits-mlp", "autoencoder")),
 ]
 QUICK = [("3c1f", "tensorflow"), ("3c1f", "jax")]
+# Short steps are taken for so long, in so many rounds at most, whatever the rounds of a case; unless it has seconds of its own.
+SECONDS, MOST_ROUNDS = 30, 60
 # At the longest intervals, of SGD's step.
 GOALS = {"kfac": 1.15, "thor": 1.05, "hylo-kid": 1.05, "hylo-kis": 1.05}
 PARTS = ("statistics", "inverses", "preconditioning")
@@ -39,10 +41,10 @@ PEAK = pathlib.Path("/proc/self/clear_refs")
 
 def cases(quick):
     """One for each network and backend."""
-    rounds, pairs = (3, QUICK) if quick else (5, CASES)
+    found, settings = QUICK if quick else CASES, {"rounds": 3, "seconds": 0} if quick else {"rounds": 5}
     return [
-        {"name": f"{network}-{mode}", "network": network, "mode": mode, "methods": list(METHODS), "rounds": rounds}
-        for network, mode in pairs
+        {"name": f"{network}-{mode}", "network": network, "mode": mode, "methods": list(METHODS), **settings}
+        for network, mode in found
     ]
 
 
@@ -156,20 +158,21 @@ def measure(case):
         first[method] = time.process_time() - start
     second_order = [method for method in case["methods"] if len(models[method].kinds) > 1]
     with alone():
-        found = _timed(models, case["rounds"])
+        found = _timed(models, case["rounds"], case.get("seconds", SECONDS))
     settings = NETWORKS[case["network"]]
     job = exchanges.Job(exchanges.layer_shapes(models["sgd"].model), 1, settings["batch"], split=settings["split"])
     ideal_milliseconds = {method: ideal(method, job, found["product_flops"]) for method in second_order}
     return {**found, "first_step_processor_seconds": first, "ideal_milliseconds": ideal_milliseconds}
 
 
-def _timed(models, rounds):
+def _timed(models, rounds, least_seconds):
     import keras
 
     from keras_ngd.analysis.rates import product_seconds
 
     times = {method: {kind: [] for kind in one.kinds} for method, one in models.items()}
-    for turn in range(rounds + 1):
+    turn, start = 0, time.perf_counter()
+    while turn <= rounds or (turn <= MOST_ROUNDS and time.perf_counter() - start < least_seconds):
         for method, one in models.items():
             one.warm()
             for kind, due in one.kinds.items():
@@ -177,6 +180,7 @@ def _timed(models, rounds):
                 seconds = one.seconds()
                 if turn:
                     times[method][kind].append(1e3 * seconds)
+        turn += 1
     flops, device = 2 * 1024**3 / product_seconds(1024), keras.distribution.list_devices()[0]
     # TensorFlow's allocator and those of GPUs keep what they once had, so that nothing is seen of a step.
     seen = PEAK.exists() and keras.backend.backend() == "jax" and "cpu" in device

@@ -4,7 +4,16 @@ import keras
 import numpy as np
 from keras import layers, ops
 
-from examples.networks import cnn_3c1f, digits_cnn, digits_mlp, resnet18, resnet32, resnet50, unet
+from examples.networks import (
+    cnn_3c1f,
+    digits_cnn,
+    digits_mlp,
+    residual_network,
+    resnet18,
+    resnet32,
+    resnet50,
+    unet,
+)
 
 
 def transformer(tokens=64, vocabulary=256, width=128, heads=4, depth=2, classes=10):
@@ -37,6 +46,12 @@ def autoencoder():
 # A loss that is a mean over pixels has as many values for each example.
 NETWORKS = {
     "3c1f": {"make": cnn_3c1f, "shape": (28, 28, 1), "batch": 64, "split": 16},
+    "resnet8": {
+        "make": lambda: residual_network("resnet8", 32, 10, [16, 32, 64], 1),
+        "shape": (32, 32, 3),
+        "batch": 64,
+        "split": 16,
+    },
     "resnet18": {"make": resnet18, "shape": (32, 32, 3), "batch": 32, "split": 128},
     "resnet32": {"make": resnet32, "shape": (32, 32, 3), "batch": 128, "split": 16},
     "resnet50": {"make": lambda: resnet50(64, 10), "shape": (64, 64, 3), "batch": 16, "split": 128},

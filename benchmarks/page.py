@@ -15,22 +15,24 @@ SECTIONS = {
     ),
     "tasks": (
         "Convergence",
-        "Epochs and seconds to a target loss, each optimizer tuned on a grid of as many trials with a seed of its own, then run "
+        "Epochs and seconds to a target loss, each optimizer tuned on a grid of as many trials with seeds of their own, then run "
         "with five fresh seeds. The loss is that of the whole training set after each epoch; seconds are of training alone, "
-        "after compiling, an epoch in one `steps_per_execution`; the first epoch counts as long as the median of the others, "
-        "since TensorFlow prepares its functions anew in it. Means over the seeds that reach the target. Which ranges the "
-        "grids cover was explored before, on the seed of the trials. The tasks are described in `benchmarks/tasks.py`.",
+        "after compiling, an epoch in one `steps_per_execution`. Adam's momentum is its `beta_1`. Means over the seeds that "
+        "reach the target. Which ranges the grids cover was explored before, on the seeds of the trials. The tasks are described "
+        "in `benchmarks/tasks.py`.",
     ),
     "ablations": (
         "The papers' ideas one by one",
-        "The digits CNN with each variant, tuned over four learning rates, then run with five fresh seeds; otherwise as above. "
-        "THOR's blocks have 16 rows and columns here; without its trace rule all layers renew their inverses at every refresh.",
+        "The digits CNN with each variant to a loss of 0.05, tuned over four learning rates with one seed, then run with five "
+        "fresh ones; otherwise as above. THOR's blocks have 16 rows and columns here; without its trace rule all layers renew "
+        "their inverses at every refresh.",
     ),
     "peers": (
         "Beside kfac-jax",
         "KFAC of this package and of kfac-jax 0.0.8 on the same Keras model, data, batch and jax, in one run, turn by turn, in "
         "an environment of their own (`.venv-peers`, made by the benchmark). Of kfac-jax its `Optimizer` is used, with its "
-        "automatic registration of layers and without its adaptive damping and rates.",
+        "automatic registration of layers and without its adaptive damping and rates. The grids of trials are those of the tasks "
+        "above, whose ranges were chosen for this package.",
     ),
     "gpu": (
         "On a GPU",

@@ -2,6 +2,8 @@
 
 import itertools
 import math
+import random
+import statistics
 import time
 
 from examples import datasets  # isort: skip  (before keras: it imports TensorFlow without its greetings)
@@ -12,7 +14,7 @@ from keras import ops
 import keras_ngd
 from benchmarks.alone import alone
 from benchmarks.networks import autoencoder
-from benchmarks.tasks import epochs_to
+from benchmarks.tasks import FIRST_ORDER, epochs_to
 from examples.networks import digits_cnn, digits_mlp, residual_network, unet
 
 TRIAL_SEED, FIRST_SEED = 1000, 101
@@ -91,6 +93,7 @@ class Training:
             jit_compile=keras.backend.backend() == "jax",
         )
         optimizer.build(self.model.trainable_variables)
+        keras.utils.set_random_seed(TRIAL_SEED)
         self.variables = self.model.variables + optimizer.variables
         self.start = [np.array(v) for v in self.variables]
 
@@ -99,7 +102,10 @@ class Training:
         for variable, value in zip(self.variables, self.start, strict=True):
             variable.assign(value)
         self.optimizer.iterations.assign(trial * _TRIAL_STEPS)
-        keras.utils.set_random_seed(seed)
+        # What Keras draws weights and JAX's batches from. TensorFlow goes on with its own seed, of which it draws batches:
+        # a new one would have it prepare all of its functions anew.
+        random.seed(seed)
+        np.random.seed(seed)
         # All else starts at the same values with every seed.
         for layer, fresh in zip(self.model.layers, self.make_model().layers, strict=True):
             if hasattr(fresh, "kernel"):
@@ -120,12 +126,12 @@ class Training:
         return {"loss": [float(f"{x:.6g}") for x in losses], "seconds": [round(s, 6) for s in clock.seconds]}
 
 
-def make(case, value):
+def make(case, momentum):
     """The optimizer of a case; one of second order has the dampings of all trials."""
-    name, argument = case["optimizer"], case["argument"]
-    if name in ("SGD", "Adam", "Muon"):
-        return getattr(keras.optimizers, name)(0.1, **{argument: value})
-    shared = {"damping": OfTrial(case["values"]), "losses_per_example": case["losses_per_example"]}
+    name = case["optimizer"]
+    if name in FIRST_ORDER:
+        return getattr(keras.optimizers, name)(0.1, **{"beta_1" if name == "Adam" else "momentum": momentum})
+    shared = {"damping": OfTrial(case["grid"]["damping"]), "losses_per_example": case["losses_per_example"]}
     factors, inverses = case["intervals"]
     if name in ("KFAC", "THOR"):
         shared |= {"factor_interval": factors, "inverse_interval": inverses}
@@ -134,38 +140,42 @@ def make(case, value):
     kind, _, mode = name.partition("-")
     if kind == "HyLo":
         shared |= {"steps_per_epoch": case["steps"], **({"mode": mode.lower()} if mode else {})}
-    return getattr(keras_ngd, kind)(0.1, **(shared | case.get("arguments", {})))
+    return getattr(keras_ngd, kind)(0.1, momentum=momentum, **(shared | case.get("arguments", {})))
 
 
 def runs_of(case):
-    """A function that trains with a value of the case's argument, a learning rate and a seed."""
-    trainings, values, (data, loss) = {}, case["values"], data_and_loss(case["task"])
-    second_order = case["argument"] == "damping"
+    """A function that trains with a point of the case's grid and a seed."""
+    trainings, (data, loss) = {}, data_and_loss(case["task"])
 
-    def run(value, rate, seed):
-        key = None if second_order else value
-        if key not in trainings:
-            trainings[key] = Training(MODELS[case["task"]], data, loss, case["batch_size"], make(case, value))
-            trainings[key].run(rate, seed, 1)
-        return trainings[key].run(rate, seed, case["epochs"], values.index(value) if second_order else 0)
+    def run(settings, seed):
+        rate, momentum = settings["learning_rate"], settings["momentum"]
+        trial = case["grid"]["damping"].index(settings["damping"]) if "damping" in settings else 0
+        if momentum not in trainings:
+            trainings[momentum] = Training(MODELS[case["task"]], data, loss, case["batch_size"], make(case, momentum))
+            trainings[momentum].run(rate, seed, 1)
+        return trainings[momentum].run(rate, seed, case["epochs"], trial)
 
     return run
 
 
 def measured(case, run=None):
-    """One run for each point of the grid, and runs of the best with fresh seeds.
+    """Runs of each point of the grid, and runs of the best with fresh seeds.
 
     Args:
         case: of `benchmarks.tasks`.
         run: what trains. Default None: `runs_of(case)`.
     """
     run, trials = run or runs_of(case), []
-    for value, rate in itertools.product(case["values"], case["rates"]):
-        losses = run(value, rate, TRIAL_SEED)["loss"]
-        reached = None if case["target"] is None else epochs_to(losses, case["target"])
-        trials.append({case["argument"]: value, "learning_rate": rate, "epochs": reached, "final_loss": losses[-1]})
+    for point in itertools.product(*case["grid"].values()):
+        settings = dict(zip(case["grid"], point, strict=True))
+        losses = [run(settings, TRIAL_SEED + i)["loss"] for i in range(case["trial_seeds"])]
+        target = -math.inf if case["target"] is None else case["target"]
+        epochs = statistics.median(epochs_to(one, target) or math.inf for one in losses)
+        # The figures are what JSON can hold.
+        epochs = None if epochs == math.inf else epochs
+        trials.append({**settings, "epochs": epochs, "final_loss": statistics.median(one[-1] for one in losses)})
     best = min(trials, key=lambda trial: (trial["epochs"] or math.inf, trial["final_loss"]))
-    seeds = range(FIRST_SEED, FIRST_SEED + case["seeds"])
+    settings = {name: best[name] for name in case["grid"]}
     with alone():
-        runs = [{"seed": seed, **run(best[case["argument"]], best["learning_rate"], seed)} for seed in seeds]
+        runs = [{"seed": FIRST_SEED + i, **run(settings, FIRST_SEED + i)} for i in range(case["seeds"])]
     return {"trials": trials, "best": best, "runs": runs}

@@ -1,6 +1,7 @@
 """What benchmarks do with their cases and figures; nothing is timed here."""
 
 import json
+import math
 import pathlib
 import subprocess
 import sys
@@ -9,7 +10,7 @@ import types
 
 import pytest
 
-from benchmarks import ablations, alone, costs, gpu, harness, peers, results, tasks
+from benchmarks import ablations, alone, costs, gpu, harness, peers, results, tasks, trials
 
 
 @pytest.fixture
@@ -75,26 +76,28 @@ def test_a_case_without_an_interpreter_is_left_out(runs, monkeypatch):
 def test_what_is_timed_has_the_machine_to_itself(tmp_path, monkeypatch):
     monkeypatch.setenv(alone.VARIABLE, str(tmp_path))
     count = (
-        "import pathlib, sys, time\n"
+        "import sys, time\n"
         "from benchmarks.alone import registered\n"
-        "with registered():\n"
-        "    while True:\n"
-        "        pathlib.Path(sys.argv[1]).write_text(str(time.monotonic()))\n"
+        "with registered(), open(sys.argv[1], 'wb', buffering=0) as file:\n"
+        "    while file.write(b'.'):\n"
+        "        time.sleep(0.001)\n"
     )
-    file = tmp_path / "time"
+    file = tmp_path / "counted"
     other = subprocess.Popen([sys.executable, "-c", count, str(file)])
     try:
         while not file.exists():
             time.sleep(0.01)
         with alone.alone():
-            time.sleep(0.1)
-            before = file.read_text()
+            # A signal arrives when its process is next to run.
+            while pathlib.Path(f"/proc/{other.pid}/stat").read_text().rsplit(") ", 1)[1][0] != "T":
+                time.sleep(0.01)
+            before = file.stat().st_size
             time.sleep(0.3)
-            assert file.read_text() == before
+            assert file.stat().st_size == before
         until = time.monotonic() + 30
-        while file.read_text() in (before, "") and time.monotonic() < until:
+        while file.stat().st_size == before and time.monotonic() < until:
             time.sleep(0.01)
-        assert file.read_text() != before
+        assert file.stat().st_size > before
     finally:
         other.kill()
         other.wait()
@@ -149,8 +152,7 @@ def test_the_target_is_what_the_best_first_order_method_ends_with():
 
 
 def test_comparisons_are_of_medians_and_of_methods_that_get_there():
-    # The first epoch counts as the median of the others, 3.
-    runs = [{"loss": [0.5, 0.1, 0.1], "seconds": [9, 2, 4]}, {"loss": [0.5, 0.4, 0.1], "seconds": [9, 2, 4]}]
+    runs = [{"loss": [0.5, 0.1, 0.1], "seconds": [3, 2, 4]}, {"loss": [0.5, 0.4, 0.1], "seconds": [3, 2, 4]}]
     slow = {"task": "t", "optimizer": "SGD", "target": 0.2, "epochs": 3, "runs": runs}
     never = {**slow, "optimizer": "Adam", "runs": [{"loss": [0.5] * 3, "seconds": [1] * 3}]}
     fast = {**slow, "optimizer": "KFAC", "runs": [{"loss": [0.1, 0.1, 0.1], "seconds": [4, 4, 4]}]}
@@ -161,6 +163,22 @@ def test_comparisons_are_of_medians_and_of_methods_that_get_there():
     fast["runs"] = never["runs"]
     epochs, _ = tasks.goals({"cases": [slow, never, fast]})
     assert epochs[2:] == ("not reached (SGD: 2.5)", False, "KFAC ends at 0.5, the target is 0.2")
+
+
+def test_the_best_trial_is_the_first_to_a_named_loss_or_else_ends_lowest():
+    # By learning rate, losses for each seed of a trial.
+    curves = {0.1: [[0.5, 0.01], [0.02, 0.01], [0.5, 0.3]], 0.2: [[0.05, 0.2]] * 3, 0.3: [[0.05, 0.1]] * 3}
+
+    def run(settings, seed):
+        return {"loss": curves[settings["learning_rate"]][seed % 10 % 3], "seconds": [1, 1]}
+
+    case = {"grid": {"momentum": [0.9], "learning_rate": list(curves)}, "trial_seeds": 3, "seeds": 2, "target": 0.1}
+    found = trials.measured(case, run)
+    assert [(trial["epochs"], trial["final_loss"]) for trial in found["trials"]] == [(2, 0.01), (1, 0.2), (1, 0.1)]
+    assert found["best"]["learning_rate"] == 0.3
+    assert [run["seed"] for run in found["runs"]] == [101, 102]
+    assert trials.measured({**case, "target": None}, run)["best"]["learning_rate"] == 0.1
+    assert trials.measured({**case, "target": 1e-6}, run)["trials"][0]["epochs"] is None
 
 
 def test_goals_of_costs_are_of_the_longest_intervals():
@@ -197,5 +215,5 @@ def test_cases_have_names_of_their_own_and_fit_into_json(benchmark, quick):
     if benchmark is tasks:
         budgets = {task: set() for task in tasks.TASKS}
         for case in found:
-            budgets[case["task"]].add(len(case["values"]) * len(case["rates"]))
+            budgets[case["task"]].add(math.prod(map(len, case["grid"].values())))
         assert quick or all(len(counts) == 1 for counts in budgets.values())
