@@ -203,6 +203,15 @@ class Masks64(tfds.core.GeneratorBasedBuilder):
 EMBEDDED = (Digits.name, Shapes32.name, Masks64.name)
 
 
+def _prepare(name, data_dir):
+    try:
+        tfds.builder(name, data_dir=data_dir).download_and_prepare()
+    except OSError:
+        # Another process may have put the same there meanwhile.
+        if not tfds.builder(name, data_dir=data_dir).is_prepared():
+            raise
+
+
 def load(name="digits", split="train", data_dir=None, keys=None):
     """A split as a `tf.data.Dataset` of `(input, label)`, prepared in `data_dir` on first use.
 
@@ -220,7 +229,7 @@ def load(name="digits", split="train", data_dir=None, keys=None):
             # Nothing is downloaded, so there is no progress worth a report.
             with contextlib.redirect_stdout(io.StringIO()):
                 tfds.disable_progress_bar()
-                tfds.builder(name, data_dir=data_dir).download_and_prepare()
+                _prepare(name, data_dir)
                 tfds.enable_progress_bar()
         if keys is None:
             return tfds.load(name, split=split, data_dir=data_dir, as_supervised=True)

@@ -57,6 +57,20 @@ def test_features_are_loaded_by_name(data_dir):
         np.testing.assert_array_equal(mask, supervised[1])
 
 
+def test_data_that_are_prepared_twice_at_a_time(tmp_path, monkeypatch):
+    draw, prepared = datasets.Digits._generate_examples, []
+
+    def drawn(self, part):
+        yield from draw(self, part)
+        if not prepared:
+            prepared.append(True)
+            datasets.load("digits", "train", tmp_path)
+
+    monkeypatch.setattr(datasets.Digits, "_generate_examples", drawn)
+    assert len(datasets.load("digits", "test", tmp_path)) == 297
+    assert [path.name for path in (tmp_path / "digits").iterdir()] == ["1.0.0"]
+
+
 def test_dice_is_numpys_over_all_batches():
     rng = np.random.default_rng(0)
     truth = rng.integers(0, 2, (6, 4, 4, 1)).astype("float32")
