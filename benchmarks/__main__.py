@@ -15,10 +15,6 @@ from absl import app, flags
 
 from benchmarks import alone, harness, results
 
-# All that run without being named, and those that need a machine of their own.
-USUAL = ("costs", "tasks", "ablations", "peers")
-NAMES = (*USUAL, "gpu")
-
 FLAGS = flags.FLAGS
 flags.DEFINE_boolean("quick", False, "Few and small cases; the page is left as it is.")
 flags.DEFINE_list("only", None, "Cases to measure anew, of one benchmark; the result keeps the others.")
@@ -34,9 +30,9 @@ def main(arguments):
         return
     from benchmarks import page
 
-    names = arguments[1:] or list(USUAL)
-    if unknown := set(names) - set(NAMES):
-        raise app.UsageError(f"There are no benchmarks {sorted(unknown)}. There are: {', '.join(NAMES)}")
+    names, known = arguments[1:] or list(harness.USUAL), (*harness.USUAL, *harness.ELSEWHERE)
+    if unknown := set(names) - set(known):
+        raise app.UsageError(f"There are no benchmarks {sorted(unknown)}. There are: {', '.join(known)}")
     if FLAGS.only and len(names) != 1:
         raise app.UsageError("--only is for one benchmark: name it.")
     for name in names:

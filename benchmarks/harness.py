@@ -21,11 +21,14 @@ import signal
 import subprocess
 import sys
 import tempfile
+import time
 
 from tqdm import tqdm
 
 from benchmarks import alone, results
 
+# What runs without being named, and what needs a machine of its own.
+USUAL, ELSEWHERE = ("costs", "tasks", "ablations", "peers"), ("gpu",)
 PARTIAL = results.DIRECTORY / "partial"
 AT_ONCE = 2
 
@@ -83,6 +86,8 @@ def found_of(name, cases):
 def run(name, quick=False, only=None):
     """Measures all cases of a benchmark that are not done yet; returns the path of the result.
 
+    The result has "minutes", what all cases took when they were last measured in one run; None where they never were.
+
     Args:
         name: of the benchmark.
         quick: whether to take its quick cases; the result is then called `quick/<name>`.
@@ -93,9 +98,11 @@ def run(name, quick=False, only=None):
     names = [case["name"] for case in cases]
     if only is not None and (unknown := set(only) - set(names)):
         raise ValueError(f"{name} has no cases {sorted(unknown)}. It has: {names}")
-    kept = {}
+    kept, minutes, start = {}, None, time.monotonic()
     if only is not None and results.path_of(title).exists():
-        kept = {entry["name"]: entry for entry in results.load(title)["cases"] if entry["name"] not in only}
+        before = results.load(title)
+        kept = {entry["name"]: entry for entry in before["cases"] if entry["name"] not in only}
+        minutes = before.get("minutes")
     file = PARTIAL / f"{title}.jsonl"
     file.parent.mkdir(parents=True, exist_ok=True)
     if file.exists():
@@ -112,7 +119,9 @@ def run(name, quick=False, only=None):
         bar.update()
         bar.set_postfix_str(case["name"])
     bar.close()
-    path = results.save(title, {"cases": [kept[n] for n in names if n in kept]})
+    if todo == cases:
+        minutes = (time.monotonic() - start) / 60
+    path = results.save(title, {"minutes": minutes, "cases": [kept[n] for n in names if n in kept]})
     file.unlink(missing_ok=True)
     plot(name, title)
     return path

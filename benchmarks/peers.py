@@ -6,12 +6,13 @@ kfac-jax does not run on the jax of this project, so both run in an environment 
 records), and neither adaptive damping nor adaptive rates. It registers all layers by itself.
 
 Costs are of steps taken turn by turn, in steps of Keras's SGD. (On ResNet-32 XLA had not compiled kfac-jax's steps after ten
-minutes.) For convergence both are tuned on the same grid of trials as KFAC is by `benchmarks.tasks`, whose ranges were chosen for
-this package, at the same intervals and with the same bound on the length of a step; kfac-jax takes its steps from a loop in
-Python, as its `Optimizer.step` is made for, and this package's are Keras's `fit`. Where no loss is named, the target is what the
-worse of the two ends with.
+minutes.) For convergence each is tuned on a grid of as many trials, this package's KFAC on that of `benchmarks.tasks`, kfac-jax
+on one in ranges of its own, at the same intervals and with the same bound on the length of a step; kfac-jax takes its steps from
+a loop in Python, as its `Optimizer.step` is made for, and this package's are Keras's `fit`. Where no loss is named, the target is
+what the worse of the two ends with.
 """
 
+import math
 import os
 import pathlib
 import subprocess
@@ -26,22 +27,24 @@ from benchmarks.costs import INTERVALS, Timed, cost, summary
 FOLDER = pathlib.Path(__file__).parent.parent / ".venv-peers"
 PACKAGES = ("kfac-jax==0.0.8", "jax==0.7.2", "jaxlib==0.7.2", "keras", "tqdm")
 # What the data come from; beside TensorFlow, kfac-jax's own dependencies look for tf_keras, which asks for all of TensorFlow.
-PACKAGES += ("tensorflow-cpu", "tensorflow-datasets", "scikit-learn")
+PACKAGES += ("tensorflow-cpu", "tensorflow-datasets", "importlib_resources", "scikit-learn")
 ALONE = ("tf_keras",)
+# Momenta, learning rates and dampings of kfac-jax's trials.
+_CLASSIFIER = ((0.8, 0.9), (0.1, 0.3), (0.01, 0.03, 0.1))
+GRIDS = {"cnn": _CLASSIFIER, "mlp": _CLASSIFIER, "autoencoder": ((0.8, 0.9), (0.3, 1.0), (0.01, 0.03))}
 _making = threading.Lock()
 
 
 def cases(quick):
     """One for each network, and one for each task and optimizer."""
-    networks, rounds = (("3c1f",), 3) if quick else (("3c1f", "resnet8"), 5)
-    found = [{"name": network, "network": network, "mode": "jax", "rounds": rounds} for network in networks]
-    for task in ("mlp",) if quick else ("cnn", "mlp", "autoencoder"):
-        case = next(case for case in tasks.cases(False) if case["name"] == f"{task}-KFAC")
-        case |= {"trial_seeds": 1}
-        if quick:
-            case |= {"epochs": 3, "grid": tasks.first_points(case["grid"]), "seeds": 2}
-        for optimizer in ("KFAC", "kfac-jax"):
-            found.append({**case, "name": f"{task}-{optimizer}", "optimizer": optimizer})
+    networks = ("3c1f",) if quick else ("3c1f", "resnet8")
+    found = [{"name": network, "network": network, "mode": "jax", "rounds": 3} for network in networks]
+    for task in ("mlp",) if quick else GRIDS:
+        ours = next(case for case in tasks.cases(False) if case["name"] == f"{task}-KFAC") | {"trial_seeds": 1}
+        grid = dict(zip(ours["grid"], map(list, GRIDS[task]), strict=True))
+        for case in (ours, {**ours, "name": f"{task}-kfac-jax", "optimizer": "kfac-jax", "grid": grid}):
+            short = {"epochs": 3, "grid": tasks.first_points(case["grid"]), "seeds": 2} if quick else {}
+            found.append(case | short)
     return found
 
 
@@ -171,8 +174,8 @@ class PeerTraining:
         )
         self.loss = jax.jit(loss)
 
-    def run(self, settings, seed, epochs):
-        """Losses and seconds by epoch, from scratch."""
+    def run(self, settings, seed, epochs, until=-math.inf, every=1):
+        """As `benchmarks.trials.Training.run`."""
         import jax
         import keras
         import numpy as np
@@ -184,7 +187,7 @@ class PeerTraining:
         state = self.optimizer.init(parameters, key, tuple(a[: self.batch_size] for a in self.data))
         settings = {name: jnp.asarray(value) for name, value in settings.items()}
         losses, seconds, step = [], [], 0
-        for _ in range(epochs):
+        for epoch in range(1, epochs + 1):
             order, start = rng.permutation(count), time.perf_counter()
             for first in range(0, count - self.batch_size + 1, self.batch_size):
                 batch = tuple(a[order[first : first + self.batch_size]] for a in self.data)
@@ -194,8 +197,11 @@ class PeerTraining:
                 step += 1
             jax.block_until_ready((parameters, state))
             seconds.append(round(time.perf_counter() - start, 6))
-            found = float(np.nan_to_num(self.loss(parameters, self.data), nan=1e30, posinf=1e30))
-            losses.append(float(f"{found:.6g}"))
+            if epoch % every == 0:
+                found = float(np.nan_to_num(self.loss(parameters, self.data), nan=1e30, posinf=1e30))
+                losses.append(float(f"{found:.6g}"))
+                if found <= until:
+                    break
         return {"loss": losses, "seconds": seconds}
 
 
@@ -203,13 +209,17 @@ def measure(case):
     """Costs of steps, or trials and runs of the best of them."""
     if "task" not in case:
         return costs_of(case)
-    from benchmarks.trials import measured
+    from benchmarks.trials import measured, shortened
 
     if case["optimizer"] != "kfac-jax":
         return measured(case)
     training = PeerTraining(case)
     training.run({name: values[0] for name, values in case["grid"].items()}, 0, 1)
-    return measured(case, lambda settings, seed: training.run(settings, seed, case["epochs"]))
+
+    def run(settings, seed, trial=False):
+        return training.run(settings, seed, case["epochs"], **(shortened(case) if trial else {}))
+
+    return measured(case, run)
 
 
 def costs_of(case):

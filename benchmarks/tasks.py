@@ -14,12 +14,13 @@ of the image tasks, SNGD and HyLo of the autoencoder, where they take longest an
 Where no loss is named, the target is the one that the best of the first-order methods has, in the mean over the seeds, after all
 its epochs.
 
-Every optimizer is tuned on a full grid of trials, as many as for any other of the task, each with one seed, or with three where
-a loss is named; these are not used again. The best is the one with the fewest epochs to that loss, or else the lowest loss after
-the last epoch; it is then run with fresh seeds. The loss is that of the whole training set after each epoch, not a running mean.
-All of it runs through plain `fit`, an epoch in one `steps_per_execution`, since on small networks Python would otherwise be most
-of the time. A trial reuses the compiled step: variables start over, learning rates are variables, and dampings follow a schedule
-that reads the number of the trial off the step counter.
+Every optimizer is tuned on a full grid of trials, as many as for any other of the task, each with one seed, or with three where a
+loss is named; these are not used again. The best is the one with the fewest epochs to that loss, or else the lowest loss after
+the last epoch (a trial stops at that loss, or evaluates only then); it is then run with fresh seeds, in full. The loss is that of
+the whole training set after each epoch, not a running mean. All of it runs through plain `fit`, an epoch in one
+`steps_per_execution`, since on small networks Python would otherwise be most of the time. A trial reuses the compiled step:
+variables start over, learning rates are variables, and dampings follow a schedule that reads the number of the trial off the step
+counter.
 """
 
 import itertools
@@ -65,7 +66,7 @@ TASKS = {
         "trial_seeds": 1,
     },
     "resnet": {**_IMAGES, "batch_size": 64, "losses_per_example": 1, "epochs": 16},
-    "unet": {**_IMAGES, "batch_size": 16, "losses_per_example": 64 * 64, "epochs": 8},
+    "unet": {**_IMAGES, "batch_size": 16, "losses_per_example": 64 * 64, "epochs": 16},
 }
 _RATES = (0.03, 0.1, 0.3)
 GRIDS = {

@@ -61,7 +61,11 @@ class OfTrial(keras.optimizers.schedules.LearningRateSchedule):
 
 
 class Clock(keras.callbacks.Callback):
-    """Seconds of training in each epoch; the evaluation after it does not count."""
+    """Seconds of training in each epoch; the evaluation after it does not count. Ends the training at a loss."""
+
+    def __init__(self, until):
+        super().__init__()
+        self.until = until
 
     def on_train_begin(self, logs=None):
         self.seconds = []
@@ -75,7 +79,7 @@ class Clock(keras.callbacks.Callback):
         self.seconds.append(time.perf_counter() - self.start)
 
     def on_epoch_end(self, epoch, logs=None):
-        float(logs["val_loss"])
+        self.model.stop_training = float(logs.get("val_loss", math.inf)) <= self.until
 
 
 class Training:
@@ -97,11 +101,20 @@ class Training:
         self.variables = self.model.variables + optimizer.variables
         self.start = [np.array(v) for v in self.variables]
 
-    def run(self, learning_rate, seed, epochs, trial=0):
-        """Losses and seconds by epoch, from scratch."""
+    def run(self, learning_rate, seed, epochs, number=0, until=-math.inf, every=1):
+        """Losses and seconds by epoch, from scratch.
+
+        Args:
+            learning_rate: of the optimizer.
+            seed: of weights and batches.
+            epochs: int.
+            number: of the trial.
+            until: a loss at which to stop.
+            every: epochs from one loss to the next.
+        """
         for variable, value in zip(self.variables, self.start, strict=True):
             variable.assign(value)
-        self.optimizer.iterations.assign(trial * _TRIAL_STEPS)
+        self.optimizer.iterations.assign(number * _TRIAL_STEPS)
         # What Keras draws weights and JAX's batches from. TensorFlow goes on with its own seed, of which it draws batches:
         # a new one would have it prepare all of its functions anew.
         random.seed(seed)
@@ -111,13 +124,14 @@ class Training:
             if hasattr(fresh, "kernel"):
                 layer.kernel.assign(fresh.kernel)
         self.optimizer.learning_rate = learning_rate
-        clock = Clock()
+        clock = Clock(until)
         history = self.model.fit(
             *self.data,
             batch_size=self.batch_size,
             epochs=epochs,
             validation_data=self.data,
             validation_batch_size=self.batch_size,
+            validation_freq=every,
             callbacks=[clock],
             verbose=0,
         ).history
@@ -144,18 +158,23 @@ def make(case, momentum):
 
 
 def runs_of(case):
-    """A function that trains with a point of the case's grid and a seed."""
+    """A function that trains with a point of the case's grid and a seed, for a trial or in full."""
     trainings, (data, loss) = {}, data_and_loss(case["task"])
 
-    def run(settings, seed):
+    def run(settings, seed, trial=False):
         rate, momentum = settings["learning_rate"], settings["momentum"]
-        trial = case["grid"]["damping"].index(settings["damping"]) if "damping" in settings else 0
+        number = case["grid"]["damping"].index(settings["damping"]) if "damping" in settings else 0
         if momentum not in trainings:
             trainings[momentum] = Training(MODELS[case["task"]], data, loss, case["batch_size"], make(case, momentum))
             trainings[momentum].run(rate, seed, 1)
-        return trainings[momentum].run(rate, seed, case["epochs"], trial)
+        return trainings[momentum].run(rate, seed, case["epochs"], number, **(shortened(case) if trial else {}))
 
     return run
+
+
+def shortened(case):
+    """Arguments of a run that goes only as far as is needed to compare trials."""
+    return {"every": case["epochs"]} if case["target"] is None else {"until": case["target"]}
 
 
 def measured(case, run=None):
@@ -163,12 +182,12 @@ def measured(case, run=None):
 
     Args:
         case: of `benchmarks.tasks`.
-        run: what trains. Default None: `runs_of(case)`.
+        run: what trains, given settings, a seed and whether for a trial. Default None: `runs_of(case)`.
     """
     run, trials = run or runs_of(case), []
     for point in itertools.product(*case["grid"].values()):
         settings = dict(zip(case["grid"], point, strict=True))
-        losses = [run(settings, TRIAL_SEED + i)["loss"] for i in range(case["trial_seeds"])]
+        losses = [run(settings, TRIAL_SEED + i, trial=True)["loss"] for i in range(case["trial_seeds"])]
         target = -math.inf if case["target"] is None else case["target"]
         epochs = statistics.median(epochs_to(one, target) or math.inf for one in losses)
         # The figures are what JSON can hold.

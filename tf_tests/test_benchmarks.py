@@ -66,6 +66,21 @@ def test_single_cases_can_be_measured_anew(runs):
         harness.run("some", only=["d"])
 
 
+def test_a_result_says_how_long_all_of_it_took(runs):
+    def minutes(**only):
+        return json.loads(harness.run("some", **only).read_text())["minutes"]
+
+    assert minutes(only=["a"]) is None
+    taken = minutes()
+    assert 0 < taken < 1
+    assert minutes(only=["a"]) == taken
+    runs.fails = ("c",)
+    with pytest.raises(KeyboardInterrupt):
+        harness.run("some")
+    runs.fails = ()
+    assert minutes() is None
+
+
 def test_a_case_without_an_interpreter_is_left_out(runs, monkeypatch):
     monkeypatch.setattr(
         harness, "measured_in_process", lambda name, case, running: None if case["name"] == "b" else {"found": 1}
@@ -169,7 +184,8 @@ def test_the_best_trial_is_the_first_to_a_named_loss_or_else_ends_lowest():
     # By learning rate, losses for each seed of a trial.
     curves = {0.1: [[0.5, 0.01], [0.02, 0.01], [0.5, 0.3]], 0.2: [[0.05, 0.2]] * 3, 0.3: [[0.05, 0.1]] * 3}
 
-    def run(settings, seed):
+    def run(settings, seed, trial=False):
+        assert trial == (seed >= trials.TRIAL_SEED)
         return {"loss": curves[settings["learning_rate"]][seed % 10 % 3], "seconds": [1, 1]}
 
     case = {"grid": {"momentum": [0.9], "learning_rate": list(curves)}, "trial_seeds": 3, "seeds": 2, "target": 0.1}
@@ -212,8 +228,6 @@ def test_cases_have_names_of_their_own_and_fit_into_json(benchmark, quick):
     found = benchmark.cases(quick)
     assert found == json.loads(json.dumps(found))
     assert len({case["name"] for case in found}) == len(found)
-    if benchmark is tasks:
-        budgets = {task: set() for task in tasks.TASKS}
-        for case in found:
-            budgets[case["task"]].add(math.prod(map(len, case["grid"].values())))
-        assert quick or all(len(counts) == 1 for counts in budgets.values())
+    if benchmark in (tasks, peers) and not quick:
+        for of in tasks.by_task([case for case in found if "grid" in case]).values():
+            assert len({math.prod(map(len, case["grid"].values())) for case in of}) == 1
