@@ -23,7 +23,7 @@ help:
 	@echo "make demo                   train a small network with SGD and with KFAC, offline"
 	@echo "make test                   lint, then all tests on the TensorFlow and on the JAX backend"
 	@echo "make lint                   ruff: rules and format"
-	@echo "make benchmark              side by side: costs of steps, convergence, kfac-jax; goes on where interrupted"
+	@echo "make benchmark              side by side: costs of steps, convergence, kfac-jax; an hour, goes on where interrupted"
 	@echo "make benchmark-update-cost  what THOR's blocks save of a refresh"
 	@echo "make benchmark-thor-convergence  what steps of KFAC and THOR are worth with the papers' settings"
 	@echo "make benchmark-row-cost     what an update of HyLo costs against one of KFAC"
