@@ -37,10 +37,11 @@ help:
 demo: $(DEMO)
 	$(BIN)/python examples/quickstart.py
 
+# Workers get whole files: runs that several tests of one file look at take minutes.
 test: lint $(HOROVOD)
-	KERAS_BACKEND=tensorflow $(BIN)/pytest -m "not processes" -n $(JOBS) --durations=12
+	KERAS_BACKEND=tensorflow $(BIN)/pytest -m "not processes" -n $(JOBS) --dist=loadfile --durations=12
 	KERAS_BACKEND=tensorflow $(BIN)/pytest -m processes --durations=12
-	KERAS_BACKEND=jax $(BIN)/pytest -m "" -n $(JOBS) --durations=12
+	KERAS_BACKEND=jax $(BIN)/pytest -m "" -n $(JOBS) --dist=loadfile --durations=12
 
 lint: $(TEST)
 	$(BIN)/ruff check
