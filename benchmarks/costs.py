@@ -30,7 +30,7 @@ CASES = [
     *((network, "jax") for network in ("digits-cnn", "digits-mlp", "autoencoder")),
 ]
 QUICK = [("3c1f", "tensorflow"), ("3c1f", "jax")]
-# Short steps are taken for so long, in so many rounds at most, whatever the rounds of a case; unless it has seconds of its own.
+# Short steps are taken for so long, in so many rounds at most, whatever the rounds of a case.
 SECONDS, MOST_ROUNDS = 30, 60
 # At the longest intervals, of SGD's step.
 GOALS = {"kfac": 1.15, "thor": 1.05, "hylo-kid": 1.05, "hylo-kis": 1.05}
@@ -41,7 +41,7 @@ PEAK = pathlib.Path("/proc/self/clear_refs")
 
 def cases(quick):
     """One for each network and backend."""
-    found, settings = QUICK if quick else CASES, {"rounds": 3} | ({"seconds": 0} if quick else {})
+    found, settings = QUICK if quick else CASES, {"rounds": 3, "seconds": 0 if quick else SECONDS}
     return [
         {"name": f"{network}-{mode}", "network": network, "mode": mode, "methods": list(METHODS), **settings}
         for network, mode in found
@@ -158,7 +158,7 @@ def measure(case):
         first[method] = time.process_time() - start
     second_order = [method for method in case["methods"] if len(models[method].kinds) > 1]
     with alone():
-        found = _timed(models, case["rounds"], case.get("seconds", SECONDS))
+        found = _timed(models, case["rounds"], case["seconds"])
     settings = NETWORKS[case["network"]]
     job = exchanges.Job(exchanges.layer_shapes(models["sgd"].model), 1, settings["batch"], split=settings["split"])
     ideal_milliseconds = {method: ideal(method, job, found["product_flops"]) for method in second_order}

@@ -16,7 +16,7 @@ AT_ONCE = 1
 def cases(quick):
     """One for each network."""
     networks = ("3c1f",) if quick else ("resnet50-224", "resnet18", "resnet32", "unet", "transformer")
-    settings = {"rounds": 3, "seconds": 0} if quick else {"rounds": 10}
+    settings = {"rounds": 3, "seconds": 0} if quick else {"rounds": 10, "seconds": costs.SECONDS}
     return [
         {"name": network, "network": network, "mode": "jax", "methods": list(METHODS), **settings}
         for network in networks

@@ -12,6 +12,7 @@ a loop in Python, as its `Optimizer.step` is made for, and this package's are Ke
 what the worse of the two ends with.
 """
 
+import functools
 import math
 import os
 import pathlib
@@ -209,17 +210,13 @@ def measure(case):
     """Costs of steps, or trials and runs of the best of them."""
     if "task" not in case:
         return costs_of(case)
-    from benchmarks.trials import measured, shortened
+    from benchmarks.trials import measured
 
     if case["optimizer"] != "kfac-jax":
         return measured(case)
     training = PeerTraining(case)
     training.run({name: values[0] for name, values in case["grid"].items()}, 0, 1)
-
-    def run(settings, seed, trial=False):
-        return training.run(settings, seed, case["epochs"], **(shortened(case) if trial else {}))
-
-    return measured(case, run)
+    return measured(case, functools.partial(training.run, epochs=case["epochs"]))
 
 
 def costs_of(case):

@@ -1,8 +1,8 @@
 """How many epochs and seconds each method needs to a target loss, each tuned by the same number of trials.
 
 The first three train on the 1,500 training images of the digits (8x8), on JAX, whose steps are the fastest on networks of this
-size; the other two on the first of the drawn images, on TensorFlow, whose convolutions are. (SNGD is left out
-of the image tasks, SNGD and HyLo of the autoencoder, where they take longest and end highest of the methods of second order.)
+size; the other two on the first of the drawn images, on TensorFlow, whose convolutions are. (SNGD is left out of the
+image tasks, SNGD and HyLo of the autoencoder, where they take longest and end highest of the methods of second order.)
 
     cnn           a small convolutional network, cross-entropy; to a loss of 0.01
     mlp           64-128-64-10 with ReLU, cross-entropy; to a loss of 0.01

@@ -158,23 +158,18 @@ def make(case, momentum):
 
 
 def runs_of(case):
-    """A function that trains with a point of the case's grid and a seed, for a trial or in full."""
+    """A function that trains with a point of the case's grid, a seed and further arguments of `Training.run`."""
     trainings, (data, loss) = {}, data_and_loss(case["task"])
 
-    def run(settings, seed, trial=False):
+    def run(settings, seed, **shortened):
         rate, momentum = settings["learning_rate"], settings["momentum"]
         number = case["grid"]["damping"].index(settings["damping"]) if "damping" in settings else 0
         if momentum not in trainings:
             trainings[momentum] = Training(MODELS[case["task"]], data, loss, case["batch_size"], make(case, momentum))
             trainings[momentum].run(rate, seed, 1)
-        return trainings[momentum].run(rate, seed, case["epochs"], number, **(shortened(case) if trial else {}))
+        return trainings[momentum].run(rate, seed, case["epochs"], number, **shortened)
 
     return run
-
-
-def shortened(case):
-    """Arguments of a run that goes only as far as is needed to compare trials."""
-    return {"every": case["epochs"]} if case["target"] is None else {"until": case["target"]}
 
 
 def measured(case, run=None):
@@ -182,12 +177,15 @@ def measured(case, run=None):
 
     Args:
         case: of `benchmarks.tasks`.
-        run: what trains, given settings, a seed and whether for a trial. Default None: `runs_of(case)`.
+        run: what trains, called with settings and a seed, and in trials with `until` or `every` as `Training.run` has them.
+            Default None: `runs_of(case)`.
     """
     run, trials = run or runs_of(case), []
+    # No further than is needed to compare trials.
+    shortened = {"every": case["epochs"]} if case["target"] is None else {"until": case["target"]}
     for point in itertools.product(*case["grid"].values()):
         settings = dict(zip(case["grid"], point, strict=True))
-        losses = [run(settings, TRIAL_SEED + i, trial=True)["loss"] for i in range(case["trial_seeds"])]
+        losses = [run(settings, TRIAL_SEED + i, **shortened)["loss"] for i in range(case["trial_seeds"])]
         target = -math.inf if case["target"] is None else case["target"]
         epochs = statistics.median(epochs_to(one, target) or math.inf for one in losses)
         # The figures are what JSON can hold.

@@ -296,15 +296,12 @@ def uniform(shape, seed, dtype):
 
 
 def check_at_most(count, limit, message, tensors=()):
-    """Fails with `message` where `count`, an int or a scalar tensor, is larger than `limit`.
+    """Fails with `message` where `count`, a scalar tensor, is larger than `limit`.
 
     Returns `tensors`, which are had only where it does not: TensorFlow runs what does not wait for a check beside it, and
     might fail there first.
     """
-    if isinstance(count, int):
-        if count > limit:
-            raise ValueError(message)
-    elif name() == "tensorflow":
+    if name() == "tensorflow":
         import tensorflow as tf
 
         with tf.control_dependencies([tf.debugging.assert_less_equal(count, limit, message=message)]):

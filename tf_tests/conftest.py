@@ -5,7 +5,7 @@ import os
 os.environ.setdefault("KERAS_BACKEND", "tensorflow")
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
 
-# NumPy's threads wait for each other by spinning, which takes most of the time of tests that run beside others.
+# NumPy's threads wait for each other by spinning, which can take most of the time of a test that runs beside others.
 os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
 
 # Most programs that JAX compiles here run once or twice: it should not take the time to make them fast.

@@ -184,11 +184,12 @@ def test_the_best_trial_is_the_first_to_a_named_loss_or_else_ends_lowest():
     # By learning rate, losses for each seed of a trial.
     curves = {0.1: [[0.5, 0.01], [0.02, 0.01], [0.5, 0.3]], 0.2: [[0.05, 0.2]] * 3, 0.3: [[0.05, 0.1]] * 3}
 
-    def run(settings, seed, trial=False):
-        assert trial == (seed >= trials.TRIAL_SEED)
+    def run(settings, seed, **shortened):
+        assert bool(shortened) == (seed >= trials.TRIAL_SEED)
         return {"loss": curves[settings["learning_rate"]][seed % 10 % 3], "seconds": [1, 1]}
 
     case = {"grid": {"momentum": [0.9], "learning_rate": list(curves)}, "trial_seeds": 3, "seeds": 2, "target": 0.1}
+    case |= {"epochs": 2}
     found = trials.measured(case, run)
     assert [(trial["epochs"], trial["final_loss"]) for trial in found["trials"]] == [(2, 0.01), (1, 0.2), (1, 0.1)]
     assert found["best"]["learning_rate"] == 0.3
