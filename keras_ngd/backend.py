@@ -336,6 +336,19 @@ def zero_unless(ok, function):
     return ops.cond(ok, passed, blocked)
 
 
+def of_known_shape(gradient, shape):
+    """A gradient whose static shape is its variable's; None and sparse ones as they are.
+
+    TensorFlow infers less: of the gradient of a product over `[batch, time, d]` it knows the rank alone where the batch is not
+    static.
+    """
+    if name() != "tensorflow" or gradient is None or is_sparse(gradient):
+        return gradient
+    import tensorflow as tf
+
+    return tf.ensure_shape(gradient, shape) if gradient.shape != tuple(shape) else gradient
+
+
 def is_sparse(gradient):
     """Whether a gradient is TensorFlow's `IndexedSlices` (an embedding's), which only the update rule may touch."""
     return hasattr(gradient, "indices") and hasattr(gradient, "values") and hasattr(gradient, "dense_shape")

@@ -173,7 +173,7 @@ class NaturalGradient(Checks, Counters, DataParallel, ShardedState, StrictState,
         if not self.built:
             with keras.name_scope(self.name):
                 self.build(variables)
-        grads = list(grads)
+        grads = [backend.of_known_shape(g, v.shape) for g, v in zip(grads, variables, strict=True)]
         self._check_step(grads, variables)
         position = {self._var_key(v): i for i, v in enumerate(variables)}
         with keras.name_scope(self.name):
