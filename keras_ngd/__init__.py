@@ -2,13 +2,14 @@
 
 from keras_ngd import analysis, callbacks, distributed, layers, schedules
 from keras_ngd.capture import capture, release
-from keras_ngd.optimizers import KFAC, SKFAC, SNGD, THOR, HyLo
+from keras_ngd.optimizers import KFAC, PAPER_SETTINGS, SKFAC, SNGD, THOR, HyLo
 from keras_ngd.report import CaptureReport, LayerReport
 
 __version__ = "0.1.0"
 
 __all__ = [
     "KFAC",
+    "PAPER_SETTINGS",
     "SKFAC",
     "SNGD",
     "THOR",

@@ -157,6 +157,12 @@ def identity_with_gradient(gradient):
     return identity
 
 
+def value_read(variable, read):
+    """A variable's value in this trace, `read` having been it in a part of the trace that this one need not see into."""
+    # TensorFlow's functions called from this one have graphs of their own; JAX's inner traces see what the outer ones do.
+    return ops.convert_to_tensor(variable) if name() == "tensorflow" else read
+
+
 def under_xla():
     """Whether the computation being traced will be compiled by XLA as a whole."""
     if name() == "jax":

@@ -106,7 +106,10 @@ def _capture(model, optimizer, skip, data):
             with contextlib.ExitStack() as scopes:
                 for name in layer.path.split("/"):
                     scopes.enter_context(keras.name_scope(name))
-                layer.attach_statistics(optimizer.new_statistics(layer))
+                statistics = optimizer.new_statistics(layer)
+                if not any(entry.captured for entry in entries):
+                    optimizer.carry_loss(statistics)
+                layer.attach_statistics(statistics)
             # Eager training records its first batch before it builds the optimizer, which starts all again in its order.
             optimizer.start_statistics(layer.statistics, sum(entry.captured for entry in entries))
             entries.append(_describe(layer, optimizer))

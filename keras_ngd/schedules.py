@@ -90,11 +90,16 @@ def value_at(value, step):
     return ops.cast(value, "float32")
 
 
-def interval_at(value, step):
-    """An int or schedule at a step, as an integer tensor of the step's dtype, at least 1."""
+def interval_at(value, step, growth=None):
+    """An int or schedule at a step, as an integer tensor of the step's dtype, at least 1.
+
+    With `growth` an int is at most this share of the steps so far.
+    """
     step = ops.convert_to_tensor(step)
     if isinstance(value, LearningRateSchedule):
         value = ops.maximum(ops.round(value(step)), 1)
+    elif growth is not None:
+        value = ops.clip(ops.floor(growth * ops.cast(step, "float32")), 1, value)
     return ops.cast(value, step.dtype)
 
 

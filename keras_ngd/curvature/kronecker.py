@@ -7,7 +7,7 @@ from keras_ngd.linalg import inverse
 from keras_ngd.linalg.together import together
 
 INVERSES = ("auto", "cholesky", "newton-schulz", "eigen")
-DAMPING_MODES = ("pi", "sqrt", "factor", "exact")
+DAMPING_MODES = ("relative", "pi", "sqrt", "factor", "exact")
 
 
 def mean_eigenvalues(factors):
@@ -18,22 +18,26 @@ def mean_eigenvalues(factors):
 def factor_dampings(mean_a, mean_g, damping, mode):
     """What to add to the diagonals of `A` and `G`.
 
-        pi:      pi sqrt(damping) and sqrt(damping) / pi,   pi = sqrt((tr A / dA) / (tr G / dG))
-        sqrt:    sqrt(damping) on both
-        factor:  damping on both
+        relative:  damping tr A / dA and damping tr G / dG
+        pi:        pi sqrt(damping) and sqrt(damping) / pi,   pi = sqrt((tr A / dA) / (tr G / dG))
+        sqrt:      sqrt(damping) on both
+        factor:    damping on both
 
-    (Martens & Grosse 2015, section 6.3; THOR, eq. 6, for `factor`.) With pi the result does not depend on how a
-    constant is shared between A and G. pi is 1 where it cannot be told.
+    (Martens & Grosse 2015, section 6.3; THOR, eq. 6, for `factor`.) With `relative` the direction does not depend on the scale
+    of either factor, with `pi` not on how a constant is shared between them; pi is 1 where it cannot be told.
 
     Args:
         mean_a, mean_g: `[k]`, the mean eigenvalues of the factors.
         damping: scalar.
-        mode: `"pi"`, `"sqrt"` or `"factor"`.
+        mode: `"relative"`, `"pi"`, `"sqrt"` or `"factor"`.
 
     Returns:
         Two tensors `[k]`.
     """
     damping = ops.cast(damping, mean_a.dtype)
+    if mode == "relative":
+        # Of a factor that is zero, such as G where no gradient arrives, nothing is known: it counts as the identity.
+        return tuple(ops.where(mean > 0, damping * mean, 1.0) for mean in (mean_a, mean_g))
     if mode == "factor":
         return damping * ops.ones_like(mean_a), damping * ops.ones_like(mean_g)
     root = ops.sqrt(damping)

@@ -31,11 +31,13 @@ def probe(s, x, rows, statistics, weights=None):
         return s
     x = ops.stop_gradient(x)
     observed = [x] if weights is None else [x, ops.cast(weights, x.dtype)]
-    state = [ops.convert_to_tensor(v) for v in statistics.trainable_variables]
+    # The loss arrives elsewhere, and nothing comes from here.
+    others = statistics.read_loss()
+    state = [ops.convert_to_tensor(v) for v in statistics.trainable_variables if v is not statistics.loss]
 
     def gradient(ds, *arguments):
-        inputs, values = arguments[: len(observed)], arguments[len(observed) :]
+        inputs, values = arguments[: len(observed)], arguments[len(observed) : len(observed) + len(state)]
         emitted = statistics.emit(rows, inputs[0], ds, inputs[1] if len(observed) > 1 else None, values)
-        return (ds, *(ops.zeros_like(t) for t in inputs), *emitted)
+        return (ds, *(ops.zeros_like(t) for t in inputs), *emitted, *(ops.zeros_like(t) for t in others))
 
-    return backend.identity_with_gradient(gradient)(s, *observed, *state)
+    return backend.identity_with_gradient(gradient)(s, *observed, *state, *others)

@@ -2,9 +2,9 @@
 
 from keras_ngd.optimizers.hylo import HyLo
 from keras_ngd.optimizers.kfac import KFAC
-from keras_ngd.optimizers.natural_gradient import NaturalGradient
+from keras_ngd.optimizers.natural_gradient import PAPER_SETTINGS, NaturalGradient
 from keras_ngd.optimizers.skfac import SKFAC
 from keras_ngd.optimizers.sngd import SNGD
 from keras_ngd.optimizers.thor import THOR
 
-__all__ = ["KFAC", "SKFAC", "SNGD", "THOR", "HyLo", "NaturalGradient"]
+__all__ = ["KFAC", "PAPER_SETTINGS", "SKFAC", "SNGD", "THOR", "HyLo", "NaturalGradient"]

@@ -143,10 +143,13 @@ class DataParallel:
         """The gradients as one worker with all examples would see them, this worker's share of these, what any refused."""
         first = self.layout.blocks[0].statistics
         examples = grads[index(first.examples)] / grads[index(first.calls)]
+        carrier = self._loss_carrier()
+        carrier = None if carrier is None else self._var_key(carrier)
         known = [
             i
             for i, (gradient, variable) in enumerate(zip(grads, variables, strict=True))
-            if gradient is not None and not self._overwrite_variable_with_gradient(variable)
+            if gradient is not None
+            and (self._var_key(variable) == carrier or not self._overwrite_variable_with_gradient(variable))
         ]
         owners = self._workers.owners_of(variables, self._var_key)
         refused = refused & (examples > 0)

@@ -5,7 +5,7 @@ from keras import ops
 
 from keras_ngd.curvature import KroneckerCurvature
 from keras_ngd.curvature.kronecker import DAMPING_MODES, INVERSES, refresh_together
-from keras_ngd.optimizers.natural_gradient import NaturalGradient, stacked
+from keras_ngd.optimizers.natural_gradient import NaturalGradient, settled_damping, stacked
 from keras_ngd.statistics import KroneckerStatistics
 
 
@@ -16,46 +16,52 @@ class KFAC(NaturalGradient):
     For every captured layer with kernel-and-bias gradient `V` (the bias its last row), input factor `A` and output
     factor `G` (running averages, see `keras_ngd.statistics.KroneckerStatistics`):
 
-        P  = (A + dA I)^-1 V (G + dG I)^-1
-        P <- nu P,      nu = min(1, sqrt(kl_clip / (learning_rate^2 |sum over layers of <P, V>|)))
+        P  = loss (A + dA I)^-1 V (G + dG I)^-1
+        P <- nu P,      nu = min(1, loss_clip loss / sum over layers of <P, V>)
         m <- momentum m - learning_rate P;      W <- W + m
 
-    All other variables take the same step with their plain gradient.
+    with the running average of the loss in the first line (see `fisher_scale`). All other variables take Adam's step with
+    their plain gradient (see `rest`). `KFAC(rate, damping, **keras_ngd.PAPER_SETTINGS)` is the method as its papers have it.
 
     ```python
-    optimizer = keras_ngd.KFAC(learning_rate=0.05, damping=0.01)
+    optimizer = keras_ngd.KFAC()
     keras_ngd.capture(model, optimizer)
     model.compile(optimizer=optimizer, loss="sparse_categorical_crossentropy")
     model.fit(x, y)
     ```
 
     Args:
-        learning_rate: float, `LearningRateSchedule` or callable. Default 0.05.
-        damping: positive float or `LearningRateSchedule`: what is added to the curvature, in its units (loss per squared
-            weight). Default 0.01.
+        learning_rate: float, `LearningRateSchedule` or callable. Default 0.1.
+        damping: positive float or `LearningRateSchedule`: what is added to the curvature; `damping_mode` says in which units.
+            Default None: 1.0, relative.
         momentum: float in [0, 1). Default 0.9.
         factor_decay: float in [0, 1): how much of the factors' running average an update keeps. The average has no
             start-up bias. Default 0.95.
-        factor_interval: int or schedule: steps between updates of the factors. Default 10.
-        inverse_interval: int or schedule: steps between refreshes of the inverses. Default 100.
+        factor_interval: int or schedule: steps between updates of the factors; see `interval_growth`. Default 10.
+        inverse_interval: int or schedule: steps between refreshes of the inverses; see `interval_growth`. Default 100.
         inverse: how the factors are inverted. `"cholesky"`; `"newton-schulz"` (matrix products only, warm-started from
             the last inverse, falling back to Cholesky where that does not converge); `"eigen"` (eigendecompositions: the
             damping may change between refreshes; twice the preconditioning cost); `"auto"` (default): `"newton-schulz"`
             on accelerators, `"cholesky"` on CPUs.
-        damping_mode: what the damping is added to. `"pi"` (default): `dA = pi sqrt(damping)`, `dG = sqrt(damping) / pi`, with
-            `pi^2` the ratio of the factors' mean eigenvalues; `"sqrt"`: both `sqrt(damping)`; `"factor"`: both `damping`;
-            `"exact"` (with `inverse="eigen"` only): the damping is added to `A (x) G` itself.
+        damping_mode: what the damping is added to, and its units. `"relative"`: each factor gets `damping` times its mean
+            eigenvalue, whatever its scale. All others are in units of the curvature: `"pi"`: `dA = pi sqrt(damping)`, `dG =
+            sqrt(damping) / pi`, with `pi^2` the ratio of the factors' mean eigenvalues; `"sqrt"`: both `sqrt(damping)`;
+            `"factor"`: both `damping`; `"exact"` (with `inverse="eigen"` only): the damping is added to `A (x) G` itself.
+            Default None: `"relative"` where `damping` is not given, else `"pi"`.
         weight_sharing: `"expand"` (default) or `"reduce"`: how the positions of convolutions and sequences count.
         losses_per_example: number of loss values an example contributes to the mean. Default 1; the number of
             positions for a loss averaged over positions.
         statistics_fraction: in (0, 1]: the share of each batch the factors are estimated from. Default 1.
-        kl_clip: positive float, or None for none. Default 1e-3.
-        **kwargs: all other arguments of `keras.optimizers.SGD` (`weight_decay` is decoupled; `clipnorm` and its
-            kin clip the preconditioned gradient), except `gradient_accumulation_steps`; and `NaturalGradient`'s for
-            several workers and devices: `communicator`, `gradient_worker_fraction`, `shard_state`.
+        kl_clip: positive float: in place of `loss_clip`, nu = min(1, sqrt(kl_clip / (learning_rate^2 sum of <P, V>))), under
+            which steps that are clipped do not depend on the learning rate. Default None.
+        **kwargs: `NaturalGradient`'s: `loss_clip`, `fisher_scale`, `interval_growth`, `rest`, `rest_learning_rate`, and for
+            several workers and devices `communicator`, `gradient_worker_fraction`, `reduce_scatter`, `shard_state`; all other
+            arguments of `keras.optimizers.SGD` (`weight_decay` is decoupled; `clipnorm` and its kin clip the
+            preconditioned gradient), except `gradient_accumulation_steps`.
 
     Attributes:
         skipped_statistics, skipped_steps: how often something was not finite; see `NaturalGradient`.
+        clipped_steps, mean_step_scale: how often a clip shortened a step, and the mean of `nu`.
 
     Reference:
         - [Martens & Grosse, 2015](https://arxiv.org/abs/1503.05671)
@@ -65,23 +71,24 @@ class KFAC(NaturalGradient):
 
     def __init__(
         self,
-        learning_rate=0.05,
-        damping=0.01,
+        learning_rate=0.1,
+        damping=None,
         momentum=0.9,
         factor_decay=0.95,
         factor_interval=10,
         inverse_interval=100,
         inverse="auto",
-        damping_mode="pi",
+        damping_mode=None,
         weight_sharing="expand",
         losses_per_example=1,
         statistics_fraction=1.0,
-        kl_clip=1e-3,
+        kl_clip=None,
         name="kfac",
         **kwargs,
     ):
         if inverse not in INVERSES:
             raise ValueError(f"`inverse` must be one of {INVERSES}. Received: inverse={inverse!r}")
+        damping, damping_mode = settled_damping(damping, damping_mode, "pi")
         if damping_mode not in DAMPING_MODES:
             raise ValueError(f"`damping_mode` must be one of {DAMPING_MODES}. Received: damping_mode={damping_mode!r}")
         if damping_mode == "exact" and inverse != "eigen":
@@ -115,9 +122,8 @@ class KFAC(NaturalGradient):
 
     def curvature_input(self, statistics, averages, calls):
         # G is made of squared gradients: a loss scale enters squared. What is averaged is its mean over the calls.
-        scale = self.loss_scale
-        inputs = statistics.input_parts
-        return [*averages[:inputs], *(g * ops.cast(calls, g.dtype) / scale**2 for g in averages[inputs:])]
+        scale, inputs = self.fisher_factor / self.loss_scale**2, statistics.input_parts
+        return [*averages[:inputs], *(g * ops.cast(calls * scale, g.dtype) for g in averages[inputs:])]
 
     def get_config(self):
         config = super().get_config()

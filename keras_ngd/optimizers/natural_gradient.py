@@ -11,8 +11,10 @@ from keras_ngd.optimizers.blocks import Layout, find_blocks
 from keras_ngd.optimizers.checks import Checks
 from keras_ngd.optimizers.counters import Counters
 from keras_ngd.optimizers.data_parallel import DataParallel
+from keras_ngd.optimizers.rest import RestRule
 from keras_ngd.optimizers.sharded_state import ShardedState
 from keras_ngd.optimizers.state import StrictState
+from keras_ngd.optimizers.step_length import StepLength
 
 
 def stacked(group, inputs):
@@ -21,7 +23,39 @@ def stacked(group, inputs):
     return [backend.joined(part) for part in parts]
 
 
-class NaturalGradient(Checks, Counters, DataParallel, ShardedState, StrictState, WeightAveraging, keras.optimizers.SGD):
+# The methods as their papers have them: nothing is relative to the loss, and all variables follow one rule.
+PAPER_SETTINGS = {
+    "kl_clip": 1e-3,
+    "loss_clip": None,
+    "fisher_scale": None,
+    "interval_growth": None,
+    "rest": "sgd",
+}
+
+
+def settled_damping(damping, mode, absolute):
+    """The damping and its mode: relative where no damping is given, and else `absolute` where no mode is."""
+    if damping is None:
+        if mode not in (None, "relative"):
+            raise ValueError(
+                f"`damping_mode={mode!r}` is in units of the curvature and needs a `damping`, such as 0.01. Received: "
+                "damping=None"
+            )
+        return 1.0, "relative"
+    return damping, absolute if mode is None else mode
+
+
+class NaturalGradient(
+    Checks,
+    Counters,
+    DataParallel,
+    RestRule,
+    ShardedState,
+    StepLength,
+    StrictState,
+    WeightAveraging,
+    keras.optimizers.SGD,
+):
     """Base of all methods: statistics in, curvature updated, gradients preconditioned, then Keras's own SGD.
 
     One step does, in this order:
@@ -30,8 +64,8 @@ class NaturalGradient(Checks, Counters, DataParallel, ShardedState, StrictState,
         2  average       statistics over the calls of layers called more than once; all gradients and statistics over workers
         3  refresh       the curvature's inverses, where the interval is due; each worker its share of the layers
         4  precondition  P = F^-1 V for every block
-        5  clip          P <- nu P,  nu = min(1, sqrt(kl_clip / (lr^2 |sum <P, V>|)))   over all blocks
-        6  step          keras.optimizers.SGD on P (blocks) and on the plain gradient (all other variables)
+        5  clip          P <- nu P, so that no step promises to take too large a share off the loss
+        6  step          keras.optimizers.SGD on P (blocks), Adam's rule on the plain gradient (all other variables)
         7  gate          decide what the next backward pass records
 
     A batch whose statistics are not finite leaves a layer's averages as they are, and is tried again with the next one;
@@ -49,7 +83,19 @@ class NaturalGradient(Checks, Counters, DataParallel, ShardedState, StrictState,
             start-up bias: after t updates its weights are proportional to `factor_decay ** age` and sum to 1.
         factor_interval: int or schedule: steps between updates of the statistics.
         inverse_interval: int or schedule: steps between refreshes of the inverses.
-        kl_clip: positive float, or None for no clipping: bound on the squared length of a step in the Fisher metric.
+        interval_growth: positive float or None. An interval given as an int is at most this share of the steps so far, and at
+            least 1: what a network is like changes fastest in its first steps. None: the interval itself from the first step
+            on. Default 0.1.
+        loss_clip: positive float, or None for none: bound on what a step promises to take off the loss, as a share of the
+            loss and for a learning rate of 1. Default `"auto"`: 1.0, or None where `kl_clip` is given.
+        kl_clip: positive float, or None for none: bound on the squared length of a step in the Fisher metric. Default None.
+        fisher_scale: `"loss"`: the Fisher matrix is divided by the loss (its running average), so that steps do not depend on the
+            loss's units. The empirical Fisher matrix is a square of gradients: it falls with the square of the residuals, the
+            loss's curvature does not. Of squared errors the quotient is the Gauss-Newton matrix, up to a constant. None: the
+            empirical Fisher matrix itself. Default `"loss"`.
+        rest: `"adam"` or `"sgd"`: the update rule of variables that no curvature describes. Default `"adam"`.
+        rest_learning_rate: float or `LearningRateSchedule`: its learning rate. Default None: a tenth of `learning_rate` for
+            `"adam"`, `learning_rate` itself for `"sgd"`.
         communicator: `"auto"` (default): Horovod where `horovod.tensorflow.init()` has started several processes;
             `"horovod"`, `"local"`, or a `keras_ngd.distributed.Communicator`.
         gradient_worker_fraction: share of several workers that hold each layer's inverses; its product with their number must
@@ -76,7 +122,12 @@ class NaturalGradient(Checks, Counters, DataParallel, ShardedState, StrictState,
         factor_decay=0.95,
         factor_interval=10,
         inverse_interval=100,
-        kl_clip=1e-3,
+        kl_clip=None,
+        loss_clip="auto",
+        fisher_scale="loss",
+        interval_growth=0.1,
+        rest="adam",
+        rest_learning_rate=None,
         communicator="auto",
         gradient_worker_fraction=1.0,
         reduce_scatter=False,
@@ -84,6 +135,10 @@ class NaturalGradient(Checks, Counters, DataParallel, ShardedState, StrictState,
         **kwargs,
     ):
         self._check_own_arguments(factor_decay, kl_clip, kwargs)
+        loss_clip = self._checked_step_length(loss_clip, kl_clip, fisher_scale)
+        if interval_growth is not None:
+            interval_growth = schedules.check_positive_number("interval_growth", interval_growth)
+        rest, rest_learning_rate = self._checked_rest(rest, rest_learning_rate)
         damping = schedules.check_positive("damping", schedules.deserialize(damping))
         factor_interval = schedules.check_interval("factor_interval", schedules.deserialize(factor_interval))
         inverse_interval = schedules.check_interval("inverse_interval", schedules.deserialize(inverse_interval))
@@ -92,6 +147,9 @@ class NaturalGradient(Checks, Counters, DataParallel, ShardedState, StrictState,
         self.damping, self.factor_decay = damping, float(factor_decay)
         self.kl_clip = None if kl_clip is None else float(kl_clip)
         self.factor_interval, self.inverse_interval = factor_interval, inverse_interval
+        self.loss_clip = loss_clip
+        self.fisher_scale, self.interval_growth = fisher_scale, interval_growth
+        self.rest, self.rest_learning_rate = rest, rest_learning_rate
         self.communicator, self.gradient_worker_fraction = communicator, float(gradient_worker_fraction)
         self.reduce_scatter = reduce_scatter
         self.shard_state, self.layout = shard_state, Layout()
@@ -137,6 +195,8 @@ class NaturalGradient(Checks, Counters, DataParallel, ShardedState, StrictState,
         super().build(variables)
         self.layout, self._all_workers = layout, self._make_workers(layout)
         self.build_curvature(layout)
+        self.build_rest(variables, layout.blocks)
+        self.build_step_length()
         self.add_counters()
         # TensorFlow's trainer builds the optimizer of a built model while it traces the first step.
         with backend.outside_trace():
@@ -193,7 +253,8 @@ class NaturalGradient(Checks, Counters, DataParallel, ShardedState, StrictState,
         if self._workers is not None:
             grads, share, refused = self._average_over_workers(grads, variables, index, refused)
             averages, given = self.share_statistics(averages, calls, share, refused)
-        opened = self._count_statistics(refused, step)
+        loss = self.arrived_loss(grads, index)
+        opened = self._count_statistics(refused, step, loss)
         damping = schedules.value_at(self.damping, step)
 
         def inputs(blocks):
@@ -203,7 +264,8 @@ class NaturalGradient(Checks, Counters, DataParallel, ShardedState, StrictState,
 
         self._refresh(inputs, damping, step, opened)
         preconditioned, lengths = self._precondition(grads, index, damping, inputs)
-        nu, finite = self._step_scale(preconditioned, lengths, grads, variables)
+        finite = self._all_finite(preconditioned, lengths, grads, variables)
+        nu = self.step_scale(sum(lengths), loss, finite)
         plain = [
             i
             for i, (gradient, variable) in enumerate(zip(grads, variables, strict=True))
@@ -228,6 +290,8 @@ class NaturalGradient(Checks, Counters, DataParallel, ShardedState, StrictState,
                 new[index(variable)] = value
             for variable, value in self.control_values(block, step):
                 new[index(variable)] = value
+            if block.statistics.loss is not None:
+                new[index(block.statistics.loss)] = ops.zeros((2,))
         return [new.get(i, gradient) for i, gradient in enumerate(grads)]
 
     def _follows_plain_rule(self, gradient, variable):
@@ -258,11 +322,12 @@ class NaturalGradient(Checks, Counters, DataParallel, ShardedState, StrictState,
             refused.append((block.statistics.gate > 0) & (grads[index(block.statistics.accepted)] < calls))
         return ops.stack(refused)
 
-    def _count_statistics(self, refused, step):
+    def _count_statistics(self, refused, step, loss):
         """Advances the counters of the statistics; whether any were recorded."""
         opened = ops.any(ops.stack([block.statistics.gate > 0 for block in self.layout.blocks]))
         updated = opened & ~ops.any(refused)
-        due = step + schedules.interval_at(self.factor_interval, step)
+        self.average_loss(loss, updated)
+        due = step + schedules.interval_at(self.factor_interval, step, self.interval_growth)
         self.assign(self._next_factors, ops.where(updated, due, ops.convert_to_tensor(self._next_factors)))
         self.assign_add(self._factor_updates, ops.cast(updated, step.dtype))
         self.assign_add(self._skipped_statistics, ops.cast(opened & ~updated, step.dtype))
@@ -286,7 +351,7 @@ class NaturalGradient(Checks, Counters, DataParallel, ShardedState, StrictState,
         new = ops.cond(due, lambda: self._renewed(inputs, damping, list(old)), lambda: list(old))
         for variable, value in zip(variables, new, strict=True):
             self.assign(variable, value)
-        following = step + schedules.interval_at(self.inverse_interval, step)
+        following = step + schedules.interval_at(self.inverse_interval, step, self.interval_growth)
         self.assign(self._next_inverses, ops.where(due, following, ops.convert_to_tensor(self._next_inverses)))
         self.assign_add(self._inverse_updates, ops.cast(due, step.dtype))
 
@@ -375,22 +440,16 @@ class NaturalGradient(Checks, Counters, DataParallel, ShardedState, StrictState,
                 preconditioned[index(block.bias)] = bias
         return preconditioned, lengths
 
-    def _step_scale(self, preconditioned, lengths, grads, variables):
-        """The KL clip's factor, and whether all gradients are finite."""
-        length = sum(lengths)
-        finite = ops.isfinite(length)
+    def _all_finite(self, preconditioned, lengths, grads, variables):
+        """Whether all gradients are finite."""
+        finite = ops.isfinite(sum(lengths))
         for i, (gradient, variable) in enumerate(zip(grads, variables, strict=True)):
             if gradient is None or i in preconditioned or self._overwrite_variable_with_gradient(variable):
                 continue
             values = gradient.values if backend.is_sparse(gradient) else gradient
             finite = finite & ops.isfinite(ops.sum(ops.cast(values, "float32")))
         self.assign_add(self._skipped_steps, ops.cast(~finite, self._skipped_steps.dtype))
-        if self.kl_clip is None:
-            return ops.ones(()), finite
-        length = length / self.loss_scale**2
-        rate = ops.cast(self.learning_rate, "float32")
-        squared = rate * rate * ops.abs(length)
-        return ops.minimum(1.0, ops.sqrt(self.kl_clip / ops.maximum(squared, 1e-30))), finite
+        return finite
 
     def get_config(self):
         config = super().get_config()
@@ -401,6 +460,11 @@ class NaturalGradient(Checks, Counters, DataParallel, ShardedState, StrictState,
             factor_interval=schedules.serialize(self.factor_interval),
             inverse_interval=schedules.serialize(self.inverse_interval),
             kl_clip=self.kl_clip,
+            loss_clip=self.loss_clip,
+            fisher_scale=self.fisher_scale,
+            interval_growth=self.interval_growth,
+            rest=self.rest,
+            rest_learning_rate=schedules.serialize(self.rest_learning_rate),
         )
         if self.gradient_worker_fraction != 1:
             config["gradient_worker_fraction"] = self.gradient_worker_fraction

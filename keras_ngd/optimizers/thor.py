@@ -38,7 +38,7 @@ class THOR(KFAC):
     `keras_ngd.schedules.thor_schedules`.
 
     ```python
-    optimizer = keras_ngd.THOR(learning_rate=0.05, damping=0.01, split=128)
+    optimizer = keras_ngd.THOR(split=128)
     keras_ngd.capture(model, optimizer)
     model.compile(optimizer=optimizer, loss="sparse_categorical_crossentropy")
     model.fit(x, y)
@@ -70,8 +70,8 @@ class THOR(KFAC):
 
     def __init__(
         self,
-        learning_rate=0.05,
-        damping=0.01,
+        learning_rate=0.1,
+        damping=None,
         momentum=0.9,
         factor_decay=0.95,
         factor_interval=10,
@@ -81,7 +81,7 @@ class THOR(KFAC):
         trace_damping="none",
         stop_patience=1,
         inverse="auto",
-        damping_mode="pi",
+        damping_mode=None,
         name="thor",
         **kwargs,
     ):

@@ -63,6 +63,8 @@ class Statistics(keras.layers.Layer):
         calls: how often the layer was called in the last pass.
         accepted: how many of these calls were observed; fewer than `calls` if some were not finite.
         examples: the length of the batch in the last pass, summed over the calls.
+        loss: `[2]`, of one layer of a model alone, whose `carries_loss` is set: the optimizer has the loss and a 1 arrive as its
+            gradient. None elsewhere.
 
     `controls` are further weights that `merge` reads and may change, such as a seed; the optimizer may write them.
 
@@ -72,14 +74,15 @@ class Statistics(keras.layers.Layer):
 
     Args:
         shard_state: whether the devices of a `keras.distribution` have a part of the averages each. Default False.
+        carries_loss: whether there is a weight as whose gradient the loss arrives. Default False.
         **kwargs: `keras.layers.Layer`'s.
     """
 
-    def __init__(self, shard_state=False, **kwargs):
-        self.shard_state = shard_state
+    def __init__(self, shard_state=False, carries_loss=False, **kwargs):
+        self.shard_state, self.carries_loss = shard_state, carries_loss
         kwargs.setdefault("name", "statistics")
         super().__init__(**{"dtype": "float32", **kwargs})
-        self.rows = None
+        self.rows, self.loss, self._loss_read = None, None, None
         self.reached = False
         self.traced_calls, self._trace = 0, None
 
@@ -97,6 +100,7 @@ class Statistics(keras.layers.Layer):
         self.calls = self._add("calls", (), "ones", "float32")
         self.accepted = self._add("accepted", (), "zeros", "float32")
         self.examples = self._add("examples", (), "zeros", "float32")
+        self.loss = self._add("loss", (2,), "zeros", "float32") if self.carries_loss else None
         # Keras compiles no step with XLA that has a layer which does not support it; workers cannot meet inside one. (What is
         # for a TPU is compiled all the same.)
         self.supports_jit = not (backend.several_processes() or replica.several())
@@ -186,6 +190,19 @@ class Statistics(keras.layers.Layer):
             )
         return _EMISSIONS[key](x, ds, *([] if weights is None else [weights]), values=list(values))
 
+    def read_loss(self):
+        """The value of `loss` in a forward pass, as a list; empty where there is none."""
+        if self.loss is None:
+            return []
+        self._loss_read = ops.convert_to_tensor(self.loss)
+        return [self._loss_read]
+
+    def take_loss(self):
+        """The value of `loss` that the derivative of this trace is taken with respect to; None where no pass has read it."""
+        # JAX's trainer has the weights' values in the forward pass alone.
+        read, self._loss_read = self._loss_read, None
+        return None if read is None else backend.value_read(self.loss, read)
+
     def forget_trace(self):
         """Lets go of what the last trace left behind."""
         self._trace = None
@@ -194,12 +211,12 @@ class Statistics(keras.layers.Layer):
     def spec(self):
         """What distinguishes these statistics from others: its class and arguments, without its name."""
         config = self.get_config()
-        left_out = ("name", "dtype", "trainable", "shard_state")
+        left_out = ("name", "dtype", "trainable", "shard_state", "carries_loss")
         return (type(self).__name__, {k: v for k, v in config.items() if k not in left_out})
 
     def get_config(self):
         config = super().get_config()
-        return {**config, "shard_state": True} if self.shard_state else config
+        return config | {name: True for name in ("shard_state", "carries_loss") if getattr(self, name)}
 
     # Called before the weights are saved; raises an error if they must not be.
     before_saving = None
