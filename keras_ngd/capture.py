@@ -131,6 +131,15 @@ def release(model):
     _forget_compiled_functions(model)
 
 
+def trainable_weights(model):
+    """A model's trainable weights without the statistics of captured layers, in their order.
+
+    What a custom training step is to clip, penalise or count: `model.trainable_variables` has the statistics as well, whose
+    "gradients" are their new values.
+    """
+    return [v for v in model.trainable_variables if not hasattr(v, "keras_ngd_statistics")]
+
+
 def _release_layer(layer):
     if not isinstance(layer, Captured):
         return

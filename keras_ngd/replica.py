@@ -78,7 +78,10 @@ def surroundings():
 
 def trace_of(value):
     """An object and a number that are the same for all uses of one variable's `value` in a trace, and differ between traces."""
-    if backend.name() == "jax" or not hasattr(value, "graph"):
+    if backend.name() == "jax":
         return value, None
+    if not hasattr(value, "graph"):
+        # Nothing is traced: each reading of a variable is a tensor of its own.
+        return backend, number()
     # Replicas of a strategy are traced one after the other into the same graph.
     return value.graph, number()

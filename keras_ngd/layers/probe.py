@@ -9,6 +9,7 @@ hooks, no custom training loop, and a pure function that XLA compiles.
 from keras import ops
 
 from keras_ngd import backend
+from keras_ngd.layers import surroundings
 
 
 def probe(s, x, rows, statistics, weights=None):
@@ -29,6 +30,8 @@ def probe(s, x, rows, statistics, weights=None):
         )
     if not statistics.trainable:
         return s
+    statistics.called()
+    call = surroundings.around()
     x = ops.stop_gradient(x)
     observed = [x] if weights is None else [x, ops.cast(weights, x.dtype)]
     # The loss arrives elsewhere, and nothing comes from here.
@@ -37,7 +40,25 @@ def probe(s, x, rows, statistics, weights=None):
 
     def gradient(ds, *arguments):
         inputs, values = arguments[: len(observed)], arguments[len(observed) : len(observed) + len(state)]
-        emitted = statistics.emit(rows, inputs[0], ds, inputs[1] if len(observed) > 1 else None, values)
+        backward = surroundings.around()
+        loops = surroundings.between(call, backward)
+        for kind, function in ((surroundings.MAPS, "ops.map"), (surroundings.VECTORIZED, "ops.vectorized_map")):
+            if kind in loops or kind in backward[-1:]:
+                raise ValueError(_refusal(statistics, function))
+        upstream = surroundings.unvectorized(ops.stop_gradient(ds), _refusal(statistics, "ops.vectorized_map"))
+        emitted = statistics.emit(
+            rows, inputs[0], upstream, inputs[1] if len(observed) > 1 else None, values, looped=bool(loops)
+        )
         return (ds, *(ops.zeros_like(t) for t in inputs), *emitted, *(ops.zeros_like(t) for t in others))
 
     return backend.identity_with_gradient(gradient)(s, *observed, *state, *others)
+
+
+def _refusal(statistics, function):
+    path = statistics.owner().path
+    return (
+        f"Layer {path!r} was captured, but `{function}` (or what it stands for) takes the batch away from it and calls it for "
+        "each part, so its statistics cannot tell how many examples there are. Call the layer on the whole batch (dense layers "
+        "take any number of axes before the last), use `ops.scan` for a loop over time, or leave the layer out: "
+        f"`keras_ngd.capture(model, optimizer, skip=[{path!r}])`."
+    )

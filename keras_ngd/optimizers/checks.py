@@ -83,12 +83,21 @@ class Checks:
                     "loss, or its kernel is used without it), so its statistics never arrive. Leave it out: "
                     f"`keras_ngd.capture(model, optimizer, skip=[{block.layer!r}])`."
                 )
-            if not block.statistics.several_calls and block.statistics.traced_calls > 1:
+            statistics = block.statistics
+            if not statistics.several_calls and (statistics.traced_calls > 1 or statistics.looped):
                 raise ValueError(self._several_calls_message(block))
             block.statistics.forget_trace()
 
     def _several_calls_message(self, block):
+        name = type(self).__name__
+        if block.statistics.several_calls:
+            return (
+                f"The gradients of several passes were added up before one step, so the rows that {name} keeps of layer "
+                f"{block.layer!r} were, too: those of one batch to another's. Make a step for each pass, or one pass with a "
+                "larger batch; KFAC and THOR take gradients that were added."
+            )
         return (
-            f"Layer {block.layer!r} is called several times in a training step, and what {type(self).__name__} records of its "
-            f"calls cannot be put together. Leave it out: `keras_ngd.capture(model, optimizer, skip=[{block.layer!r}])`."
+            f"Layer {block.layer!r} is called several times in a training step, and what {name} records of its calls cannot be "
+            f"put together. Leave it out: `keras_ngd.capture(model, optimizer, skip=[{block.layer!r}])`. (If the gradients of "
+            "several passes were added up: make a step for each, or one pass with a larger batch; KFAC and THOR take them.)"
         )

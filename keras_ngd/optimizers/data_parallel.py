@@ -1,7 +1,10 @@
 """How an optimizer joins the workers of a data-parallel training."""
 
+import dataclasses
 import functools
 import weakref
+
+from keras import ops
 
 from keras_ngd import backend, distributed, replica
 from keras_ngd.optimizers.blocks import Group, find_blocks
@@ -139,10 +142,10 @@ class DataParallel:
     def separate_draws(self):
         """Makes every worker draw random numbers of its own, if there are any to be drawn in the probes."""
 
-    def _average_over_workers(self, grads, variables, index, refused):
-        """The gradients as one worker with all examples would see them, this worker's share of these, what any refused."""
-        first = self.layout.blocks[0].statistics
-        examples = grads[index(first.examples)] / grads[index(first.calls)]
+    def _average_over_workers(self, grads, variables, arrived):
+        """The gradients as one worker with all examples would see them, this worker's share of these, what arrived at all."""
+        # The first layer that was called here: a branch that was not taken tells of no examples.
+        examples = arrived.examples[ops.argmax(ops.cast(arrived.examples > 0, "int32"))]
         carrier = self._loss_carrier()
         carrier = None if carrier is None else self._var_key(carrier)
         known = [
@@ -152,15 +155,20 @@ class DataParallel:
             and (self._var_key(variable) == carrier or not self._overwrite_variable_with_gradient(variable))
         ]
         owners = self._workers.owners_of(variables, self._var_key)
-        refused = refused & (examples > 0)
+        left_out = [arrived.refused, arrived.absent, arrived.distorted]
+        left_out = ops.concatenate(left_out) & (examples > 0)
         if self.connected().together:
             # Their gathering takes equal lengths only.
             grads = [backend.dense(g) if backend.is_sparse(g) else g for g in grads]
-        means, share, refused = self._workers.mean_gradients(
-            [grads[i] for i in known], [owners[i] for i in known], examples, refused
+        means, share, left_out = self._workers.mean_gradients(
+            [grads[i] for i in known], [owners[i] for i in known], examples, left_out
         )
         means = dict(zip(known, means, strict=True))
-        return [means.get(i, gradient) for i, gradient in enumerate(grads)], share, refused
+        refused, absent, distorted = ops.unstack(ops.reshape(left_out, (3, -1)))
+        arrived = dataclasses.replace(
+            arrived, refused=refused, absent=absent & ~refused, distorted=distorted & ~refused
+        )
+        return [means.get(i, gradient) for i, gradient in enumerate(grads)], share, arrived
 
     def share_statistics(self, averages, calls, share, refused):
         """Brings the statistics of several workers together.
@@ -169,7 +177,7 @@ class DataParallel:
             averages: for each block what this worker's probes emitted.
             calls: for each block how often its layer was called.
             share: scalar, this worker's share of all examples.
-            refused: `[blocks]`, whose statistics are not finite on some worker.
+            refused: `[blocks]`, whose statistics are not to be had of some worker.
 
         Returns:
             For each block what its statistics go on with; and what its curvature takes, where that is not made of these by

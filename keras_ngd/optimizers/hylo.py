@@ -205,8 +205,8 @@ class HyLo(SNGD):
             return KID if self.mode == "kid" else KIS
         return ops.convert_to_tensor(self._switch)[gradient_switch.STATE.index("mode")]
 
-    def gates(self, gate):
-        return super().gates(ops.where(gate > 0, self._mode(), 0.0))
+    def gates(self, gates):
+        return super().gates(ops.where(gates > 0, self._mode(), 0.0))
 
     def watch(self, gradients, finite, step):
         if self.mode not in ("switch", "random"):

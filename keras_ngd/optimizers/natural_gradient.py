@@ -6,11 +6,13 @@ import keras
 from keras import ops
 
 from keras_ngd import backend, schedules, sharding
+from keras_ngd.optimizers.arrivals import Arrivals
 from keras_ngd.optimizers.averaging import WeightAveraging
 from keras_ngd.optimizers.blocks import Layout, find_blocks
 from keras_ngd.optimizers.checks import Checks
 from keras_ngd.optimizers.counters import Counters
 from keras_ngd.optimizers.data_parallel import DataParallel
+from keras_ngd.optimizers.notices import Notices
 from keras_ngd.optimizers.rest import RestRule
 from keras_ngd.optimizers.sharded_state import ShardedState
 from keras_ngd.optimizers.state import StrictState
@@ -47,12 +49,14 @@ def settled_damping(damping, mode, absolute):
 
 class NaturalGradient(
     Checks,
+    Arrivals,
     Counters,
     DataParallel,
     RestRule,
     ShardedState,
     StepLength,
     StrictState,
+    Notices,
     WeightAveraging,
     keras.optimizers.SGD,
 ):
@@ -70,7 +74,9 @@ class NaturalGradient(
 
     A batch whose statistics are not finite leaves a layer's averages as they are, and is tried again with the next one;
     a batch whose gradients are not finite counts as a zero gradient. Both are counted: `skipped_statistics`,
-    `skipped_steps`.
+    `skipped_steps`. So does a step that does not call a layer leave all of it as it is, and a layer that never recorded
+    anything has P = V. Statistics that a custom training step has changed beyond a common factor are left out and counted:
+    `distorted_statistics`. What there is to say of this is said once, when `fit` ends: `give_notices`.
 
     Methods override `make_statistics`, `make_curvature`, `curvature_input` and `refresh`; those whose layers do not all follow
     one clock also `one_clock`, `build_curvature`, `decide` and `gates`.
@@ -248,13 +254,13 @@ class NaturalGradient(
     def _natural_gradients(self, grads, variables, index):
         """Steps 2 to 5 and 7: the gradients as the update rule and the overwriting of statistics are to see them."""
         step = ops.convert_to_tensor(self._iterations)
-        averages, refused, given = self._average_over_calls(grads, index), self._refused(grads, index), {}
-        calls = {block: grads[index(block.statistics.calls)] for block in self.layout.blocks}
+        arrived, given = self._take_in(grads, index), {}
+        averages, calls = arrived.averages, arrived.calls
         if self._workers is not None:
-            grads, share, refused = self._average_over_workers(grads, variables, index, refused)
-            averages, given = self.share_statistics(averages, calls, share, refused)
+            grads, share, arrived = self._average_over_workers(grads, variables, arrived)
+            averages, given = self.share_statistics(averages, calls, share, arrived.kept)
         loss = self.arrived_loss(grads, index)
-        opened = self._count_statistics(refused, step, loss)
+        recorded = self._count_statistics(arrived, step, loss)
         damping = schedules.value_at(self.damping, step)
 
         def inputs(blocks):
@@ -262,7 +268,7 @@ class NaturalGradient(
                 b: given.get(b) or self.curvature_input(b.statistics, self.whole(b, averages), calls[b]) for b in blocks
             }
 
-        self._refresh(inputs, damping, step, opened)
+        self._refresh(inputs, damping, step, recorded)
         preconditioned, lengths = self._precondition(grads, index, damping, inputs)
         finite = self._all_finite(preconditioned, lengths, grads, variables)
         nu = self.step_scale(sum(lengths), loss, finite)
@@ -284,8 +290,12 @@ class NaturalGradient(
             for block in self.layout.blocks
         }
         self.watch(gradients, finite, step)
-        for block, gate in zip(self.layout.blocks, self.gates(self._next_gate(step)), strict=True):
+        for i, (block, gate) in enumerate(
+            zip(self.layout.blocks, ops.unstack(self.gates(self._next_gates(step))), strict=True)
+        ):
             new[index(block.statistics.gate)] = gate
+            for variable, value in self._counts(block, i, arrived):
+                new[index(variable)] = value
             for variable, value in zip(block.statistics.averages, averages[block], strict=True):
                 new[index(variable)] = value
             for variable, value in self.control_values(block, step):
@@ -299,55 +309,11 @@ class NaturalGradient(
             self._overwrite_variable_with_gradient(variable) or backend.is_sparse(gradient)
         )
 
-    def _average_over_calls(self, grads, index):
-        """What the probes emitted, by block; the mean over its calls where a layer was called more than once."""
-        blocks = self.layout.blocks
-        emitted = {block: [grads[index(v)] for v in block.statistics.averages] for block in blocks}
-        calls = {block: grads[index(block.statistics.calls)] for block in blocks}
-
-        def divided():
-            return [ops.divide(t, ops.cast(calls[b], t.dtype)) for b in blocks for t in emitted[b]]
-
-        several = ops.max(ops.stack(list(calls.values()))) > 1
-        flat = iter(ops.cond(several, divided, lambda: [t for b in blocks for t in emitted[b]]))
-        return {block: self.laid_out(block, [next(flat) for _ in emitted[block]]) for block in blocks}
-
-    def _refused(self, grads, index):
-        """`[blocks]`, whose statistics were to be recorded but are not finite."""
-        refused = []
-        for block in self.layout.blocks:
-            calls = grads[index(block.statistics.calls)]
-            if not block.statistics.several_calls:
-                backend.check_at_most(calls, 1.0, self._several_calls_message(block))
-            refused.append((block.statistics.gate > 0) & (grads[index(block.statistics.accepted)] < calls))
-        return ops.stack(refused)
-
-    def _count_statistics(self, refused, step, loss):
-        """Advances the counters of the statistics; whether any were recorded."""
-        opened = ops.any(ops.stack([block.statistics.gate > 0 for block in self.layout.blocks]))
-        updated = opened & ~ops.any(refused)
-        self.average_loss(loss, updated)
-        due = step + schedules.interval_at(self.factor_interval, step, self.interval_growth)
-        self.assign(self._next_factors, ops.where(updated, due, ops.convert_to_tensor(self._next_factors)))
-        self.assign_add(self._factor_updates, ops.cast(updated, step.dtype))
-        self.assign_add(self._skipped_statistics, ops.cast(opened & ~updated, step.dtype))
-        return opened
-
-    def _next_gate(self, step):
-        """The weight with which the next batch enters the averages; 0 where none is due."""
-        return ops.where(step + 1 >= ops.convert_to_tensor(self._next_factors), self._rate(), 0.0)
-
-    def _rate(self):
-        """The weight with which a batch enters the averages now."""
-        decay = ops.convert_to_tensor(self.factor_decay, "float32")
-        updates = ops.cast(ops.convert_to_tensor(self._factor_updates), "float32")
-        return (1 - decay) / (1 - ops.power(decay, updates + 1))
-
-    def _refresh(self, inputs, damping, step, opened):
+    def _refresh(self, inputs, damping, step, recorded):
         """Replaces the curvatures' states where a refresh is due."""
         variables = [v for group in self.held.groups for v in group.curvature.variables] + self._decided
         old = [ops.convert_to_tensor(variable) for variable in variables]
-        due = self.refresh_due(step, opened)
+        due = self.refresh_due(step, recorded)
         new = ops.cond(due, lambda: self._renewed(inputs, damping, list(old)), lambda: list(old))
         for variable, value in zip(variables, new, strict=True):
             self.assign(variable, value)
@@ -365,14 +331,14 @@ class NaturalGradient(
             return self.refresh(layout, inputs(layout.blocks), damping, states, update)
 
         with self.refreshing():
-            new = self._refreshed_states(renew, states, update)
+            new = self._known_only(self._refreshed_states(renew, states, update), states)
         pairs = zip(self.held.groups, new, strict=True)
         return [t for group, state in pairs for t in self.stored_state(group, state)] + list(decided)
 
-    def refresh_due(self, step, opened):
-        """Whether the curvatures are to be refreshed at `step`; `opened` tells whether it recorded statistics."""
-        recorded = ops.convert_to_tensor(self._factor_updates) > 0
-        return recorded & (step >= ops.convert_to_tensor(self._next_inverses))
+    def refresh_due(self, step, recorded):
+        """Whether the curvatures are to be refreshed at `step`; `recorded` tells whether it recorded statistics."""
+        known = ops.convert_to_tensor(self._factor_updates) > 0
+        return known & (step >= ops.convert_to_tensor(self._next_inverses))
 
     def decide(self, inputs, damping, old):
         """What is to be renewed at a refresh. Default: everything.
@@ -406,9 +372,9 @@ class NaturalGradient(
     def watch(self, gradients, finite, step):
         """Sees the plain gradients of every block's kernel and bias, and whether all gradients are finite. Default: nothing."""
 
-    def gates(self, gate):
-        """The gate of every block of the layout, from the one that the intervals ask for."""
-        return [gate] * len(self.layout.blocks)
+    def gates(self, gates):
+        """`[blocks]`, the gates of the layout's blocks, from those that the intervals ask for."""
+        return gates
 
     def control_values(self, block, step):
         """Pairs of a control of a block's statistics and its value for the next step. Default: none."""

@@ -102,8 +102,8 @@ class RowMethod(NaturalGradient):
         """How many examples a worker can be given at once."""
         return math.ceil(self.batch_size * self.connected().batch_share - 1e-6)
 
-    def refresh_due(self, step, opened):
-        return opened
+    def refresh_due(self, step, recorded):
+        return recorded
 
     def state_of(self, group, inputs):
         return [*super().state_of(group, inputs), *stacked(group, inputs(group.blocks))]
@@ -161,7 +161,7 @@ class RowMethod(NaturalGradient):
         # The rows of all workers are not saved, and inverses of another number of workers' rows are of no use: the next batch
         # makes new ones of both.
         if renew or self._workers is not None:
-            for block, gate in zip(self.layout.blocks, self.gates(self._rate()), strict=True):
+            for block, gate in zip(self.layout.blocks, ops.unstack(self.gates(self._rates())), strict=True):
                 block.statistics.gate.assign(gate)
                 for variable, value in self.control_values(block, self.iterations - 1):
                     variable.assign(value)

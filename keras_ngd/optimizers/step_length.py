@@ -101,7 +101,9 @@ class StepLength:
     def average_loss(self, loss, opened):
         """Takes the loss of a batch into the running average, if the batch's statistics were taken into theirs."""
         mean = ops.convert_to_tensor(self._mean_loss)
-        rate = ops.minimum(self._rate(), 1.0)
+        # As the statistics' averages, of which the first update is the batch's own.
+        updates = ops.cast(ops.convert_to_tensor(self._factor_updates), "float32")
+        rate = (1 - self.factor_decay) / (1 - ops.power(self.factor_decay, updates + 1))
         taken = opened & ops.isfinite(loss)
         self.assign(self._mean_loss, ops.where(taken, (1 - rate) * mean + rate * loss, mean))
 

@@ -204,9 +204,9 @@ class THOR(KFAC):
                 found[block] = ops.cast(ops.sum(part), "float32")
         return ops.stack([found[block] for block in self.layout.blocks])
 
-    def gates(self, gate):
+    def gates(self, gates):
         stopped = ops.convert_to_tensor(self._rule)[trace_rule.STATE.index("stopped")]
-        return [ops.where(stopped[i] > 0, 0.0, gate) for i in range(len(self.layout.blocks))]
+        return ops.where(stopped > 0, 0.0, gates)
 
     def trace_report(self):
         """What the trace rule last found and decided.

@@ -102,7 +102,7 @@ class Workers:
             gradients: list of gradients of means over this worker's examples, dense or sparse.
             owners: for each of them the rank of the only worker that needs its mean, or None where all do.
             examples: scalar, how many these are.
-            refused: `[blocks]` booleans, whose statistics this worker leaves out.
+            refused: vector of booleans, what this worker leaves out.
 
         Returns:
             The means (where others alone need them, this worker's gradients), this worker's share of all examples, and

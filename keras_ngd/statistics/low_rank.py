@@ -79,7 +79,11 @@ class LowRankStatistics(Draws, RowStatistics):
             chosen = ops.cond(gate > (KIS + KID) / 2, interpolated, sampled)
         else:
             chosen = interpolated() if self.mode == "kid" else sampled()
-        return [*chosen, alpha], [damping, self.next_draw(draw)]
+        return [*chosen, alpha], self.next_controls(controls)
+
+    def next_controls(self, controls):
+        damping, draw = controls
+        return [damping, self.next_draw(draw)]
 
     def interpolated(self, a, g, alpha):
         """KID of the rows `a` and `g` with the damping `alpha`, `[groups]`: `As`, `Gs` and `Y`."""

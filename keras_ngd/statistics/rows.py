@@ -31,6 +31,8 @@ class RowStatistics(Statistics):
         self.losses_per_example = schedules.check_positive_number("losses_per_example", losses_per_example)
         super().__init__(**kwargs)
 
+    adds_up = False
+
     def create(self, rows, dtype):
         return self._add_rows(rows, self.batch_size, dtype)
 

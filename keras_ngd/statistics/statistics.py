@@ -8,6 +8,10 @@ from keras import ops
 
 from keras_ngd import backend, replica, sharding
 
+# What a call emits as `accepted`: more than gradients are usually clipped to one by one, so that this shows, but no more than
+# the length of a batch, which is in the norm of all of them too.
+WITNESS = 64.0
+
 # Functions of a geometry and a kind of statistics, shared by all layers that have both.
 _EMISSIONS = {}
 
@@ -30,10 +34,10 @@ def _emission(observer, rows, x, ds, weights=None, *, values, controls, spreads,
         finite = ops.isfinite(witness)
         merged, following = observer.merge(old, observed, controls, finite, gate)
         new = [ops.where(finite, value, average) for value, average in zip(merged, old, strict=True)]
-        return (*stored(new), *following, ops.cast(finite, "float32"))
+        return (*stored(new), *following, WITNESS * ops.cast(finite, "float32"))
 
     def closed():
-        return (*averages, *controls, ops.zeros((), "float32"))
+        return (*averages, *controls, WITNESS * ops.ones((), "float32"))
 
     *new, accepted = ops.cond(gate > 0, opened, closed)
     # Each call emits its share of the gate, so that over all calls it sums to what it was: emitting nothing would close
@@ -61,14 +65,15 @@ class Statistics(keras.layers.Layer):
         gate: the weight with which the next batch enters the averages, in (0, 1]; 0 closes the probe. Written by
             the optimizer; a plain optimizer leaves it at 1.
         calls: how often the layer was called in the last pass.
-        accepted: how many of these calls were observed; fewer than `calls` if some were not finite.
+        accepted: `WITNESS` for each of these calls, none for one that was to be observed but was not finite.
         examples: the length of the batch in the last pass, summed over the calls.
         loss: `[2]`, of one layer of a model alone, whose `carries_loss` is set: the optimizer has the loss and a 1 arrive as its
             gradient. None elsewhere.
 
     `controls` are further weights that `merge` reads and may change, such as a seed; the optimizer may write them.
 
-    `reached` tells whether a backward pass was ever traced through the probe, `traced_calls` how often the last one was.
+    `reached` tells whether a backward pass was ever traced through the probe, `traced_calls` how often the last one was, and
+    `looped` whether that was inside of a loop, whose backward pass is traced once for all turns.
 
     All weights are marked `overwrite_with_gradient`, so every Keras optimizer overwrites them with what the probe emits.
 
@@ -85,6 +90,7 @@ class Statistics(keras.layers.Layer):
         self.rows, self.loss, self._loss_read = None, None, None
         self.reached = False
         self.traced_calls, self._trace = 0, None
+        self.looped, self._called = False, False
 
     def owner(self):
         """The captured layer these statistics belong to. Not a property: Keras saves and loads what those return."""
@@ -98,7 +104,7 @@ class Statistics(keras.layers.Layer):
         self._controls = self.create_controls()
         self.gate = self._add("gate", (), "ones", "float32")
         self.calls = self._add("calls", (), "ones", "float32")
-        self.accepted = self._add("accepted", (), "zeros", "float32")
+        self.accepted = self._add("accepted", (), keras.initializers.Constant(WITNESS), "float32")
         self.examples = self._add("examples", (), "zeros", "float32")
         self.loss = self._add("loss", (2,), "zeros", "float32") if self.carries_loss else None
         # Keras compiles no step with XLA that has a layer which does not support it; workers cannot meet inside one. (What is
@@ -138,6 +144,9 @@ class Statistics(keras.layers.Layer):
     # Whether what several calls of a layer in one step emit can be averaged.
     several_calls = True
 
+    # Whether what several passes emit, each with a batch of its own, can be averaged.
+    adds_up = True
+
     # Whether to merge is to walk through all that was observed, which several devices are better off doing each for itself.
     merges_together = False
 
@@ -166,12 +175,22 @@ class Statistics(keras.layers.Layer):
         """
         return [mixed(average, value, gate) for average, value in zip(averages, observed, strict=True)], controls
 
-    def emit(self, rows, x, ds, weights, values):
+    def next_controls(self, controls):
+        """Controls as they are after a batch was observed. Default: as before."""
+        return controls
+
+    def called(self):
+        """Told of each call of the layer: a call after a backward pass begins another pass."""
+        self._called = True
+
+    def emit(self, rows, x, ds, weights, values, looped=False):
         """New values of all weights from their old `values`: what the probe returns as their gradients."""
         self.reached = True
         before, self._trace = self._trace, replica.trace_of(values[-1])
         same = before is not None and before[0] is self._trace[0] and before[1] == self._trace[1]
-        self.traced_calls = self.traced_calls + 1 if same else 1
+        begins = self._called or not same
+        self.traced_calls, self._called = (1 if begins else self.traced_calls + 1), False
+        self.looped = looped or (self.looped and not begins)
         self.check(rows, x)
         spreads = tuple(sharding.spread_of(v) for v in self._averages)
         key = (type(self), repr(self.spec), rows.key, weights is None, replica.surroundings(), spreads)

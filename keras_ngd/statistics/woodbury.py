@@ -103,7 +103,7 @@ class WoodburyStatistics(Draws, RowStatistics):
         return a / ops.sqrt(examples * kept), g * ops.sqrt(divisor)
 
     def merge(self, averages, observed, controls, finite, gate):
-        controls = [self.next_draw(controls[0])]
+        controls = self.next_controls(controls)
         if self.history == 1:
             return observed, controls
         new = []
@@ -114,6 +114,9 @@ class WoodburyStatistics(Draws, RowStatistics):
                 new.append(mixed(average, value, gate))
         new.append(ops.concatenate([ops.ones_like(averages[2][:1]), self.decay * averages[2][:-1]]))
         return new, controls
+
+    def next_controls(self, controls):
+        return [self.next_draw(controls[0])]
 
     def scaled(self, averages):
         """The two sides, rows with their weights in the history."""

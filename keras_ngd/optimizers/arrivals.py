@@ -1,0 +1,209 @@
+"""What of the statistics arrives at a step: of which layers, from how many calls, and whether it was changed on its way."""
+
+import dataclasses
+from typing import Any
+
+from keras import ops
+
+from keras_ngd import backend, schedules
+from keras_ngd.statistics.statistics import WITNESS
+
+# How far from 1 the share of accepted calls may be, and how far from a whole number a number of calls (relative). Both
+# travel in float32; noise on the gradients, or a clip of each of them, changes them by far more.
+SAME, WHOLE = 1e-4, 1e-3
+
+
+@dataclasses.dataclass
+class Arrived:
+    """What came of the statistics of all blocks: `averages` and `calls` by block, the others `[blocks]`.
+
+    Attributes:
+        averages: for each block those that its statistics go on with: what arrived, divided by the calls that arrived with
+            it, or the old ones.
+        calls: for each block how often its layer was called; where it was not, how often it was the last time.
+        opened: whose gate was open.
+        refused: of these, who saw something that is not finite.
+        absent: of these, whose layer was not called.
+        distorted: of these, whose statistics cannot be told from what arrived.
+        examples: the length of a call's batch, 0 where the layer was not called.
+        changes: what else was done to statistics on their way: dict of some of `counters.CHANGES` to booleans.
+    """
+
+    averages: dict
+    calls: dict
+    opened: Any
+    refused: Any
+    absent: Any
+    distorted: Any
+    examples: Any
+    changes: dict
+
+    @property
+    def kept(self):
+        """Whose averages stay as they were though their gate was open."""
+        return self.refused | self.absent | self.distorted
+
+    @property
+    def recorded(self):
+        """Whose averages a batch has entered."""
+        return self.opened & ~self.kept
+
+
+def _whole(numbers):
+    """Which numbers are those of calls, up to rounding."""
+    nearest = ops.round(numbers)
+    return (nearest >= 1) & (ops.abs(numbers - nearest) <= WHOLE * nearest)
+
+
+def numbers_of_calls(arrived, traced):
+    """How often each layer was called, from what arrived as its calls, whatever factor all gradients were multiplied with.
+
+    Whole numbers are what they are. Others have a factor, the smallest ratio to what was traced if whole numbers come of it.
+    Where none do, a layer was called as often as was traced.
+
+    Args:
+        arrived: `[blocks]`, the calls times a factor; 0 of layers that were not called.
+        traced: `[blocks]`, how often a pass calls them as far as the trace tells, which in a loop is once.
+    """
+    present = arrived > 0
+    factor = ops.min(ops.where(present, arrived / traced, float("inf")))
+    divided = arrived / ops.where(ops.isfinite(factor) & (factor > 0), factor, 1.0)
+    one_by_one = ops.where(_whole(arrived), ops.round(arrived), traced)
+    found = ops.where(ops.all(_whole(divided) | ~present), ops.round(divided), one_by_one)
+    return ops.where(ops.all(_whole(arrived) | ~present), ops.round(arrived), found)
+
+
+class Arrivals:
+    """Mixin: takes in what the probes emitted, counts it, and tells with which weight the next batch enters the averages."""
+
+    def add_counters(self):
+        super().add_counters()
+        self._updates = self._add_state((len(self.layout.blocks),), "zeros", "int", "layer_updates")
+
+    def _take_in(self, grads, index):
+        """What arrived as the gradients of the statistics, as `Arrived`.
+
+        Each call of a layer emits its averages, a 1 as `calls` and a `WITNESS` as `accepted`, and gradients are sums over calls.
+        So a factor that a training step multiplies all gradients with drops out, and what else it does to them shows.
+        """
+        blocks = self.layout.blocks
+
+        def arrived(name):
+            return ops.stack([grads[index(getattr(block.statistics, name))] for block in blocks])
+
+        calls, accepted, examples = arrived("calls"), arrived("accepted"), arrived("examples")
+        traced = ops.convert_to_tensor([float(max(block.statistics.traced_calls, 1)) for block in blocks], calls.dtype)
+        opened = ops.stack([ops.convert_to_tensor(block.statistics.gate) > 0 for block in blocks])
+        present, absent = calls > 0, calls == 0
+        number = numbers_of_calls(calls, traced)
+        divisor = ops.where(present, calls, 1.0)
+        share = ops.where(present, accepted / divisor / WITNESS, 0.0)
+        intact = present & (ops.abs(share - 1) <= SAME)
+        observed = share * number
+        not_finite = ~ops.isfinite(calls) | (
+            present & (ops.abs(observed - ops.round(observed)) <= WHOLE) & (ops.round(observed) < number)
+        )
+        mixed = self._mixed_passes(ops.where(intact, number, 1.0))
+        taken = opened & intact & ~mixed
+        emitted = [grads[index(v)] for block in blocks for v in block.statistics.averages]
+
+        def old():
+            return [ops.convert_to_tensor(v) for block in blocks for v in block.statistics.averages]
+
+        def divided():
+            flat, before = iter(emitted), iter(old())
+            return [
+                ops.where(taken[i], t / ops.cast(divisor[i], t.dtype), next(before))
+                for i, block in enumerate(blocks)
+                for t in (next(flat) for _ in block.statistics.averages)
+            ]
+
+        # In most steps nothing is to be done, and nothing of the averages' size is touched.
+        untouched = ops.all((calls == 1) & (accepted == WITNESS)) & ~ops.any(mixed)
+        flat = iter(
+            ops.cond(untouched, lambda: list(emitted), lambda: ops.cond(ops.any(taken), divided, lambda: list(old())))
+        )
+        last = [ops.convert_to_tensor(block.statistics.calls) for block in blocks]
+        return Arrived(
+            averages={b: self.laid_out(b, [next(flat) for _ in b.statistics.averages]) for b in blocks},
+            calls={b: ops.where(present[i], number[i], last[i]) for i, b in enumerate(blocks)},
+            opened=opened,
+            refused=opened & not_finite,
+            absent=opened & absent,
+            distorted=opened & ~absent & ~not_finite & ~(intact & ~mixed),
+            examples=ops.where(present, examples / divisor, 0.0),
+            changes=self._changes_of(calls, number, traced, intact, opened) | {"mixed": ops.any(opened & mixed)},
+        )
+
+    def _mixed_passes(self, number):
+        """`[blocks]`: in whose statistics those of several passes were added that cannot be put together."""
+        mixed = []
+        for i, block in enumerate(self.layout.blocks):
+            statistics = block.statistics
+            if statistics.adds_up or statistics.looped:
+                mixed.append(ops.zeros((), "bool"))
+                continue
+            limit = float(max(statistics.traced_calls, 1)) if statistics.several_calls else 1.0
+            backend.check_at_most(number[i], limit, self._several_calls_message(block))
+            mixed.append(number[i] > limit)
+        return ops.stack(mixed)
+
+    def _changes_of(self, calls, number, traced, intact, opened):
+        """What a training step of the user's did to the statistics that did no harm to them."""
+        adds_up = [block.statistics.adds_up and not block.statistics.looped for block in self.layout.blocks]
+        accumulated = opened & intact & (number > traced) & ops.convert_to_tensor(adds_up, "bool")
+        # Not 1e-3: a penalty is as small as that.
+        scaled = intact & (ops.abs(calls / ops.where(number > 0, number, 1.0) - 1) > 1e-6)
+        return {"scaled": ops.any(scaled), "accumulated": ops.any(accumulated)}
+
+    def _count_statistics(self, arrived, step, loss):
+        """Advances the counters of the statistics; whether any were recorded."""
+        opened, recorded = ops.any(arrived.opened), ops.any(arrived.recorded)
+        refused = ops.any(arrived.refused)
+        # A batch that reached no layer is none; one with statistics that nobody can tell is not tried again at once.
+        done = ops.any(arrived.opened & ~arrived.absent) & ~refused
+        self.average_loss(loss, recorded & ~refused)
+        due = step + schedules.interval_at(self.factor_interval, step, self.interval_growth)
+        self.assign(self._next_factors, ops.where(done, due, ops.convert_to_tensor(self._next_factors)))
+        self.assign_add(self._updates, ops.cast(arrived.recorded, step.dtype))
+        self.assign_add(self._factor_updates, ops.cast(recorded & ~refused, step.dtype))
+        self.assign_add(self._skipped_statistics, ops.cast(opened & refused, step.dtype))
+        self.count_changes(arrived.changes | {"distorted": ops.any(arrived.distorted)})
+        return recorded
+
+    def _next_gates(self, step):
+        """`[blocks]`, the weight with which the next batch enters each layer's averages; 0 where none is due."""
+        return ops.where(step + 1 >= ops.convert_to_tensor(self._next_factors), self._rates(), 0.0)
+
+    def _rates(self):
+        """`[blocks]`, the weight with which a batch enters each layer's averages now."""
+        decay = ops.convert_to_tensor(self.factor_decay, "float32")
+        updates = ops.cast(ops.convert_to_tensor(self._updates), "float32")
+        return (1 - decay) / (1 - ops.power(decay, updates + 1))
+
+    def _counts(self, block, number, arrived):
+        """Pairs of a weight of a block's statistics that is not an average, and its value for the next backward pass."""
+        statistics, present = block.statistics, arrived.examples[number] > 0
+        calls = arrived.calls[block]
+        examples = ops.where(present, arrived.examples[number] * calls, ops.convert_to_tensor(statistics.examples))
+        values = [(statistics.calls, calls), (statistics.accepted, WITNESS * calls), (statistics.examples, examples)]
+        # Not what arrives, which rounding would spoil where it was multiplied and divided.
+        controls = [ops.convert_to_tensor(control) for control in statistics.controls]
+        drawn = arrived.opened[number] & ~arrived.absent[number]
+        for control, old, new in zip(statistics.controls, controls, statistics.next_controls(controls), strict=True):
+            values.append((control, ops.where(drawn, new, old)))
+        return values
+
+    def _known_only(self, new, old):
+        """New states of the groups that are held, of layers that ever recorded anything; of others the old, initial ones."""
+        known = ops.convert_to_tensor(self._updates) > 0
+        number, chosen = {block: i for i, block in enumerate(self.layout.blocks)}, []
+        for group, after, before in zip(self.held.groups, new, old, strict=True):
+            of_group = ops.concatenate([ops.repeat(known[number[b]], b.rows.groups) for b in group.blocks])
+            chosen.append(
+                [
+                    ops.where(ops.reshape(of_group, (-1,) + (1,) * (len(a.shape) - 1)), a, b)
+                    for a, b in zip(after, before, strict=True)
+                ]
+            )
+        return chosen
