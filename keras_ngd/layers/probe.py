@@ -32,6 +32,8 @@ def probe(s, x, rows, statistics, weights=None):
         return s
     statistics.called()
     call = surroundings.around()
+    # TensorFlow vectorizes the probe away, gradient and all.
+    statistics.vectorized = _refusal(statistics, "ops.vectorized_map") if surroundings.VECTORIZED in call else None
     x = ops.stop_gradient(x)
     observed = [x] if weights is None else [x, ops.cast(weights, x.dtype)]
     # The loss arrives elsewhere, and nothing comes from here.

@@ -77,6 +77,8 @@ class Checks:
             self._fail_on_changed_variables(len(variables))
         missing = {self._var_key(v) for g, v in zip(grads, variables, strict=True) if g is None}
         for block in self.layout.blocks:
+            if block.statistics.vectorized is not None and not block.statistics.reached:
+                raise ValueError(block.statistics.vectorized)
             if not block.statistics.reached or self._var_key(block.statistics.gate) in missing:
                 raise ValueError(
                     f"Layer {block.layer!r} was captured, but the training step does not call it (it takes no part in the "

@@ -91,6 +91,8 @@ class Statistics(keras.layers.Layer):
         self.reached = False
         self.traced_calls, self._trace = 0, None
         self.looped, self._called = False, False
+        # Why the layer's calls can emit nothing, if they cannot.
+        self.vectorized = None
 
     def owner(self):
         """The captured layer these statistics belong to. Not a property: Keras saves and loads what those return."""

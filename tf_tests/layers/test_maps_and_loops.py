@@ -34,7 +34,8 @@ class Inside(layers.Layer):
 
 def by_scan(layer, x):
     """Over time, each step on the whole batch."""
-    _, y = ops.scan(lambda carry, x: (carry, layer(x)), ops.zeros(()), ops.transpose(x, (1, 0, 2)))
+    # Keras's own for TensorFlow takes results of the carry's shape alone.
+    _, y = ops.scan(lambda carry, x: (carry, layer(x)), ops.zeros_like(x[:, 0]), ops.transpose(x, (1, 0, 2)))
     return ops.transpose(y, (1, 0, 2))
 
 
@@ -103,7 +104,7 @@ def test_loops_are_refused_where_calls_cannot_be_put_together(method, how):
 @pytest.mark.parametrize("how", [by_map, by_vectorized_map])
 @pytest.mark.parametrize("method", METHODS)
 def test_maps_over_examples_are_refused(method, how):
-    with pytest.raises(ValueError, match=r"'inside/dense'.*skip=\['inside/dense'\]"):
+    with pytest.raises(ValueError, match=r"'inside/dense'.*(ops.map|ops.vectorized_map).*skip=\['inside/dense'\]"):
         train(how, OPTIMIZERS[method]())
     train(how, OPTIMIZERS[method](), skip="inside/dense")
 
@@ -127,7 +128,7 @@ def test_what_is_around_a_call():
         return result
 
     def run():
-        ops.scan(lambda carry, x: (carry, look("scan", x)), ops.zeros(()), x)
+        ops.scan(lambda carry, x: (carry, look("scan", x)), ops.zeros((2,)), x)
         ops.map(lambda x: look("map", x) if surroundings.around() else x, x)
         ops.fori_loop(0, 3, lambda i, total: look("fori", total + 1), ops.zeros(()))
         ops.while_loop(lambda i: i < 3, lambda i: look("while", i + 1), 0)
