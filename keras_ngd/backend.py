@@ -315,6 +315,28 @@ def check_at_most(count, limit, message, tensors=()):
     return list(tensors)
 
 
+def usable(tensor):
+    """Whether what is being traced or run now can compute with a tensor; one that a finished trace left behind cannot."""
+    if isinstance(tensor, (int, float)):
+        return True
+    if name() == "tensorflow":
+        import tensorflow as tf
+
+        if isinstance(tensor, tf.__internal__.EagerTensor):
+            return True
+        graph = None if tf.executing_eagerly() else tf.compat.v1.get_default_graph()
+        while graph is not None and graph is not tensor.graph:
+            graph = getattr(graph, "outer_graph", None)
+        return graph is not None
+    import jax
+
+    try:
+        jax.numpy.add(tensor, 0)
+    except jax.errors.UnexpectedTracerError:
+        return False
+    return True
+
+
 def zero_unless(ok, function):
     """The tensors of `function()` where the scalar `ok` holds, zeros of their shapes elsewhere.
 

@@ -112,10 +112,11 @@ def _capture(model, optimizer, skip, data):
                 layer.attach_statistics(statistics)
             # Eager training records its first batch before it builds the optimizer, which starts all again in its order.
             optimizer.start_statistics(layer.statistics, sum(entry.captured for entry in entries))
+            layer.statistics.watched_by(optimizer)
             entries.append(_describe(layer, optimizer))
     optimizer.captured(model)
     _forget_compiled_functions(model)
-    return CaptureReport(entries)
+    return CaptureReport(entries, optimizer)
 
 
 def release(model):

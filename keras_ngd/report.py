@@ -1,5 +1,6 @@
 """What `capture` did, layer by layer."""
 
+import weakref
 from dataclasses import dataclass
 
 
@@ -29,12 +30,14 @@ class LayerReport:
 class CaptureReport:
     """The layers of a model and what a natural-gradient optimizer makes of them; `print` shows it as a table.
 
-    Attributes:
+    Args:
         layers: a `LayerReport` for each layer with weights.
+        optimizer: the optimizer, or None where it captured nothing. It is held weakly.
     """
 
-    def __init__(self, layers):
+    def __init__(self, layers, optimizer=None):
         self.layers = tuple(layers)
+        self._optimizer = None if optimizer is None else weakref.ref(optimizer)
 
     @property
     def captured(self):
@@ -50,6 +53,23 @@ class CaptureReport:
     def bytes(self):
         """Size of all second-order state."""
         return sum(entry.bytes for entry in self.layers)
+
+    @property
+    def losses_per_example(self):
+        """How many loss values an example has: as it was given, or as it was read from the compiled loss; None before a step."""
+        return self._losses()[0]
+
+    def _losses(self):
+        """That, and where it is from."""
+        optimizer = None if self._optimizer is None else self._optimizer()
+        if optimizer is None:
+            return None, ""
+        if optimizer.losses_per_example != "auto":
+            return optimizer.losses_per_example, "as given"
+        if not optimizer.factor_updates:
+            return None, "to be read from the compiled loss"
+        heard = optimizer.heard_losses
+        return optimizer.loss_ratio, "from the compiled loss" if heard else "there is no compiled loss"
 
     def __str__(self):
         rows = [("layer", "kind", "factors, or why not captured", "bytes")]
@@ -67,6 +87,8 @@ class CaptureReport:
             )
 
         rule = "-" * (sum(widths) + 6)
-        return "\n".join([line(rows[0]), rule, *map(line, rows[1:-1]), rule, line(rows[-1])])
+        number, source = self._losses()
+        losses = [f"losses per example: {'?' if number is None else format(number, '.6g')} ({source})"] if source else []
+        return "\n".join([line(rows[0]), rule, *map(line, rows[1:-1]), rule, line(rows[-1]), *losses])
 
     __repr__ = __str__

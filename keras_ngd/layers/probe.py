@@ -30,7 +30,7 @@ def probe(s, x, rows, statistics, weights=None):
         )
     if not statistics.trainable:
         return s
-    statistics.called()
+    statistics.called(x)
     call = surroundings.around()
     # TensorFlow vectorizes the probe away, gradient and all.
     statistics.vectorized = _refusal(statistics, "ops.vectorized_map") if surroundings.VECTORIZED in call else None

@@ -142,8 +142,9 @@ class DataParallel:
     def separate_draws(self):
         """Makes every worker draw random numbers of its own, if there are any to be drawn in the probes."""
 
-    def _average_over_workers(self, grads, variables, arrived):
-        """The gradients as one worker with all examples would see them, this worker's share of these, what arrived at all."""
+    def _average_over_workers(self, grads, variables, arrived, sums):
+        """The gradients as one worker with all examples would see them, this worker's share of these, what arrived at all, and the
+        means over the examples of `sums`, a vector or None."""
         # The first layer that was called here: a branch that was not taken tells of no examples.
         examples = arrived.examples[ops.argmax(ops.cast(arrived.examples > 0, "int32"))]
         carrier = self._loss_carrier()
@@ -160,15 +161,15 @@ class DataParallel:
         if self.connected().together:
             # Their gathering takes equal lengths only.
             grads = [backend.dense(g) if backend.is_sparse(g) else g for g in grads]
-        means, share, left_out = self._workers.mean_gradients(
-            [grads[i] for i in known], [owners[i] for i in known], examples, left_out
+        means, share, left_out, sums = self._workers.mean_gradients(
+            [grads[i] for i in known], [owners[i] for i in known], examples, left_out, sums
         )
         means = dict(zip(known, means, strict=True))
         refused, absent, distorted = ops.unstack(ops.reshape(left_out, (3, -1)))
         arrived = dataclasses.replace(
             arrived, refused=refused, absent=absent & ~refused, distorted=distorted & ~refused
         )
-        return [means.get(i, gradient) for i, gradient in enumerate(grads)], share, arrived
+        return [means.get(i, gradient) for i, gradient in enumerate(grads)], share, arrived, sums
 
     def share_statistics(self, averages, calls, share, refused):
         """Brings the statistics of several workers together.

@@ -58,7 +58,7 @@ class HyLo(SNGD):
         decay_ratio: a learning rate of at most this share of the last epoch's counts as decayed. Default 0.9.
         steps_per_epoch: int, for `"switch"` and `"random"`. Default None: the length of `capture`'s `data`, if it is a
             data set.
-        losses_per_example: number of loss values an example contributes to the mean. Default 1.
+        losses_per_example: as for `keras_ngd.KFAC`. Default `"auto"`.
         kl_clip: positive float, or None for none. Default 1e-3.
         seed: int in [0, 2**12), of samples and coins. Default 0.
         **kwargs: as for `keras_ngd.KFAC`.
@@ -83,7 +83,7 @@ class HyLo(SNGD):
         eta=0.25,
         decay_ratio=0.9,
         steps_per_epoch=None,
-        losses_per_example=1,
+        losses_per_example="auto",
         kl_clip=1e-3,
         seed=0,
         name="hylo",
@@ -134,7 +134,7 @@ class HyLo(SNGD):
         return LowRankStatistics(
             self.rows,
             self.room,
-            self.losses_per_example,
+            self.losses_in_statistics,
             self.mode if self.mode in ("kid", "kis") else "both",
             self.sampling,
             self.power,
@@ -143,8 +143,8 @@ class HyLo(SNGD):
 
     def curvature_input(self, statistics, averages, calls):
         a, g, weights, damping = averages
-        scale, workers = self.loss_scale, self.connected().size
-        return averages if scale == workers == 1 else [a, g / scale, weights, damping / (workers * scale**2)]
+        units = self._units_of_probe(self.ratio_of(statistics, before=True))
+        return [a, self.scaled_rows(statistics, g), weights, damping / ops.cast(units, damping.dtype)]
 
     def joins(self, shapes):
         return [*super().joins(shapes), joining.WEIGHTS, joining.SAME]
@@ -183,18 +183,23 @@ class HyLo(SNGD):
     def start_statistics(self, statistics, number):
         super().start_statistics(statistics, number)
         statistics.start_draws(self.worker_seed(), number)
-        statistics.damping.assign(self._damping_for_probe(0))
+        # The ratio of the loss is not known before the first batch, whose rows KID weighs as for a mean over the examples.
+        statistics.damping.assign(self._damping_for_probe(0, 1.0))
         statistics.gate.assign(self._first_mode())
 
     def _first_mode(self):
         return self._coin(0.0) if self.mode == "random" else ops.convert_to_tensor(KIS if self.mode == "kis" else KID)
 
-    def _damping_for_probe(self, step):
+    def _units_of_probe(self, ratio):
+        """How many times larger rows' outer products are in the probe than those that the damping is added to."""
         # A worker compares the damping with the sum over its own examples' rows; all workers' is as much larger.
-        return schedules.value_at(self.damping, step) * self.connected().size * self.loss_scale**2
+        return self.connected().size * self.loss_scale**2 / ratio
+
+    def _damping_for_probe(self, step, ratio):
+        return schedules.value_at(self.damping, step) * self._units_of_probe(ratio)
 
     def control_values(self, block, step):
-        return [(block.statistics.damping, self._damping_for_probe(step + 1))]
+        return [(block.statistics.damping, self._damping_for_probe(step + 1, self.ratio_of(block.statistics)))]
 
     def _coin(self, epoch):
         seed = ops.stack([float(draw_number(self.seed, LAYERS - 1)), epoch])

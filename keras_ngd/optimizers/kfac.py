@@ -5,6 +5,7 @@ from keras import ops
 
 from keras_ngd.curvature import KroneckerCurvature
 from keras_ngd.curvature.kronecker import DAMPING_MODES, INVERSES, refresh_together
+from keras_ngd.optimizers.loss_ratio import check_losses_per_example
 from keras_ngd.optimizers.natural_gradient import NaturalGradient, settled_damping, stacked
 from keras_ngd.statistics import KroneckerStatistics
 
@@ -49,8 +50,9 @@ class KFAC(NaturalGradient):
             `"factor"`: both `damping`; `"exact"` (with `inverse="eigen"` only): the damping is added to `A (x) G` itself.
             Default None: `"relative"` where `damping` is not given, else `"pi"`.
         weight_sharing: `"expand"` (default) or `"reduce"`: how the positions of convolutions and sequences count.
-        losses_per_example: number of loss values an example contributes to the mean. Default 1; the number of
-            positions for a loss averaged over positions.
+        losses_per_example: number of loss values an example contributes to the mean, such as the positions that a loss is averaged
+            over. Default `"auto"`: read from the compiled loss, its reduction, masks and weights (attribute `loss_ratio`); 1 in
+            training without one.
         statistics_fraction: in (0, 1]: the share of each batch the factors are estimated from. Default 1.
         kl_clip: positive float: in place of `loss_clip`, nu = min(1, sqrt(kl_clip / (learning_rate^2 sum of <P, V>))), under
             which steps that are clipped do not depend on the learning rate. Default None.
@@ -80,7 +82,7 @@ class KFAC(NaturalGradient):
         inverse="auto",
         damping_mode=None,
         weight_sharing="expand",
-        losses_per_example=1,
+        losses_per_example="auto",
         statistics_fraction=1.0,
         kl_clip=None,
         name="kfac",
@@ -93,7 +95,8 @@ class KFAC(NaturalGradient):
             raise ValueError(f"`damping_mode` must be one of {DAMPING_MODES}. Received: damping_mode={damping_mode!r}")
         if damping_mode == "exact" and inverse != "eigen":
             raise ValueError(f"`damping_mode='exact'` needs `inverse='eigen'`. Received: inverse={inverse!r}")
-        statistics = KroneckerStatistics(weight_sharing, losses_per_example, statistics_fraction)
+        losses_per_example = check_losses_per_example(losses_per_example)
+        statistics = KroneckerStatistics(weight_sharing, 1, statistics_fraction)
         super().__init__(
             learning_rate=learning_rate,
             damping=damping,
@@ -107,11 +110,11 @@ class KFAC(NaturalGradient):
         )
         self.inverse, self.damping_mode = inverse, damping_mode
         self.weight_sharing = statistics.weight_sharing
-        self.losses_per_example = statistics.losses_per_example
+        self.losses_per_example = losses_per_example
         self.statistics_fraction = statistics.statistics_fraction
 
     def make_statistics(self, layer):
-        return KroneckerStatistics(self.weight_sharing, self.losses_per_example, self.statistics_fraction)
+        return KroneckerStatistics(self.weight_sharing, self.losses_in_statistics, self.statistics_fraction)
 
     def make_curvature(self, group):
         return KroneckerCurvature(group.count, *group.blocks[0].shape, self.inverse, self.damping_mode)
@@ -122,8 +125,9 @@ class KFAC(NaturalGradient):
 
     def curvature_input(self, statistics, averages, calls):
         # G is made of squared gradients: a loss scale enters squared. What is averaged is its mean over the calls.
-        scale, inputs = self.fisher_factor / self.loss_scale**2, statistics.input_parts
-        return [*averages[:inputs], *(g * ops.cast(calls * scale, g.dtype) for g in averages[inputs:])]
+        scale, inputs = self.loss_scale, statistics.input_parts
+        ratio = self.ratio_of(statistics, averages[-1].dtype)
+        return [*averages[:inputs], *(g * ops.cast(calls, g.dtype) * ratio / scale**2 for g in averages[inputs:])]
 
     def get_config(self):
         config = super().get_config()

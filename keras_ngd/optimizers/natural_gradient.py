@@ -12,6 +12,7 @@ from keras_ngd.optimizers.blocks import Layout, find_blocks
 from keras_ngd.optimizers.checks import Checks
 from keras_ngd.optimizers.counters import Counters
 from keras_ngd.optimizers.data_parallel import DataParallel
+from keras_ngd.optimizers.loss_ratio import LossRatio
 from keras_ngd.optimizers.notices import Notices
 from keras_ngd.optimizers.rest import RestRule
 from keras_ngd.optimizers.sharded_state import ShardedState
@@ -52,6 +53,7 @@ class NaturalGradient(
     Arrivals,
     Counters,
     DataParallel,
+    LossRatio,
     RestRule,
     ShardedState,
     StepLength,
@@ -204,6 +206,9 @@ class NaturalGradient(
         self.build_rest(variables, layout.blocks)
         self.build_step_length()
         self.add_counters()
+        self.add_loss_ratio()
+        for block in layout.blocks:
+            block.statistics.watched_by(self)
         # TensorFlow's trainer builds the optimizer of a built model while it traces the first step.
         with backend.outside_trace():
             if not self._restore_pending():
@@ -255,11 +260,13 @@ class NaturalGradient(
         """Steps 2 to 5 and 7: the gradients as the update rule and the overwriting of statistics are to see them."""
         step = ops.convert_to_tensor(self._iterations)
         arrived, given = self._take_in(grads, index), {}
-        averages, calls = arrived.averages, arrived.calls
+        averages, calls, sums = arrived.averages, arrived.calls, self.loss_sums(arrived)
         if self._workers is not None:
-            grads, share, arrived = self._average_over_workers(grads, variables, arrived)
-            averages, given = self.share_statistics(averages, calls, share, arrived.kept)
+            grads, share, arrived, sums = self._average_over_workers(grads, variables, arrived, sums)
         loss = self.arrived_loss(grads, index)
+        self.average_loss_sums(sums, arrived)
+        if self._workers is not None:
+            averages, given = self.share_statistics(averages, calls, share, arrived.kept)
         recorded = self._count_statistics(arrived, step, loss)
         damping = schedules.value_at(self.damping, step)
 
@@ -366,7 +373,8 @@ class NaturalGradient(
         raise NotImplementedError
 
     def curvature_input(self, statistics, averages, calls):
-        """A block's averages as its curvature takes them: summed over the layer's calls, without the loss scale."""
+        """A block's averages as its curvature takes them: summed over the layer's calls, without the loss scale, in the loss's own
+        units (`ratio_of`)."""
         raise NotImplementedError
 
     def watch(self, gradients, finite, step):

@@ -8,6 +8,7 @@ from keras import ops, tree
 
 from keras_ngd import backend, schedules, sharding
 from keras_ngd.optimizers import joining
+from keras_ngd.optimizers.loss_ratio import check_losses_per_example
 from keras_ngd.optimizers.natural_gradient import NaturalGradient, stacked
 from keras_ngd.statistics.draws import LAYERS, Draws
 
@@ -45,7 +46,7 @@ class RowMethod(NaturalGradient):
         interval: int or schedule: steps between updates.
         batch_size: int, the largest batch that will be seen; None takes it from `capture`'s `data`, or from the batch
             dimension of the model's inputs.
-        losses_per_example: number of loss values an example contributes to the mean.
+        losses_per_example: number of loss values an example contributes to the mean, or `"auto"`.
         **kwargs: `NaturalGradient`'s.
     """
 
@@ -54,7 +55,7 @@ class RowMethod(NaturalGradient):
         self._check_unknown(kwargs)
         if batch_size is not None:
             batch_size = schedules.check_count("batch_size", batch_size)
-        losses_per_example = schedules.check_positive_number("losses_per_example", losses_per_example)
+        losses_per_example = check_losses_per_example(losses_per_example)
         super().__init__(
             learning_rate=learning_rate,
             damping=damping,
@@ -204,7 +205,11 @@ class RowMethod(NaturalGradient):
     def curvature_input(self, statistics, averages, calls):
         # The mean over a layer's calls of `a`, and the sum of `g`: calls count like positions.
         a, g = averages
-        return [a, g * ops.cast(calls, g.dtype) / self.loss_scale]
+        return [a, self.scaled_rows(statistics, g * ops.cast(calls, g.dtype))]
+
+    def scaled_rows(self, statistics, g):
+        """Gradient rows without the loss scale, in the loss's own units."""
+        return g * ops.sqrt(ops.cast(self.ratio_of(statistics), g.dtype)) / self.loss_scale
 
     def get_config(self):
         config = super().get_config()

@@ -47,7 +47,7 @@ class SKFAC(RowMethod):
         history: int of at least 1: of how many recorded batches the factors are made. Default 1.
         factor_decay: float in (0, 1): the weight of a batch in the history against that of the next. Default 0.95.
         damping_mode: `"pi"` (default), `"sqrt"` or `"factor"`, as for `keras_ngd.KFAC`.
-        losses_per_example: number of loss values an example contributes to the mean. Default 1.
+        losses_per_example: as for `keras_ngd.KFAC`. Default `"auto"`.
         kl_clip: positive float, or None for none. Default 1e-3.
         seed: int in [0, 2**12), of the positions drawn. Default 0.
         **kwargs: as for `keras_ngd.KFAC`.
@@ -68,7 +68,7 @@ class SKFAC(RowMethod):
         history=1,
         factor_decay=0.95,
         damping_mode="pi",
-        losses_per_example=1,
+        losses_per_example="auto",
         kl_clip=1e-3,
         seed=0,
         name="skfac",
@@ -102,7 +102,7 @@ class SKFAC(RowMethod):
     def make_statistics(self, layer):
         return WoodburyStatistics(
             self.room,
-            self.losses_per_example,
+            self.losses_in_statistics,
             self.convolution,
             self.positions,
             self.history,
@@ -132,9 +132,9 @@ class SKFAC(RowMethod):
 
     def curvature_input(self, statistics, averages, calls):
         a, g = statistics.scaled(averages)
-        if self.loss_scale == 1:
-            return [a, g]
-        return [a, g / self.loss_scale ** (1 if are_rows(g) else 2)]
+        if are_rows(g):
+            return [a, self.scaled_rows(statistics, g)]
+        return [a, g * self.ratio_of(statistics, g.dtype) / self.loss_scale**2]
 
     def refresh_together(self, curvatures, inputs, damping):
         return refresh_together(curvatures, inputs, damping)

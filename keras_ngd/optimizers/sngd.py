@@ -36,7 +36,7 @@ class SNGD(RowMethod):
         interval: int or schedule: steps between updates; in between, the last recorded batch's curvature is used. Default 1.
         batch_size: int, the largest batch that will be seen; smaller ones are exact. Default None: from `capture`'s
             `data`, or from the batch dimension of the model's inputs.
-        losses_per_example: number of loss values an example contributes to the mean. Default 1.
+        losses_per_example: as for `keras_ngd.KFAC`. Default `"auto"`.
         kl_clip: positive float, or None for none. Default 1e-3.
         **kwargs: as for `keras_ngd.KFAC`.
 
@@ -52,7 +52,7 @@ class SNGD(RowMethod):
         momentum=0.9,
         interval=1,
         batch_size=None,
-        losses_per_example=1,
+        losses_per_example="auto",
         kl_clip=1e-3,
         name="sngd",
         **kwargs,
@@ -72,7 +72,7 @@ class SNGD(RowMethod):
         )
 
     def make_statistics(self, layer):
-        return RowStatistics(self.room, self.losses_per_example)
+        return RowStatistics(self.room, self.losses_in_statistics)
 
     def make_curvature(self, group):
         block = group.blocks[0]

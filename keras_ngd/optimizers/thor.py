@@ -150,7 +150,7 @@ class THOR(KFAC):
 
     def make_statistics(self, layer):
         return SplitStatistics(
-            self.split_of(layer), self.weight_sharing, self.losses_per_example, self.statistics_fraction
+            self.split_of(layer), self.weight_sharing, self.losses_in_statistics, self.statistics_fraction
         )
 
     def make_curvature(self, group):

@@ -93,6 +93,7 @@ class Statistics(keras.layers.Layer):
         self.looped, self._called = False, False
         # Why the layer's calls can emit nothing, if they cannot.
         self.vectorized = None
+        self._watcher = None
 
     def owner(self):
         """The captured layer these statistics belong to. Not a property: Keras saves and loads what those return."""
@@ -132,6 +133,18 @@ class Statistics(keras.layers.Layer):
         weight = add_weight(shape, initializer) if spread is None else sharding.add(add_weight, initializer, spread)
         weight.keras_ngd_statistics = self
         return weight
+
+    def watched_by(self, watcher):
+        """Has `watcher.called(statistics, x)` called wherever the layer is, with its input; `watcher` is held weakly."""
+        self._watcher = weakref.ref(watcher)
+
+    def called(self, x):
+        """Told by the probe that the layer is called with `x`, before the weights are looked at."""
+        # A call after a backward pass begins another pass.
+        self._called = True
+        watcher = None if self._watcher is None else self._watcher()
+        if watcher is not None:
+            watcher.called(self, x)
 
     @property
     def averages(self):
@@ -180,10 +193,6 @@ class Statistics(keras.layers.Layer):
     def next_controls(self, controls):
         """Controls as they are after a batch was observed. Default: as before."""
         return controls
-
-    def called(self):
-        """Told of each call of the layer: a call after a backward pass begins another pass."""
-        self._called = True
 
     def emit(self, rows, x, ds, weights, values, looped=False):
         """New values of all weights from their old `values`: what the probe returns as their gradients."""
