@@ -382,6 +382,21 @@ def is_sparse(gradient):
     return hasattr(gradient, "indices") and hasattr(gradient, "values") and hasattr(gradient, "dense_shape")
 
 
+def call_context():
+    """What Keras knows of the call that is under way: its `entry_layer`, called first, and what that was told; or None."""
+    # Keras has no public way to ask.
+    from keras.src.backend.common import global_state
+
+    return global_state.get_global_attribute("current_call_ctx")
+
+
+def makes_variables():
+    """Whether a variable made now, in a layer's call, is seen by the trainer that differentiates what the layer computes."""
+    from keras.src.backend import in_stateless_scope
+
+    return name() == "tensorflow" and not in_stateless_scope()
+
+
 def mask_of(tensor):
     """The mask that Keras attached to a tensor, or None."""
     # Not an attribute of the tensor on JAX, whose tracers take none; Keras has no public way to ask.

@@ -88,7 +88,9 @@ class CaptureReport:
 
         rule = "-" * (sum(widths) + 6)
         number, source = self._losses()
-        losses = [f"losses per example: {'?' if number is None else format(number, '.6g')} ({source})"] if source else []
+        losses = (
+            [f"losses per example: {'?' if number is None else format(number, '.6g')} ({source})"] if source else []
+        )
         return "\n".join([line(rows[0]), rule, *map(line, rows[1:-1]), rule, line(rows[-1]), *losses])
 
     __repr__ = __str__

@@ -4,8 +4,8 @@
 objects, one for each output that has one. Here each is replaced in this list by one that tells, whenever it is called, with what
 coefficients the single loss values enter the total. Nothing else about the loss changes.
 
-This is the only module that knows of Keras's `_compile_loss` and its `_flat_losses`, of how `Loss.__call__` reduces values, and of
-its call context; `tf_tests/optimizers/test_loss_ratio.py` fails where any of them is no longer what it is here.
+This is the only module that knows of Keras's `_compile_loss` and its `_flat_losses`, and of how `Loss.__call__` reduces values;
+`tf_tests/optimizers/test_loss_ratio.py` fails where any of them is no longer what it is here.
 """
 
 import math
@@ -49,11 +49,7 @@ class Heard:
 
 def compiled_losses(model):
     """The compiled losses that may be called after a captured layer of `model` was: its own, and that of what it is inside of."""
-    # Of a model inside of the one that is trained, Keras knows which layer was called first.
-    from keras.src.backend.common import global_state
-
-    context = global_state.get_global_attribute("current_call_ctx")
-    found = {id(m): m for m in (model, getattr(context, "entry_layer", None)) if m is not None}
+    found = {id(m): m for m in (model, getattr(backend.call_context(), "entry_layer", None)) if m is not None}
     losses = [getattr(m, "_compile_loss", None) for m in found.values()]
     return [loss for loss in losses if loss is not None]
 

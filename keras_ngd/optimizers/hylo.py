@@ -17,6 +17,9 @@ from keras_ngd.statistics.low_rank import KID, KIS
 
 MODES = ("switch", "kid", "kis", "random")
 
+# Steps between the decisions of the switch, where nothing says how many an epoch has.
+DEFAULT_PERIOD = 100
+
 
 @keras.saving.register_keras_serializable("keras_ngd")
 class HyLo(SNGD):
@@ -111,24 +114,17 @@ class HyLo(SNGD):
 
     def measure(self, model, data):
         super().measure(model, data)
-        _check_rank(self.rank, self.batch_size)
-        if self.mode not in ("switch", "random") or self.steps_per_epoch is not None:
-            return
-        self.steps_per_epoch = steps_in(data)
-        if not self.steps_per_epoch:
-            self.steps_per_epoch = None
-            raise ValueError(
-                f"`mode={self.mode!r}` decides once an epoch, and needs to know how many steps one has: "
-                "`HyLo(..., steps_per_epoch=391)`, or `keras_ngd.capture(model, optimizer, data=train_dataset)` with a data set "
-                "that has a length."
-            )
+        _check_rank(self.rank, self.batch_size or self.found_batch_size)
+        if self.mode in ("switch", "random") and self.steps_per_epoch is None:
+            self.steps_per_epoch = steps_in(data) or None
 
     @property
     def rows(self):
         """How many rows are chosen of a batch."""
         if isinstance(self.rank, float):
             return max(round(self.rank * self.room), 1)
-        return max(round(self.rank * self.connected().batch_share), 1)
+        # Of a smaller batch, all rows stand for themselves.
+        return min(max(round(self.rank * self.connected().batch_share), 1), self.room)
 
     def make_statistics(self, layer):
         return LowRankStatistics(
@@ -139,6 +135,7 @@ class HyLo(SNGD):
             self.sampling,
             self.power,
             self.residual,
+            strict=self.strict,
         )
 
     def curvature_input(self, statistics, averages, calls):
@@ -217,7 +214,8 @@ class HyLo(SNGD):
         if self.mode not in ("switch", "random"):
             return
         state = ops.convert_to_tensor(self._switch)
-        ends, begins = (step + 1) % self.steps_per_epoch == 0, step % self.steps_per_epoch == 0
+        period = self.steps_per_epoch or DEFAULT_PERIOD
+        ends, begins = (step + 1) % period == 0, step % period == 0
         sums = [ops.convert_to_tensor(v) for v in self._sums]
         if self.mode == "switch":
             flat = [g for block in self.layout.blocks for g in gradients[block] if g is not None]

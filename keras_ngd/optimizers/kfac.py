@@ -50,9 +50,9 @@ class KFAC(NaturalGradient):
             `"factor"`: both `damping`; `"exact"` (with `inverse="eigen"` only): the damping is added to `A (x) G` itself.
             Default None: `"relative"` where `damping` is not given, else `"pi"`.
         weight_sharing: `"expand"` (default) or `"reduce"`: how the positions of convolutions and sequences count.
-        losses_per_example: number of loss values an example contributes to the mean, such as the positions that a loss is averaged
-            over. Default `"auto"`: read from the compiled loss, its reduction, masks and weights (attribute `loss_ratio`); 1 in
-            training without one.
+        losses_per_example: number of loss values an example contributes to the mean, such as the positions that a loss is
+            averaged over. Default `"auto"`: read from the compiled loss, its reduction, masks and weights (attribute
+            `loss_ratio`); 1 in training without one.
         statistics_fraction: in (0, 1]: the share of each batch the factors are estimated from. Default 1.
         kl_clip: positive float: in place of `loss_clip`, nu = min(1, sqrt(kl_clip / (learning_rate^2 sum of <P, V>))), under
             which steps that are clipped do not depend on the learning rate. Default None.

@@ -50,8 +50,8 @@ class LossRatio:
     def loss_ratio(self):
         """What statistics are multiplied with: how many loss values each example has, as the compiled loss weighs them.
 
-        A number; of layers that see more examples than the batch has (windows of an image), theirs is as much smaller. 1 before the first
-        step, where `losses_per_example` was given, and in training without a compiled loss.
+        A number; of layers that see more examples than the batch has (windows of an image), theirs is as much smaller. 1 before
+        the first step, where `losses_per_example` was given, and in training without a compiled loss.
         """
         if self._loss_sums is None or not self.built:
             return 1.0
@@ -59,7 +59,7 @@ class LossRatio:
         return float(np.max(absolute / squares))
 
     def add_loss_ratio(self):
-        """Creates the averages of the sums, of every block `sum of c_j` and `B * sum of c_j^2`, and the ratio before the last batch."""
+        """Creates the averages of every block's `sum of c_j` and `B * sum of c_j^2`, and its ratio before the last batch."""
         if self.losses_per_example == "auto":
             self._loss_sums = self._add_state((3, len(self.layout.blocks)), "ones", "float32", "loss_sums")
 

@@ -373,8 +373,8 @@ class NaturalGradient(
         raise NotImplementedError
 
     def curvature_input(self, statistics, averages, calls):
-        """A block's averages as its curvature takes them: summed over the layer's calls, without the loss scale, in the loss's own
-        units (`ratio_of`)."""
+        """A block's averages as its curvature takes them: summed over the layer's calls, without the loss scale, in the units of
+        the loss (`ratio_of`)."""
         raise NotImplementedError
 
     def watch(self, gradients, finite, step):

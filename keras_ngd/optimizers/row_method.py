@@ -10,7 +10,16 @@ from keras_ngd import backend, schedules, sharding
 from keras_ngd.optimizers import joining
 from keras_ngd.optimizers.loss_ratio import check_losses_per_example
 from keras_ngd.optimizers.natural_gradient import NaturalGradient, stacked
+from keras_ngd.optimizers.room import Room
 from keras_ngd.statistics.draws import LAYERS, Draws
+
+# More examples in one array are not taken for a batch.
+LARGEST_ARRAY = 1024
+
+
+def is_dataset(data):
+    """Whether `data` has batches, rather than being one."""
+    return isinstance(data, keras.utils.PyDataset) or hasattr(data, "element_spec")
 
 
 def first_batch(data):
@@ -25,7 +34,7 @@ def first_batch(data):
 def steps_in(data):
     """Batches in a data set, or None where it does not say."""
     try:
-        return len(data) if isinstance(data, keras.utils.PyDataset) or hasattr(data, "element_spec") else None
+        return len(data) if is_dataset(data) else None
     except TypeError:
         return None
 
@@ -37,15 +46,14 @@ class Given:
         self.of_block = {}
 
 
-class RowMethod(NaturalGradient):
+class RowMethod(Room, NaturalGradient):
     """Base of the methods whose statistics are rows: one interval for rows and inverses, and room for a batch of rows.
 
     An inverse belongs to the rows it was made of, so it is renewed whenever rows are recorded.
 
     Args:
         interval: int or schedule: steps between updates.
-        batch_size: int, the largest batch that will be seen; None takes it from `capture`'s `data`, or from the batch
-            dimension of the model's inputs.
+        batch_size: int, the largest batch that will be seen, larger ones being an error; None for room that is found (`room`).
         losses_per_example: number of loss values an example contributes to the mean, or `"auto"`.
         **kwargs: `NaturalGradient`'s.
     """
@@ -65,6 +73,9 @@ class RowMethod(NaturalGradient):
         )
         self.batch_size, self.losses_per_example = batch_size, losses_per_example
 
+    # What `capture` found in data or in the model.
+    found_batch_size = None
+
     @property
     def interval(self):
         """Steps between updates."""
@@ -83,25 +94,19 @@ class RowMethod(NaturalGradient):
                 )
 
     def measure(self, model, data):
-        if self.batch_size is None and data is not None:
-            leaves = [leaf for leaf in tree.flatten(first_batch(data)) if getattr(leaf, "shape", ())]
-            self.batch_size = int(leaves[0].shape[0]) if leaves else None
-        if self.batch_size is None:
+        found = None if data is None else self._batch_of(data)
+        if found is None:
             sizes = {tensor.shape[0] for tensor in tree.flatten(getattr(model, "inputs", None) or [])}
-            self.batch_size = sizes.pop() if len(sizes) == 1 else None
-        if not self.batch_size:
-            self.batch_size = None
-            name = type(self).__name__
-            raise ValueError(
-                f"{name} keeps a row for each example, and needs to know how many there are in a batch, which model "
-                f"{model.name!r} does not say. Give it: `{name}(..., batch_size=128)`, "
-                "`keras_ngd.capture(model, optimizer, data=train_dataset)`, or `keras.Input(shape, batch_size=128)`."
-            )
+            found = sizes.pop() if len(sizes) == 1 else None
+        self.found_batch_size = found
+        self.start_room(found)
 
-    @property
-    def room(self):
-        """How many examples a worker can be given at once."""
-        return math.ceil(self.batch_size * self.connected().batch_share - 1e-6)
+    @staticmethod
+    def _batch_of(data):
+        """How many examples the first batch of `data` has, or None where that is no batch."""
+        leaves = [leaf for leaf in tree.flatten(first_batch(data)) if getattr(leaf, "shape", ())]
+        size = int(leaves[0].shape[0]) if leaves else 0
+        return size if size and (is_dataset(data) or size <= LARGEST_ARRAY) else None
 
     def refresh_due(self, step, recorded):
         return recorded

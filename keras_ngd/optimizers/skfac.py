@@ -107,6 +107,7 @@ class SKFAC(RowMethod):
             self.positions,
             self.history,
             self.history_decay,
+            strict=self.strict,
         )
 
     def make_curvature(self, group):

@@ -72,7 +72,7 @@ class SNGD(RowMethod):
         )
 
     def make_statistics(self, layer):
-        return RowStatistics(self.room, self.losses_in_statistics)
+        return RowStatistics(self.room, self.losses_in_statistics, self.strict)
 
     def make_curvature(self, group):
         block = group.blocks[0]

@@ -3,7 +3,7 @@
 import fnmatch
 
 import keras
-from keras import ops
+from keras import ops, tree
 
 from keras_ngd import schedules
 from keras_ngd.curvature import SplitCurvature
@@ -14,6 +14,9 @@ from keras_ngd.optimizers.natural_gradient import stacked
 from keras_ngd.statistics import SplitStatistics
 
 DEFAULT_SPLIT = 128
+
+# What `split="auto"` is measured on has no more examples.
+LARGEST_BATCH = 256
 TRACE_DAMPINGS = ("none", "full")
 
 
@@ -126,6 +129,8 @@ class THOR(KFAC):
                 "`split='auto'` is measured when the model is captured, and needs data: "
                 "`keras_ngd.capture(model, optimizer, data=x)`, with a batch of the model's inputs."
             )
+        # A whole data set in one array is no batch.
+        data = tree.map_structure(lambda leaf: leaf[:LARGEST_BATCH] if getattr(leaf, "shape", ()) else leaf, data)
         # Late: the analysis captures models with optimizers.
         from keras_ngd.analysis import split_dimension
 

@@ -37,6 +37,7 @@ class LowRankStatistics(Draws, RowStatistics):
 
     several_calls = False
     merges_together = True
+    sizes = ("batch_size", "rank")
 
     def __init__(
         self,

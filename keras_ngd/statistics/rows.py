@@ -1,6 +1,7 @@
 """One row per example: what a layer saw of it, and what the loss said about what came out."""
 
 import keras
+import numpy as np
 from keras import ops
 
 from keras_ngd import backend, schedules
@@ -21,13 +22,20 @@ class RowStatistics(Statistics):
     both `a` and `g`, and is too large by the squared number of positions). Nothing is averaged over batches: rows are those
     of the last batch recorded. Rows that a batch lacks are zero, which contributes nothing.
 
+    Of a batch larger than there is room for, the leading examples are recorded, with `g_j` times the square root of how many
+    times as many there are: batches are shuffled, so the sum stays unbiased.
+
     Args:
         batch_size: int, how many rows there is room for.
         losses_per_example: `N` is the batch size times this. Default 1.
+        strict: whether a batch larger than that is an error instead. Default True.
     """
 
-    def __init__(self, batch_size, losses_per_example=1, **kwargs):
+    def __init__(self, batch_size, losses_per_example=1, strict=True, **kwargs):
         self.batch_size = schedules.check_count("batch_size", batch_size)
+        self.strict = strict
+        # Whether the room is that of a checkpoint, whose rows it is for.
+        self.loaded = False
         self.losses_per_example = schedules.check_positive_number("losses_per_example", losses_per_example)
         super().__init__(**kwargs)
 
@@ -43,13 +51,25 @@ class RowStatistics(Statistics):
         ]
 
     def check(self, rows, x):
-        if x.shape[0] is not None and x.shape[0] > self.batch_size:
+        if self.strict and x.shape[0] is not None and x.shape[0] > self.batch_size:
             path = self.owner().path
             raise ValueError(
                 f"Layer {path!r} sees {x.shape[0]} examples in a batch, but was captured for {self.batch_size}. Set the "
                 "optimizer's `batch_size` to the batch size you train with and capture again, or leave the layer out: "
                 f"`skip=[{path!r}]`."
             )
+
+    def _within_room(self, x, ds, weights, dtype):
+        """What there is room for of `x`, `ds` and `weights`, and `N`, times what the rest of the batch is to the part."""
+        if self.strict:
+            x, ds = self._checked(x, ds)
+        examples = ops.cast(ops.shape(x)[0], dtype)
+        divisor = examples * self.losses_per_example
+        if not self.strict and (x.shape[0] is None or x.shape[0] > self.batch_size):
+            x, ds = x[: self.batch_size], ds[: self.batch_size]
+            weights = None if weights is None else weights[: self.batch_size]
+            divisor = divisor * (examples / ops.cast(ops.maximum(ops.shape(x)[0], 1), dtype))
+        return ops.cast(x, dtype), ops.cast(ds, dtype), weights, divisor
 
     def _checked(self, x, ds):
         """`x` and `ds` as they are, of no more examples than there is room for, where their number is known only now."""
@@ -62,9 +82,7 @@ class RowStatistics(Statistics):
         return backend.check_at_most(ops.shape(x)[0], self.batch_size, message, (x, ds))
 
     def observe(self, rows, x, ds, weights, controls, dtype):
-        x, ds = self._checked(x, ds)
-        divisor = ops.cast(ops.shape(x)[0], dtype) * self.losses_per_example
-        x, ds = ops.cast(x, dtype), ops.cast(ds, dtype)
+        x, ds, weights, divisor = self._within_room(x, ds, weights, dtype)
         a, g = rows.input_means(x, weights), ops.sqrt(divisor) * rows.gradient_sums(ds)
         observed = [filled_up(a, self.batch_size), filled_up(g, self.batch_size)]
         return observed, sum(ops.sum(t) for t in observed)
@@ -77,7 +95,30 @@ class RowStatistics(Statistics):
             **super().get_config(),
             "batch_size": self.batch_size,
             "losses_per_example": self.losses_per_example,
+            **({} if self.strict else {"strict": False}),
         }
+
+    # What the weights' shapes depend on besides the layer.
+    sizes = ("batch_size",)
+
+    def resize(self, sizes):
+        """Makes all weights anew, for other values of the attributes `sizes`."""
+        if sizes != [getattr(self, name) for name in self.sizes]:
+            for name, size in zip(self.sizes, sizes, strict=True):
+                setattr(self, name, int(size))
+            self.recreate()
+
+    def save_own_variables(self, store):
+        super().save_own_variables(store)
+        store["room"] = np.array([getattr(self, name) for name in self.sizes], "int32")
+
+    def load_own_variables(self, store):
+        saved = {key: store[key] for key in store.keys()}
+        room = saved.pop("room", None)
+        if room is not None and not self.strict:
+            self.resize([int(size) for size in room])
+            self.loaded = True
+        super().load_own_variables(saved)
 
 
 def filled_up(rows, count):

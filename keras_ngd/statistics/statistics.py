@@ -1,5 +1,6 @@
 """The sub-layer of a captured layer that owns its statistics weights."""
 
+import contextlib
 import functools
 import weakref
 
@@ -115,6 +116,20 @@ class Statistics(keras.layers.Layer):
         self.supports_jit = not (backend.several_processes() or replica.several())
         self.built = True
 
+    def recreate(self):
+        """Makes all weights anew, after arguments that their shapes depend on were changed."""
+        owner, dtype = self.owner(), backend.dtype_name(self._averages[0])
+        for variable in list(self.weights):
+            self._untrack_variable(variable)
+        with contextlib.ExitStack() as scopes:
+            for name in owner.path.split("/"):
+                scopes.enter_context(keras.name_scope(name))
+            self._tracker.unlock()
+            try:
+                self.attach(owner, self.rows, dtype)
+            finally:
+                self._tracker.lock()
+
     def _add(self, name, shape, initializer, dtype):
         def add_weight(shape, initializer):
             return self.add_weight(
@@ -137,6 +152,10 @@ class Statistics(keras.layers.Layer):
     def watched_by(self, watcher):
         """Has `watcher.called(statistics, x)` called wherever the layer is, with its input; `watcher` is held weakly."""
         self._watcher = weakref.ref(watcher)
+
+    def is_watched_by(self, watcher):
+        """Whether `watcher` was given to `watched_by` last."""
+        return self._watcher is not None and self._watcher() is watcher
 
     def called(self, x):
         """Told by the probe that the layer is called with `x`, before the weights are looked at."""

@@ -81,7 +81,7 @@ class WoodburyStatistics(Draws, RowStatistics):
             a, g = self._sampled(rows, ops.cast(x, dtype), ops.cast(ds, dtype), controls[0], dtype)
         else:
             (a, g), _ = super().observe(rows, x, ds, weights, controls, dtype)
-            a = a / ops.sqrt(ops.cast(ops.shape(x)[0], dtype))
+            a = a / ops.sqrt(self._recorded(x, dtype))
         observed = []
         for side, as_rows in zip((a, g), self.keeps_rows(rows), strict=True):
             side = filled_up(side, self.batch_rows(rows)) if as_rows else backend.matmul(side, side, transpose_a=True)
@@ -89,7 +89,7 @@ class WoodburyStatistics(Draws, RowStatistics):
         return observed, sum(ops.sum(t) for t in observed)
 
     def _sampled(self, rows, x, ds, draw, dtype):
-        x, ds = self._checked(x, ds)
+        x, ds, _, divisor = self._within_room(x, ds, None, dtype)
         examples, total = ops.shape(x)[0], rows.outputs(ds)
         kept = min(self.positions, total)
         if kept < total:
@@ -98,9 +98,12 @@ class WoodburyStatistics(Draws, RowStatistics):
         else:
             positions = ops.broadcast_to(ops.arange(total, dtype="int32"), (self.batch_size, total))
         a, g = rows.rows_at(x, ds, positions[:examples])
-        examples = ops.cast(examples, dtype)
-        divisor = examples * self.losses_per_example * total / kept
-        return a / ops.sqrt(examples * kept), g * ops.sqrt(divisor)
+        return a / ops.sqrt(ops.cast(examples, dtype) * kept), g * ops.sqrt(divisor * total / kept)
+
+    def _recorded(self, x, dtype):
+        """How many of a batch's examples are recorded."""
+        examples = ops.shape(x)[0]
+        return ops.cast(examples if self.strict else ops.minimum(examples, self.batch_size), dtype)
 
     def merge(self, averages, observed, controls, finite, gate):
         controls = self.next_controls(controls)

@@ -245,15 +245,6 @@ def test_a_rank_above_a_batch_size_that_capture_finds():
     assert not small.statistics(model)
 
 
-@pytest.mark.parametrize("mode", ["switch", "random"])
-def test_unknown_steps_per_epoch(mode):
-    model = mlp()
-    for data in (None, regression(8)[0]):
-        with pytest.raises(ValueError, match=f"`mode='{mode}'` decides once an epoch.*steps_per_epoch=391"):
-            keras_ngd.capture(model, keras_ngd.HyLo(mode=mode, batch_size=8), data=data)
-    assert not small.statistics(model)
-
-
 @pytest.mark.parametrize("mode", ["kid", "kis"])
 def test_one_mode_for_good_needs_no_steps_per_epoch(mode):
     keras_ngd.capture(mlp(), keras_ngd.HyLo(mode=mode, batch_size=8))

@@ -1,6 +1,6 @@
 """The loss's own scale: reductions, weights and masks that Keras's compiled loss has are read from it.
 
-Where these tests fail after an upgrade of Keras, `keras_ngd/optimizers/compiled_loss.py` knows names of Keras's that have changed.
+Where these tests fail after an upgrade of Keras, names have changed that `keras_ngd/optimizers/compiled_loss.py` knows.
 """
 
 import keras
@@ -87,7 +87,9 @@ def test_coefficients_are_the_derivatives_of_the_compiled_loss(shape, reduction,
     for i in range(np.prod(shape)):
         unit = np.zeros(shape, "float32").reshape(-1)
         unit[i] = 1.0
-        derivatives.append(np.sum(ops.convert_to_numpy(loss(np.zeros(shape, "float32"), masked(unit.reshape(shape), hidden), weight))))
+        derivatives.append(
+            np.sum(ops.convert_to_numpy(loss(np.zeros(shape, "float32"), masked(unit.reshape(shape), hidden), weight)))
+        )
     absolute, squares, whole = told(loss, masked(np.zeros(shape, "float32"), hidden), weight)
     np.testing.assert_allclose([absolute, squares], [np.sum(derivatives), np.sum(np.square(derivatives))], rtol=1e-5)
     assert whole == 0
@@ -128,7 +130,8 @@ def trained(method, loss="mse", sample_weight=None, epochs=2, loss_weights=None,
     return model
 
 
-@pytest.mark.parametrize("method", METHODS)
+# THOR takes KFAC's factors, and longest to compile.
+@pytest.mark.parametrize("method", [m if m != "THOR" else pytest.param(m, marks=pytest.mark.slow) for m in METHODS])
 def test_a_loss_averaged_over_positions_needs_no_number(method):
     inferred, given = trained(method), trained(method, losses_per_example=TIME)
     assert inferred.optimizer.loss_ratio == pytest.approx(TIME)
@@ -192,7 +195,9 @@ def test_weights_of_classes(method):
     keras.utils.set_random_seed(0)
     x, _ = small.regression(2 * BATCH)
     y = np.array([0] * (BATCH - 1) + [1] + [1] * (BATCH - 2) + [0] * 2)
-    model = small.captured(small.mlp(), METHODS[method](), loss=keras.losses.SparseCategoricalCrossentropy(from_logits=True))
+    model = small.captured(
+        small.mlp(), METHODS[method](), loss=keras.losses.SparseCategoricalCrossentropy(from_logits=True)
+    )
     small.fit(model, x, y, class_weight={0: 1.0, 1: 20.0})
     batches = [np.where(part == 1, 20.0, 1.0) / BATCH for part in (y[:BATCH], y[BATCH:])]
     sums = np.array([[np.sum(c), BATCH * np.sum(np.square(c))] for c in batches])

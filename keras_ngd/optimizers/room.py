@@ -1,0 +1,102 @@
+"""How much room there is for the rows of a batch, where the user does not say."""
+
+import math
+import weakref
+
+from keras_ngd import backend, replica
+from keras_ngd.statistics import RowStatistics
+
+# Where neither data, nor the model, nor the first trace says how large a batch is.
+DEFAULT_ROOM = 128
+
+
+class Room:
+    """Mixin for methods on rows: room for a batch is made as late as it can be.
+
+    With `batch_size` it is that. Else it is as a checkpoint has it. Else it is the size of the batch that the captured layers are
+    called with before the optimizer is built, where that is static, but no less than what `capture`'s `data` or the batch
+    dimension of the model's inputs say; 128 examples where nothing does. All layers have the same room; the first that is
+    called decides.
+
+    Weights cannot be made just anywhere. TensorFlow's trainer differentiates with respect to the variables that there are after
+    the forward pass, so they are made in it. Keras's trainer on JAX calls a model with the first batch's shapes, then builds
+    the optimizer and collects the variables: they are made when it is built, and likewise in a strategy of `tf.distribute`.
+    """
+
+    # What data or the model say, or what was seen; whether less than that may be made; what the first layer was called with,
+    # and its statistics; whether gradients have arrived, whose shapes are those of the room.
+    _found_room, _shrinks, _seen, _first, _stepping = None, True, None, None, False
+
+    @property
+    def room(self):
+        """How many examples of a worker there is room for; of a larger batch the leading ones are recorded."""
+        if self.batch_size is not None:
+            return self._share(self.batch_size)
+        return self._found_room or DEFAULT_ROOM
+
+    @property
+    def strict(self):
+        """Whether larger batches are an error."""
+        return self.batch_size is not None
+
+    def _share(self, batch_size):
+        return math.ceil(batch_size * self.connected().batch_share - 1e-6)
+
+    def start_room(self, batch_size):
+        """Starts with what data or the model say about the size of all workers' batch, or with None."""
+        self._found_room = None if batch_size is None else self._share(batch_size)
+        self._shrinks, self._seen, self._first = batch_size is None, None, None
+
+    def called(self, statistics, x):
+        super().called(statistics, x)
+        if self.strict or self.built or statistics.loaded:
+            return
+        if self._first is None or self._first() is None:
+            # Past Keras, which looks into what optimizers have as attributes.
+            object.__setattr__(self, "_first", weakref.ref(statistics))
+        examples = x.shape[0]
+        if self._first() is not statistics or not isinstance(examples, int) or not examples:
+            return
+        if backend.makes_variables():
+            if replica.context() is not None or getattr(backend.call_context(), "training", None) is False:
+                return
+            self._seen = examples
+            with backend.outside_trace():
+                self._make_room()
+        else:
+            self._seen = examples
+
+    def _make_room(self):
+        """Gives all layers room for what was seen. Returns pairs of variables that were and of those in their place."""
+        model = None if self._model is None else self._model()
+        if (
+            model is None
+            or self._seen is None
+            or not (self._seen > self.room or (self._shrinks and self._seen < self.room))
+        ):
+            return []
+        self._found_room, pairs = self._seen, []
+        found = [s for s in model._flatten_layers() if isinstance(s, RowStatistics) and s.is_watched_by(self)]
+        for number, statistics in enumerate(found):
+            new, before = self.make_statistics(statistics.owner()), list(statistics.weights)
+            statistics.resize([getattr(new, name) for name in new.sizes])
+            pairs += zip(before, statistics.weights, strict=True)
+            self.start_statistics(statistics, number)
+        return pairs
+
+    def build(self, variables):
+        if self.built:
+            return
+        variables = list(variables)
+        recorded = [v.keras_ngd_statistics for v in variables if hasattr(v, "keras_ngd_statistics")]
+        recorded = [statistics for statistics in recorded if isinstance(statistics, RowStatistics)]
+        if recorded and not self.strict:
+            if not self._stepping and not any(statistics.loaded for statistics in recorded):
+                made = {id(old): new for old, new in self._make_room()}
+                variables = [made.get(id(v), v) for v in variables]
+            self._found_room = recorded[0].batch_size
+        super().build(variables)
+
+    def apply(self, grads, trainable_variables=None):
+        self._stepping = True
+        super().apply(grads, trainable_variables)
