@@ -137,23 +137,18 @@ def identity_with_gradient(gradient):
     """The function `(s, *arguments) -> s` whose derivative is `gradient`.
 
     Args:
-        gradient: takes the gradient of the result and `*arguments`, and returns the gradients of `s` and of each argument.
+        gradient: takes the gradient of the result and `*arguments`, and returns the gradients of `s` and of each argument, None
+            for zeros. A graph keeps it, so it is not to hold tensors or a model.
     """
     if name() == "tensorflow":
-        import tensorflow as tf
-
-        @tf.custom_gradient
-        def identity(s, *arguments):
-            return s, lambda ds: gradient(ds, *arguments)
-
-        return identity
+        return lambda s, *arguments: _tensorflow_identity(gradient, s, arguments)
     import jax
 
     @jax.custom_vjp
     def identity(s, *arguments):
         return s
 
-    identity.defvjp(lambda s, *arguments: (s, arguments), lambda arguments, ds: gradient(ds, *arguments))
+    identity.defvjp(lambda s, *arguments: (s, arguments), lambda arguments, ds: tuple(gradient(ds, *arguments)))
     return identity
 
 
@@ -161,6 +156,25 @@ def value_read(variable, read):
     """A variable's value in this trace, `read` having been it in a part of the trace that this one need not see into."""
     # TensorFlow's functions called from this one have graphs of their own; JAX's inner traces see what the outer ones do.
     return ops.convert_to_tensor(variable) if name() == "tensorflow" else read
+
+
+def _tensorflow_identity(gradient, s, arguments):
+    """What `tf.custom_gradient` does, which registers every graph it was used in for ever."""
+    import tensorflow as tf
+
+    # Private: what tapes are told by, and the gradient that an operation of a graph has of its own (functions' calls have).
+    from tensorflow.python.eager import record
+
+    # Keras hands variables on as they are.
+    arguments = [tf.convert_to_tensor(argument) for argument in arguments]
+    with record.stop_recording():
+        if tf.executing_eagerly():
+            result = tf.identity(s)
+        else:
+            result, *_ = tf.identity_n([s, *arguments])
+            result.op._gradient_function = lambda operation, ds, *_: gradient(ds, *operation.inputs[1:])
+    record.record_operation("IdentityWithGradient", [result], [s, *arguments], lambda ds: gradient(ds, *arguments))
+    return result
 
 
 def under_xla():

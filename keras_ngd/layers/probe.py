@@ -6,6 +6,8 @@ new values; weights marked `overwrite_with_gradient` are then overwritten with t
 hooks, no custom training loop, and a pure function that XLA compiles.
 """
 
+import weakref
+
 from keras import ops
 
 from keras_ngd import backend
@@ -14,6 +16,8 @@ from keras_ngd.layers import surroundings
 
 def probe(s, x, rows, statistics, weights=None):
     """Returns `s`, and has `statistics` observe `x` and the gradient of `s` in the backward pass.
+
+    A loss with this gradient in it is refused where it is differentiated: what is recorded would not be of the whole loss.
 
     Args:
         s: the layer's pre-activation.
@@ -39,21 +43,39 @@ def probe(s, x, rows, statistics, weights=None):
     # The loss arrives elsewhere, and nothing comes from here.
     others = statistics.read_loss()
     state = [ops.convert_to_tensor(v) for v in statistics.trainable_variables if v is not statistics.loss]
+    # Graphs and traces keep no model alive.
+    reference = weakref.ref(statistics)
 
     def gradient(ds, *arguments):
         inputs, values = arguments[: len(observed)], arguments[len(observed) : len(observed) + len(state)]
-        backward = surroundings.around()
-        loops = surroundings.between(call, backward)
-        for kind, function in ((surroundings.MAPS, "ops.map"), (surroundings.VECTORIZED, "ops.vectorized_map")):
-            if kind in loops or kind in backward[-1:]:
-                raise ValueError(_refusal(statistics, function))
-        upstream = surroundings.unvectorized(ops.stop_gradient(ds), _refusal(statistics, "ops.vectorized_map"))
-        emitted = statistics.emit(
-            rows, inputs[0], upstream, inputs[1] if len(observed) > 1 else None, values, looped=bool(loops)
-        )
-        return (ds, *(ops.zeros_like(t) for t in inputs), *emitted, *(ops.zeros_like(t) for t in others))
+        return (*_gradient(reference, call, rows, ds, inputs, values), *(ops.zeros_like(t) for t in others))
 
     return backend.identity_with_gradient(gradient)(s, *observed, *state, *others)
+
+
+def _gradient(reference, call, rows, ds, inputs, values):
+    statistics = reference()
+    if statistics is None:
+        # A graph outlived them: the layer was released.
+        return (ds, *(None for _ in inputs), *(None for _ in values))
+    backward = surroundings.around()
+    loops = surroundings.between(call, backward)
+    for kind, function in ((surroundings.MAPS, "ops.map"), (surroundings.VECTORIZED, "ops.vectorized_map")):
+        if kind in loops or kind in backward[-1:]:
+            raise ValueError(_refusal(statistics, function))
+
+    def differentiated(*_):
+        raise ValueError(_second_derivative(reference()))
+
+    # A loss that has this derivative in it depends on the layer's kernel by way of `ds`, even where that is constant: what it
+    # passes through on its way has a variable as an argument.
+    followed = backend.identity_with_gradient(differentiated)(ds, values[-1])
+    # No tape is to follow into what is emitted: it would differentiate the statistics, for nobody.
+    ds, *values = (ops.stop_gradient(t) for t in (ds, *values))
+    upstream = surroundings.unvectorized(ds, _refusal(statistics, "ops.vectorized_map"))
+    weights = inputs[1] if len(inputs) > 1 else None
+    emitted = statistics.emit(rows, inputs[0], upstream, weights, values, looped=bool(loops))
+    return (followed, *(None for _ in inputs), *emitted)
 
 
 def _refusal(statistics, function):
@@ -63,4 +85,14 @@ def _refusal(statistics, function):
         "each part, so its statistics cannot tell how many examples there are. Call the layer on the whole batch (dense layers "
         "take any number of axes before the last), use `ops.scan` for a loop over time, or leave the layer out: "
         f"`keras_ngd.capture(model, optimizer, skip=[{path!r}])`."
+    )
+
+
+def _second_derivative(statistics):
+    path = "..." if statistics is None else statistics.owner().path
+    return (
+        f"Layer {path!r} was captured, and the loss contains a derivative of what it computes (a gradient penalty, a "
+        "physics-informed loss, a Hessian). Statistics are those of first derivatives, and would be wrong. Leave out every "
+        f"layer that is differentiated twice: `keras_ngd.capture(model, optimizer, skip=[{path!r}])`; or, if that is all "
+        "of them, take the capture back with `keras_ngd.release(model)` and train with an optimizer of Keras's."
     )

@@ -215,8 +215,11 @@ class DataParallel:
         return [gradient for gradient, _ in others], [variable for _, variable in others]
 
     def _all_reduce_sum_gradients(self, grads_and_vars):
-        # They are the same on all replicas by now.
-        return list(grads_and_vars) if self._workers is not None else super()._all_reduce_sum_gradients(grads_and_vars)
+        # They are the same on all replicas by now. Where there is only one, there is nothing to sum up: TensorFlow would register
+        # a gradient of the sum, with the whole step's graph, and never let go of it.
+        if self._workers is not None or not replica.several():
+            return list(grads_and_vars)
+        return super()._all_reduce_sum_gradients(grads_and_vars)
 
     def _refreshed_states(self, renew, states, update):
         """New states of all groups of what is held, by `renew` of the part of it that is this worker's."""
