@@ -34,6 +34,9 @@ def capture(model, optimizer, skip=None, data=None):
     `Dense` takes the hidden positions out of its statistics. `sample_weight` scales the gradients, hence `G`, and
     leaves `A` as it is. Layers frozen after capture and before training are left to Keras: nothing of theirs is trained.
 
+    A loss with a derivative of a captured layer in it (a gradient penalty, a Hessian) is refused when it is differentiated: leave
+    such layers out with `skip`.
+
     Call it before `model.compile`. Calling it again replaces what was recorded before.
 
     A saved captured model is loaded captured, and resumes exactly, if its layers are in its config, as those of Functional and
