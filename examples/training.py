@@ -46,7 +46,7 @@ def define_flags(learning_rates, dampings, epochs, batch_size, interval, output,
     flags.DEFINE_string("history", None, "A JSON file for all epochs' figures. Default: none.")
 
 
-def make_optimizer(method, steps_per_epoch, losses_per_example=1):
+def make_optimizer(method, steps_per_epoch):
     """The optimizer of this name; see the flags. All learning rates fall to zero along half a cosine."""
     steps = FLAGS.epochs * steps_per_epoch
     learning_rate = keras.optimizers.schedules.CosineDecay(FLAGS[f"{method}_learning_rate"].value, steps)
@@ -54,11 +54,7 @@ def make_optimizer(method, steps_per_epoch, losses_per_example=1):
         return keras.optimizers.SGD(learning_rate, momentum=0.9)
     if method == "adam":
         return keras.optimizers.Adam(learning_rate)
-    shared = {
-        "learning_rate": learning_rate,
-        "damping": FLAGS[f"{method}_damping"].value,
-        "losses_per_example": losses_per_example,
-    }
+    shared = {"learning_rate": learning_rate, "damping": FLAGS[f"{method}_damping"].value}
     if method == "skfac":
         shared["history"] = FLAGS.skfac_history
     elif method == "hylo":
@@ -145,7 +141,7 @@ class Dice(keras.metrics.Metric):
         return ops.where(sizes > 0, 2 * self.shared / ops.where(sizes > 0, sizes, 1.0), 1.0)
 
 
-def train_all(make_model, batches, test_data, loss, metric, losses_per_example=1, after=None):
+def train_all(make_model, batches, test_data, loss, metric, after=None):
     """Trains a model by every method that the flags name, all from the same weights and in the same order of examples.
 
     Args:
@@ -153,7 +149,6 @@ def train_all(make_model, batches, test_data, loss, metric, losses_per_example=1
         batches: returns the training data.
         test_data: as for `fit`.
         loss, metric: as for `compile`; the metric makes a new one.
-        losses_per_example: loss values that an example contributes to the mean.
         after: called with each method and its trained model. Default: nothing.
 
     Returns:
@@ -164,7 +159,7 @@ def train_all(make_model, batches, test_data, loss, metric, losses_per_example=1
         for method in FLAGS.method:
             keras.utils.set_random_seed(FLAGS.seed)
             model, train_data, clock = make_model(), batches(), Clock()
-            optimizer = make_optimizer(method, len(train_data), losses_per_example)
+            optimizer = make_optimizer(method, len(train_data))
             bar.set_description(method)
             if method in SECOND_ORDER:
                 report = keras_ngd.capture(model, optimizer, data=train_data)

@@ -105,7 +105,6 @@ def main(_):
         test.batch(FLAGS.batch_size).prefetch(2),
         loss=keras.losses.BinaryCrossentropy(from_logits=True),
         metric=training.Dice,
-        losses_per_example=FLAGS.size**2,
         after=predict,
     )
     training.print_table(results, "dice")

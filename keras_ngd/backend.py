@@ -329,19 +329,29 @@ def check_at_most(count, limit, message, tensors=()):
     return list(tensors)
 
 
+def graph():
+    """TensorFlow's graph that is being traced; None where nothing is, and on JAX."""
+    if name() == "jax":
+        return None
+    import tensorflow as tf
+
+    return None if tf.executing_eagerly() else tf.compat.v1.get_default_graph()
+
+
+def within(outer):
+    """Whether what is being traced now sees what was made in the graph `outer`, or outside of any (None)."""
+    inner = graph()
+    while inner is not None and inner is not outer:
+        inner = getattr(inner, "outer_graph", None)
+    return inner is outer
+
+
 def usable(tensor):
     """Whether what is being traced or run now can compute with a tensor; one that a finished trace left behind cannot."""
     if isinstance(tensor, (int, float)):
         return True
     if name() == "tensorflow":
-        import tensorflow as tf
-
-        if isinstance(tensor, tf.__internal__.EagerTensor):
-            return True
-        graph = None if tf.executing_eagerly() else tf.compat.v1.get_default_graph()
-        while graph is not None and graph is not tensor.graph:
-            graph = getattr(graph, "outer_graph", None)
-        return graph is not None
+        return not hasattr(tensor, "graph") or within(tensor.graph)
     import jax
 
     try:

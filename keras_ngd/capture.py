@@ -32,7 +32,8 @@ def capture(model, optimizer, skip=None, data=None):
 
     A layer called several times per step is captured; its calls count like positions. A mask on the input of
     `Dense` takes the hidden positions out of its statistics. `sample_weight` scales the gradients, hence `G`, and
-    leaves `A` as it is. Layers frozen after capture and before training are left to Keras: nothing of theirs is trained.
+    leaves `A` as it is; the optimizer makes up for its size. Layers frozen after capture and before training are left to
+    Keras: nothing of theirs is trained.
 
     A loss with a derivative of a captured layer in it (a gradient penalty, a Hessian) is refused when it is differentiated: leave
     such layers out with `skip`.
@@ -54,7 +55,9 @@ def capture(model, optimizer, skip=None, data=None):
         optimizer: a `keras_ngd` optimizer not yet used, or the name of one (`"keras_ngd>KFAC"`).
         skip: layers to leave out: a name, a path or a pattern (`"block1_*"`), a list of these, or a function of the layer
             that returns True for layers to leave out. Default None.
-        data: a batch of the model's inputs, for settings that are measured: `THOR(split="auto")`. Default None.
+        data: a batch of the model's inputs, or a data set of batches, for what is measured: `THOR(split="auto")`, which takes
+            256 examples at most, and for room for rows and steps in an epoch (SKFAC, SNGD, HyLo), where an array of more than
+            1,024 examples is not taken for a batch. Default None.
 
     Returns:
         A `CaptureReport`.

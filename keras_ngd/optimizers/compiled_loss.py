@@ -34,14 +34,18 @@ class Heard:
         self._told = {}
 
     def forget(self):
-        self._told.pop(replica.number(), None)
+        """Told at a layer's call: what was told before is of another step."""
+        # Where TensorFlow traces, a layer may be called once more in the backward pass, and steps are told apart by their graphs.
+        graph = backend.graph()
+        told = self._told.get(replica.number(), []) if graph is not None else []
+        self._told[replica.number()] = [(of, sums) for of, sums in told if of is graph]
 
     def tell(self, sums):
-        self._told.setdefault(replica.number(), []).append(sums)
+        self._told.setdefault(replica.number(), []).append((backend.graph(), sums))
 
     def take(self):
         """`(absolute, squares, whole)`, or None where nothing was told that can be used here."""
-        told = self._told.pop(replica.number(), None)
+        told = [sums for of, sums in self._told.pop(replica.number(), []) if backend.within(of)]
         if not told or not all(backend.usable(t) for sums in told for t in sums):
             return None
         return tuple(sum(parts) for parts in zip(*told, strict=True))

@@ -36,10 +36,10 @@ class HyLo(SNGD):
     or more in length, and where the learning rate decayed; KIS where neither did (eq. 10).
 
     ```python
-    optimizer = keras_ngd.HyLo(learning_rate=0.05, damping=0.1, batch_size=128, steps_per_epoch=391)
-    keras_ngd.capture(model, optimizer)  # or, without the two numbers: capture(model, optimizer, data=train_dataset)
+    optimizer = keras_ngd.HyLo(learning_rate=0.05, damping=0.1)
+    keras_ngd.capture(model, optimizer)
     model.compile(optimizer=optimizer, loss="sparse_categorical_crossentropy")
-    model.fit(x, y, batch_size=128)
+    model.fit(x, y)
     ```
 
     Args:
@@ -48,9 +48,11 @@ class HyLo(SNGD):
             chosen rows is divided by it alone, so that far smaller ones take steps far too long. Default 0.1.
         momentum: float in [0, 1). Default 0.9.
         interval: int or schedule: steps between updates. Default 10.
-        batch_size: int, the largest batch that will be seen; smaller ones are exact. Default None: from `capture`'s
-            `data`, or from the batch dimension of the model's inputs.
-        rank: how many rows: an int up to the batch size, or a float in (0, 1], a fraction of it. Default 0.1, the paper's.
+        batch_size: int, the largest batch that will be seen; smaller ones are exact, larger ones an error. Default None: room
+            is made for the first batch, or for 128 examples where TensorFlow does not know its size (batches that do not divide
+            the data), and of larger batches the leading examples are recorded, with the weight of all.
+        rank: how many rows: an int up to the batch size, or a float in (0, 1], a fraction of it, or of the room where there is
+            more. Default 0.1, the paper's.
         mode: `"switch"` (default), `"kid"`, `"kis"`, or `"random"`: one or the other by a coin for each epoch (the paper's
             Table III).
         sampling: of KIS: `"priority"` (default) and `"replacement"` weight the rows so that the curvature is unbiased;
@@ -59,8 +61,8 @@ class HyLo(SNGD):
         residual: whether KID keeps what the chosen rows do not explain (eq. 8) or saves the time. Default True.
         eta: relative change of the epoch's gradient from which it is KID. Default 0.25.
         decay_ratio: a learning rate of at most this share of the last epoch's counts as decayed. Default 0.9.
-        steps_per_epoch: int, for `"switch"` and `"random"`. Default None: the length of `capture`'s `data`, if it is a
-            data set.
+        steps_per_epoch: int, how often `"switch"` and `"random"` decide. Default None: the length of `capture`'s `data`, if it
+            is a data set that has one; else they decide every 100 steps.
         losses_per_example: as for `keras_ngd.KFAC`. Default `"auto"`.
         kl_clip: positive float, or None for none. Default 1e-3.
         seed: int in [0, 2**12), of samples and coins. Default 0.

@@ -26,10 +26,10 @@ class SKFAC(RowMethod):
     ("Spatial Subsampling"). Clip and step are KFAC's.
 
     ```python
-    optimizer = keras_ngd.SKFAC(learning_rate=0.05, damping=0.03, batch_size=128)
+    optimizer = keras_ngd.SKFAC(learning_rate=0.05, damping=0.03)
     keras_ngd.capture(model, optimizer)
     model.compile(optimizer=optimizer, loss="sparse_categorical_crossentropy")
-    model.fit(x, y, batch_size=128)
+    model.fit(x, y)
     ```
 
     Args:
@@ -39,8 +39,9 @@ class SKFAC(RowMethod):
             thousand times what is added to it. Default 0.03.
         momentum: float in [0, 1). Default 0.9.
         interval: int or schedule: steps between updates. Default 10.
-        batch_size: int, the largest batch that will be seen; smaller ones are exact. Default None: from `capture`'s
-            `data`, or from the batch dimension of the model's inputs.
+        batch_size: int, the largest batch that will be seen; smaller ones are exact, larger ones an error. Default None: room
+            is made for the first batch, or for 128 examples where TensorFlow does not know its size (batches that do not divide
+            the data), and of larger batches the leading examples are recorded, with the weight of all.
         convolution: `"reduce"` (default): the mean over an example's positions of the inputs, the sum of the gradients; or
             `"subsample"`: some of a convolution's positions, drawn at random for each example.
         positions: int, how many, for `"subsample"`. Default 4.

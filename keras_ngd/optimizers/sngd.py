@@ -22,10 +22,10 @@ class SNGD(RowMethod):
     example: the cost is that of the batch size cubed and does not depend on the layer's.
 
     ```python
-    optimizer = keras_ngd.SNGD(learning_rate=0.05, damping=0.1, batch_size=128)
+    optimizer = keras_ngd.SNGD(learning_rate=0.05, damping=0.1)
     keras_ngd.capture(model, optimizer)
     model.compile(optimizer=optimizer, loss="sparse_categorical_crossentropy")
-    model.fit(x, y, batch_size=128)
+    model.fit(x, y)
     ```
 
     Args:
@@ -34,8 +34,9 @@ class SNGD(RowMethod):
             ten-thousandth of the kernel matrices' largest eigenvalues. Default 0.1.
         momentum: float in [0, 1). Default 0.9.
         interval: int or schedule: steps between updates; in between, the last recorded batch's curvature is used. Default 1.
-        batch_size: int, the largest batch that will be seen; smaller ones are exact. Default None: from `capture`'s
-            `data`, or from the batch dimension of the model's inputs.
+        batch_size: int, the largest batch that will be seen; smaller ones are exact, larger ones an error. Default None: room
+            is made for the first batch, or for 128 examples where TensorFlow does not know its size (batches that do not divide
+            the data), and of larger batches the leading examples are recorded, with the weight of all.
         losses_per_example: as for `keras_ngd.KFAC`. Default `"auto"`.
         kl_clip: positive float, or None for none. Default 1e-3.
         **kwargs: as for `keras_ngd.KFAC`.
