@@ -143,8 +143,8 @@ class DataParallel:
         """Makes every worker draw random numbers of its own, if there are any to be drawn in the probes."""
 
     def _average_over_workers(self, grads, variables, arrived, sums):
-        """The gradients as one worker with all examples would see them, this worker's share of these, what arrived at all, and the
-        means over the examples of `sums`, a vector or None."""
+        """The gradients as one worker with all examples would see them, this worker's share of these, what arrived at all, and
+        the means over the examples of `sums`, a vector or None."""
         # The first layer that was called here: a branch that was not taken tells of no examples.
         examples = arrived.examples[ops.argmax(ops.cast(arrived.examples > 0, "int32"))]
         carrier = self._loss_carrier()

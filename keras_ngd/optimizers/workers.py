@@ -95,7 +95,7 @@ class Workers:
         }
         return [owners.get(key(v)) for v in variables]
 
-    def mean_gradients(self, gradients, owners, examples, refused, sums=None):
+    def mean_gradients(self, gradients, owners, examples, refused, vector=None):
         """Means over all examples of all workers.
 
         Args:
@@ -103,11 +103,11 @@ class Workers:
             owners: for each of them the rank of the only worker that needs its mean, or None where all do.
             examples: scalar, how many these are.
             refused: vector of booleans, what this worker leaves out.
-            sums: a vector to be averaged over all examples too, or None.
+            vector: numbers to be averaged over all examples too, or None.
 
         Returns:
             The means (where others alone need them, this worker's gradients), this worker's share of all examples, `refused` of
-            any worker, and the mean of `sums`.
+            any worker, and the mean of `vector`.
         """
         weight = examples / self.communicator.batch_share
         dense = [i for i, g in enumerate(gradients) if not backend.is_sparse(g)]
@@ -125,7 +125,7 @@ class Workers:
             "keras_ngd_scattered_gradients",
         )
         control = [ops.reshape(examples, (1,)), ops.cast(refused, "float32")]
-        control = ops.concatenate(control if sums is None else [*control, examples * sums])
+        control = ops.concatenate(control if vector is None else [*control, examples * vector])
         *sums, control = self.communicator.all_reduce(
             [*(weighed[i] for i in reduced), control], "gradients", "keras_ngd_gradients"
         )
@@ -145,7 +145,7 @@ class Workers:
             else:
                 means.append(sums[i] / ops.cast(total, gradient.dtype))
         count = refused.shape[0]
-        return means, share, control[1 : 1 + count] > 0, None if sums is None else control[1 + count :] / total
+        return means, share, control[1 : 1 + count] > 0, None if vector is None else control[1 + count :] / total
 
     def mean_statistics(self, emitted, share, refused):
         """Averages over all workers of what the probes emitted, by block, of layers whose gate was open.

@@ -10,21 +10,21 @@ from keras import layers, ops
 
 import keras_ngd
 from keras_ngd.optimizers import compiled_loss
+from keras_ngd.optimizers.natural_gradient import PAPER_SETTINGS
 from tf_tests import small
 
 BATCH, TIME = 8, 3
 
-# All of them do everything at every step; clipping would hide the scale.
+# The methods as their papers have them, in the loss's own units, everything at every step; clipping would hide the scale.
+PAPER = {**PAPER_SETTINGS, "kl_clip": None}
 METHODS = {
-    "KFAC": lambda **a: keras_ngd.KFAC(**{"factor_interval": 1, "inverse_interval": 1, "kl_clip": None, **a}),
+    "KFAC": lambda **a: keras_ngd.KFAC(**{"factor_interval": 1, "inverse_interval": 1, **PAPER, **a}),
     "THOR": lambda **a: keras_ngd.THOR(
-        **{"factor_interval": 1, "inverse_interval": 1, "split": 2, "omega": (0.0, 0.0), "kl_clip": None, **a}
+        **{"factor_interval": 1, "inverse_interval": 1, "split": 2, "omega": (0.0, 0.0), **PAPER, **a}
     ),
-    "SKFAC": lambda **a: keras_ngd.SKFAC(**{"interval": 1, "batch_size": BATCH, "kl_clip": None, **a}),
-    "SNGD": lambda **a: keras_ngd.SNGD(**{"batch_size": BATCH, "kl_clip": None, **a}),
-    "HyLo": lambda **a: keras_ngd.HyLo(
-        **{"interval": 1, "batch_size": BATCH, "rank": 4, "mode": "kis", "kl_clip": None, **a}
-    ),
+    "SKFAC": lambda **a: keras_ngd.SKFAC(**{"interval": 1, "batch_size": BATCH, **PAPER, **a}),
+    "SNGD": lambda **a: keras_ngd.SNGD(**{"batch_size": BATCH, **PAPER, **a}),
+    "HyLo": lambda **a: keras_ngd.HyLo(**{"interval": 1, "batch_size": BATCH, "rank": 4, "mode": "kis", **PAPER, **a}),
 }
 
 
@@ -124,6 +124,7 @@ def network(seed=0):
 
 
 def trained(method, loss="mse", sample_weight=None, epochs=2, loss_weights=None, **arguments):
+    arguments = {"damping": 0.1, **arguments}
     model = small.captured(network(), METHODS[method](**arguments), loss=loss, loss_weights=loss_weights)
     small.fit(model, *sequences(), epochs=epochs, sample_weight=sample_weight)
     assert model.optimizer.factor_updates == 2 * epochs
@@ -139,20 +140,33 @@ def test_a_loss_averaged_over_positions_needs_no_number(method):
     small.assert_close(small.weights(inferred), small.weights(given), tolerance=1e-6)
 
 
+SCALED = {
+    BATCH * TIME: {"loss": keras.losses.MeanSquaredError(reduction="sum")},
+    1000.0: {"sample_weight": np.full((2 * BATCH, 1), 1000.0, "float32")},
+    0.001: {"sample_weight": np.full((2 * BATCH, 1), 0.001, "float32")},
+    100.0: {"loss_weights": [100.0]},
+}
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("method", METHODS)
 def test_a_scaled_loss_takes_the_same_steps_with_the_damping_scaled_alike(method):
     """What it is scaled by: a sum in place of a mean, weights of examples, a weight of the loss."""
     plain = trained(method, damping=0.1)
-    scaled = {
-        BATCH * TIME: {"loss": keras.losses.MeanSquaredError(reduction="sum")},
-        1000.0: {"sample_weight": np.full(2 * BATCH, 1000.0, "float32").reshape(-1, 1)},
-        0.001: {"sample_weight": np.full(2 * BATCH, 0.001, "float32").reshape(-1, 1)},
-        100.0: {"loss_weights": [100.0]},
-    }
-    for scale, arguments in scaled.items():
+    for scale, arguments in SCALED.items():
         model = trained(method, damping=0.1 * scale, **arguments)
         assert model.optimizer.loss_ratio == pytest.approx(TIME / scale, rel=1e-5)
+        small.assert_close(small.weights(model), small.weights(plain), tolerance=2e-4)
+
+
+@pytest.mark.parametrize("method", ["KFAC", pytest.param("THOR", marks=pytest.mark.slow)])
+def test_a_scaled_loss_takes_the_same_steps_at_defaults(method):
+    """Where the Fisher matrix is relative to the loss, and the damping to the factors."""
+    plain, *others = [
+        trained(method, fisher_scale="loss", loss_clip=1.0, damping=None, **arguments)
+        for arguments in ({}, SCALED[BATCH * TIME], SCALED[1000.0])
+    ]
+    for model in others:
         small.assert_close(small.weights(model), small.weights(plain), tolerance=2e-4)
 
 

@@ -17,7 +17,8 @@ METHODS = {
 }
 
 
-@pytest.fixture(params=METHODS)
+# HyLo takes long to compile.
+@pytest.fixture(params=[name if name != "HyLo" else pytest.param(name, marks=pytest.mark.slow) for name in METHODS])
 def method(request):
     return METHODS[request.param]
 
@@ -179,6 +180,7 @@ def test_a_loop_of_ones_own(method):
     assert room_of(model) == (16 if TENSORFLOW else DEFAULT_ROOM)
 
 
+@pytest.mark.slow
 def test_a_switch_without_epochs_decides_every_hundred_steps():
     optimizer = METHODS["HyLo"](mode="switch", interval=200)
     model = small.captured(network(), optimizer)
