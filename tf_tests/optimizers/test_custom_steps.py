@@ -1,7 +1,9 @@
 """Training steps that clip, penalise, disturb or add up all gradients, those of the statistics too."""
 
+import pathlib
 import warnings
 
+import keras
 import numpy as np
 import pytest
 from keras import ops
@@ -10,7 +12,7 @@ import keras_ngd
 from tf_tests.loops import by_norm, by_value, custom_step, each_by_norm
 from tf_tests.reference import kronecker, rows
 from tf_tests.reference.running import close
-from tf_tests.small import array, kfac, mlp, regression, weights
+from tf_tests.small import JIT, array, captured, fit, kfac, mlp, regression, weights
 
 BATCH = 8
 OPTIMIZERS = {
@@ -181,3 +183,53 @@ def test_trainable_weights_are_those_of_the_plain_model_in_order():
     keras_ngd.capture(model, kfac())
     assert [v.path for v in keras_ngd.trainable_weights(model)] == plain
     assert len(model.trainable_variables) > len(plain)
+
+
+@pytest.mark.skipif(JIT, reason="the step in README is TensorFlow's")
+def test_the_step_in_readme_leaves_statistics_alone():
+    readme = (pathlib.Path(keras_ngd.__file__).parents[1] / "README.md").read_text()
+    code = readme.split("### Custom training steps")[1].split("```python\n")[1].split("```")[0]
+    import tensorflow as tf
+
+    names = {"keras": keras, "tf": tf, "keras_ngd": keras_ngd}
+    exec(code, names)
+    plain = mlp()
+    model = names["Clipped"](plain.inputs, plain.outputs)
+    optimizer = kfac(learning_rate=0.05, factor_decay=0.0)
+    keras_ngd.capture(model, optimizer)
+    model.compile(optimizer=optimizer, loss="mse", jit_compile=False)
+    x, y = regression(BATCH)
+    expected = factors(model, x, y)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", UserWarning)
+        before = model.fit(x, y, batch_size=BATCH, verbose=0).history["loss"][0]
+    for layer, sides in zip(model.layers[1:], expected, strict=True):
+        for found, side in zip(averages(layer), sides, strict=True):
+            close(found, side, 1e-5)
+    assert model.fit(x, y, batch_size=BATCH, epochs=5, verbose=0).history["loss"][-1] < before
+    assert not array(optimizer._changes).any()
+
+
+def test_fit_gives_notices_when_it_ends():
+    model = captured(mlp())
+    x, y = regression(BATCH)
+    fit(model, x, y)
+    model.optimizer._changes.assign([1, 0, 0, 0])
+    with pytest.warns(UserWarning, match="could not be told"):
+        fit(model, x, y)
+
+
+def test_target_networks_as_readme_makes_them():
+    model = mlp()
+    target = keras.models.clone_model(model)
+    assert len(model.get_weights()) == 4
+    keras_ngd.capture(model, kfac())
+    assert len(model.get_weights()) > 4
+    other = keras.models.clone_model(model)
+    other.set_weights(model.get_weights())
+    for goal in (target, other):
+        for variable, value in zip(keras_ngd.trainable_weights(goal), keras_ngd.trainable_weights(model), strict=True):
+            variable.assign(value)
+    x, _ = regression(BATCH)
+    for goal in (target, other):
+        close(goal.predict(x, verbose=0), model.predict(x, verbose=0), 1e-6)
