@@ -22,7 +22,8 @@ def capture(model, optimizer, skip=None, data=None):
 
     `Dense`, `Conv1D`, `Conv2D` and `Conv3D` layers, at any depth of nested models and layers, become their
     `keras_ngd.layers` counterparts and gain a small sub-layer of statistics weights. The model stays the same object with the
-    same weights of its own and the same results; `get_weights`, `count_params` and `summary` have the statistics too. All other layers train by the plain update rule; so do these, with the reason in the report:
+    same weights of its own and the same results; `get_weights`, `count_params` and `summary` have the statistics too. All
+    other layers train by the plain update rule; so do these, with the reason in the report:
 
     - layers inside wrappers and recurrent layers (`TimeDistributed`, `Bidirectional`, `RNN`), which call them in loops;
     - subclasses of the captured kinds, whose `call` may compute something else;
