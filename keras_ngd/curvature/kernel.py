@@ -6,6 +6,8 @@ from keras_ngd import backend
 from keras_ngd.linalg import kernel
 from keras_ngd.linalg.together import together
 
+KERNEL_DAMPING_MODES = ("relative", "absolute")
+
 
 class KernelCurvature:
     """The inverse kernel matrices of `k` blocks of one shape.
@@ -23,10 +25,13 @@ class KernelCurvature:
         rows: `n`.
         dtype: of the rows.
         row_length: length of a row `a` and a row `g` together, which only the cost of a refresh depends on.
+        damping_mode: one of `KERNEL_DAMPING_MODES`: whether the damping of rows without weights is in units of the mean
+            eigenvalue of `U U^T`.
     """
 
-    def __init__(self, count, rows, dtype, row_length=0):
+    def __init__(self, count, rows, dtype, row_length=0, damping_mode="absolute"):
         self.count, self.rows, self.dtype, self.row_length = count, rows, dtype, row_length
+        self.damping_mode = damping_mode
 
     def build(self, add_variable):
         """Creates the state with `add_variable(shape, initializer, dtype, name)`."""
@@ -67,13 +72,21 @@ def refresh_together(curvatures, inputs, damping):
         For each its new state.
     """
 
-    def cores(matrices, *weighted):
-        if weighted:
-            core, dampings = kernel.interpolated_core(matrices, *weighted), weighted[1]
-        else:
-            dampings = ops.cast(damping, matrices.dtype) * ops.ones_like(matrices[:, 0, 0])
-            core = kernel.damped_core(matrices, dampings)
+    def cores(matrices, *others):
+        *weights, dampings = others
+        core = kernel.interpolated_core(matrices, *others) if weights else kernel.damped_core(matrices, dampings)
         failed = ops.all(core == 0, axis=(1, 2))
         return [core, ops.where(failed, ops.ones_like(dampings), dampings)]
 
-    return together(cores, [[kernel.kernel_matrix(a, g), *weighted] for a, g, *weighted in inputs])
+    work = []
+    for curvature, (a, g, *weighted) in zip(curvatures, inputs, strict=True):
+        if not weighted:
+            weighted = [damping_of(a, g, damping, curvature.damping_mode)]
+        work.append([kernel.kernel_matrix(a, g), *weighted])
+    return together(cores, work)
+
+
+def damping_of(a, g, damping, mode):
+    """The damping of the blocks of rows `a` and `g`, `[k]`, in the units of the blocks."""
+    damping = ops.cast(damping, a.dtype)
+    return damping * (kernel.mean_eigenvalues(a, g) if mode == "relative" else ops.ones_like(a[:, 0, 0]))

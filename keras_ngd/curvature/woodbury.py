@@ -21,7 +21,7 @@ class WoodburyCurvature:
         count: `k`.
         sides: for the input and the output side `(n, d)`: the shape of its rows, or `(d, d)` of its factor.
         dtype: of the rows.
-        damping_mode: `"pi"`, `"sqrt"` or `"factor"`.
+        damping_mode: `"relative"`, `"pi"`, `"sqrt"` or `"factor"`.
     """
 
     def __init__(self, count, sides, dtype, damping_mode):

@@ -15,6 +15,13 @@ def kernel_matrix(a, g):
     return backend.matmul(a, a, transpose_b=True) * backend.matmul(g, g, transpose_b=True)
 
 
+def mean_eigenvalues(a, g):
+    """`tr(U U^T) / n`, `[k]`, with `n` the rows that are not zero; 1 where all are."""
+    squares = ops.sum(a * a, axis=2) * ops.sum(g * g, axis=2)
+    counts = ops.cast(ops.sum(ops.cast(squares > 0, "int32"), axis=1), squares.dtype)
+    return ops.where(counts > 0, ops.sum(squares, axis=1) / ops.maximum(counts, 1.0), 1.0)
+
+
 def products(a, g, v):
     """`U vec(v)`: `a_j^T v g_j` for each row, `[k, n]`, of `v`, `[k, input_dim, output_dim]`."""
     return ops.sum(backend.matmul(a, v) * g, axis=2)

@@ -45,7 +45,9 @@ class HyLo(SNGD):
     Args:
         learning_rate: float, `LearningRateSchedule` or callable. Default 0.05.
         damping: positive float or `LearningRateSchedule`: what is added to the curvature; the gradient's part outside the
-            chosen rows is divided by it alone, so that far smaller ones take steps far too long. Default 0.1.
+            chosen rows is divided by it alone, so that far smaller ones take steps far too long. `damping_mode` says in which
+            units. Default None: 1.0, relative.
+        damping_mode: `"relative"` or `"absolute"`, as for `keras_ngd.SNGD`.
         momentum: float in [0, 1). Default 0.9.
         interval: int or schedule: steps between updates. Default 10.
         batch_size: int, the largest batch that will be seen; smaller ones are exact, larger ones an error. Default None: room
@@ -64,7 +66,7 @@ class HyLo(SNGD):
         steps_per_epoch: int, how often `"switch"` and `"random"` decide. Default None: the length of `capture`'s `data`, if it
             is a data set that has one; else they decide every 100 steps.
         losses_per_example: as for `keras_ngd.KFAC`. Default `"auto"`.
-        kl_clip: positive float, or None for none. Default 1e-3.
+        kl_clip: as for `keras_ngd.KFAC`. Default None.
         seed: int in [0, 2**12), of samples and coins. Default 0.
         **kwargs: as for `keras_ngd.KFAC`.
 
@@ -76,7 +78,7 @@ class HyLo(SNGD):
     def __init__(
         self,
         learning_rate=0.05,
-        damping=0.1,
+        damping=None,
         momentum=0.9,
         interval=10,
         batch_size=None,
@@ -89,7 +91,8 @@ class HyLo(SNGD):
         decay_ratio=0.9,
         steps_per_epoch=None,
         losses_per_example="auto",
-        kl_clip=1e-3,
+        kl_clip=None,
+        damping_mode=None,
         seed=0,
         name="hylo",
         **kwargs,
@@ -105,7 +108,16 @@ class HyLo(SNGD):
         if steps_per_epoch is not None:
             steps_per_epoch = schedules.check_count("steps_per_epoch", steps_per_epoch)
         super().__init__(
-            learning_rate, damping, momentum, interval, batch_size, losses_per_example, kl_clip, name, **kwargs
+            learning_rate,
+            damping,
+            momentum,
+            interval,
+            batch_size,
+            losses_per_example,
+            kl_clip,
+            damping_mode,
+            name,
+            **kwargs,
         )
         self.rank = _check_rank(rank, self.batch_size)
         self.mode, self.sampling, self.residual = mode, sampling, residual
@@ -137,16 +149,19 @@ class HyLo(SNGD):
             self.sampling,
             self.power,
             self.residual,
+            self.damping_mode == "relative",
             strict=self.strict,
         )
 
     def curvature_input(self, statistics, averages, calls):
         a, g, weights, damping = averages
-        units = self._units_of_probe(self.ratio_of(statistics, before=True))
+        # A damping that was relative to the probe's rows is scaled with these, and others as they were on their way there.
+        units = self._units_of_probe(self.ratio_of(statistics, before=self.damping_mode == "absolute"))
         return [a, self.scaled_rows(statistics, g), weights, damping / ops.cast(units, damping.dtype)]
 
     def joins(self, shapes):
-        return [*super().joins(shapes), joining.WEIGHTS, joining.SAME]
+        relative = self.damping_mode == "relative"
+        return [*super().joins(shapes), joining.WEIGHTS, joining.MEAN if relative else joining.SAME]
 
     def weights_travel(self, block):
         return block.statistics.gate > (KIS + KID) / 2 if self.mode in ("switch", "random") else self.mode == "kid"
@@ -195,7 +210,8 @@ class HyLo(SNGD):
         return self.connected().size * self.loss_scale**2 / ratio
 
     def _damping_for_probe(self, step, ratio):
-        return schedules.value_at(self.damping, step) * self._units_of_probe(ratio)
+        damping = schedules.value_at(self.damping, step)
+        return damping if self.damping_mode == "relative" else damping * self._units_of_probe(ratio)
 
     def control_values(self, block, step):
         return [(block.statistics.damping, self._damping_for_probe(step + 1, self.ratio_of(block.statistics)))]

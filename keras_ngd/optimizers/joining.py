@@ -14,7 +14,8 @@ from keras_ngd.linalg.packing import pack, unpack
 #   factor           [groups, d, d]: the mean
 #   rows of factor   [groups, n, d]: as `factor` of their products, `rows^T rows`
 #   same             [groups]: the same on all
-ROWS, WEIGHTED_ROWS, WEIGHTS, FACTOR, ROWS_OF_FACTOR, SAME = range(6)
+#   mean             [groups]: the mean over all examples
+ROWS, WEIGHTED_ROWS, WEIGHTS, FACTOR, ROWS_OF_FACTOR, SAME, MEAN = range(7)
 
 
 def joined_shape(shape, kind, size):
@@ -41,6 +42,9 @@ def join(communicator, tensor, kind, share, travels, name):
     share = ops.cast(share, tensor.dtype)
     if kind == SAME:
         return tensor
+    if kind == MEAN:
+        [total] = communicator.all_reduce([tensor * share], "statistics", name)
+        return total
     if kind == ROWS_OF_FACTOR:
         tensor, kind = backend.matmul(tensor, tensor, transpose_a=True), FACTOR
     if kind == FACTOR:

@@ -7,6 +7,7 @@ from keras_ngd.curvature import WoodburyCurvature
 from keras_ngd.curvature.kronecker import DAMPING_MODES
 from keras_ngd.curvature.woodbury import refresh_together
 from keras_ngd.optimizers import joining
+from keras_ngd.optimizers.natural_gradient import settled_damping
 from keras_ngd.optimizers.row_method import RowMethod
 from keras_ngd.statistics import WoodburyStatistics
 from keras_ngd.statistics.woodbury import are_rows
@@ -36,7 +37,7 @@ class SKFAC(RowMethod):
         learning_rate: float, `LearningRateSchedule` or callable. Default 0.05.
         damping: positive float or `LearningRateSchedule`, as for `keras_ngd.KFAC`; factors of one batch alone may need
             more than KFAC's averages. Woodbury's identity loses digits where a factor's largest eigenvalue is more than a
-            thousand times what is added to it. Default 0.03.
+            thousand times what is added to it. Default None: 1.0, relative.
         momentum: float in [0, 1). Default 0.9.
         interval: int or schedule: steps between updates. Default 10.
         batch_size: int, the largest batch that will be seen; smaller ones are exact, larger ones an error. Default None: room
@@ -47,9 +48,9 @@ class SKFAC(RowMethod):
         positions: int, how many, for `"subsample"`. Default 4.
         history: int of at least 1: of how many recorded batches the factors are made. Default 1.
         factor_decay: float in (0, 1): the weight of a batch in the history against that of the next. Default 0.95.
-        damping_mode: `"pi"` (default), `"sqrt"` or `"factor"`, as for `keras_ngd.KFAC`.
+        damping_mode: `"relative"`, `"pi"`, `"sqrt"` or `"factor"`, as for `keras_ngd.KFAC`.
         losses_per_example: as for `keras_ngd.KFAC`. Default `"auto"`.
-        kl_clip: positive float, or None for none. Default 1e-3.
+        kl_clip: as for `keras_ngd.KFAC`. Default None.
         seed: int in [0, 2**12), of the positions drawn. Default 0.
         **kwargs: as for `keras_ngd.KFAC`.
 
@@ -60,7 +61,7 @@ class SKFAC(RowMethod):
     def __init__(
         self,
         learning_rate=0.05,
-        damping=0.03,
+        damping=None,
         momentum=0.9,
         interval=10,
         batch_size=None,
@@ -68,13 +69,14 @@ class SKFAC(RowMethod):
         positions=4,
         history=1,
         factor_decay=0.95,
-        damping_mode="pi",
+        damping_mode=None,
         losses_per_example="auto",
-        kl_clip=1e-3,
+        kl_clip=None,
         seed=0,
         name="skfac",
         **kwargs,
     ):
+        damping, damping_mode = settled_damping(damping, damping_mode, "pi")
         modes = tuple(mode for mode in DAMPING_MODES if mode != "exact")
         if damping_mode not in modes:
             raise ValueError(

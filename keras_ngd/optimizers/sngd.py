@@ -3,7 +3,8 @@
 import keras
 
 from keras_ngd.curvature import KernelCurvature
-from keras_ngd.curvature.kernel import refresh_together
+from keras_ngd.curvature.kernel import KERNEL_DAMPING_MODES, refresh_together
+from keras_ngd.optimizers.natural_gradient import settled_damping
 from keras_ngd.optimizers.row_method import RowMethod
 from keras_ngd.statistics import RowStatistics
 
@@ -22,7 +23,7 @@ class SNGD(RowMethod):
     example: the cost is that of the batch size cubed and does not depend on the layer's.
 
     ```python
-    optimizer = keras_ngd.SNGD(learning_rate=0.05, damping=0.1)
+    optimizer = keras_ngd.SNGD()
     keras_ngd.capture(model, optimizer)
     model.compile(optimizer=optimizer, loss="sparse_categorical_crossentropy")
     model.fit(x, y)
@@ -30,15 +31,17 @@ class SNGD(RowMethod):
 
     Args:
         learning_rate: float, `LearningRateSchedule` or callable. Default 0.05.
-        damping: positive float or `LearningRateSchedule`: what is added to the curvature. In float32, keep it above a
-            ten-thousandth of the kernel matrices' largest eigenvalues. Default 0.1.
+        damping: positive float or `LearningRateSchedule`: what is added to the curvature; `damping_mode` says in which units. In
+            float32, keep it above a ten-thousandth of the kernel matrices' largest eigenvalues. Default None: 1.0, relative.
+        damping_mode: `"relative"`: in units of the mean eigenvalue of each layer's kernel matrix; `"absolute"`: in those of the
+            curvature. Default None: `"relative"` where `damping` is not given, else `"absolute"`.
         momentum: float in [0, 1). Default 0.9.
         interval: int or schedule: steps between updates; in between, the last recorded batch's curvature is used. Default 1.
         batch_size: int, the largest batch that will be seen; smaller ones are exact, larger ones an error. Default None: room
             is made for the first batch, or for 128 examples where TensorFlow does not know its size (batches that do not divide
             the data), and of larger batches the leading examples are recorded, with the weight of all.
         losses_per_example: as for `keras_ngd.KFAC`. Default `"auto"`.
-        kl_clip: positive float, or None for none. Default 1e-3.
+        kl_clip: as for `keras_ngd.KFAC`. Default None.
         **kwargs: as for `keras_ngd.KFAC`.
 
     Reference:
@@ -49,15 +52,21 @@ class SNGD(RowMethod):
     def __init__(
         self,
         learning_rate=0.05,
-        damping=0.1,
+        damping=None,
         momentum=0.9,
         interval=1,
         batch_size=None,
         losses_per_example="auto",
-        kl_clip=1e-3,
+        kl_clip=None,
+        damping_mode=None,
         name="sngd",
         **kwargs,
     ):
+        damping, damping_mode = settled_damping(damping, damping_mode, "absolute")
+        if damping_mode not in KERNEL_DAMPING_MODES:
+            raise ValueError(
+                f"`damping_mode` must be one of {KERNEL_DAMPING_MODES}. Received: damping_mode={damping_mode!r}"
+            )
         if "factor_decay" in kwargs:
             raise ValueError(f"{type(self).__name__} averages nothing, so it takes no `factor_decay`.")
         super().__init__(
@@ -71,6 +80,7 @@ class SNGD(RowMethod):
             name=name,
             **kwargs,
         )
+        self.damping_mode = damping_mode
 
     def make_statistics(self, layer):
         return RowStatistics(self.room, self.losses_in_statistics, self.strict)
@@ -78,8 +88,15 @@ class SNGD(RowMethod):
     def make_curvature(self, group):
         block = group.blocks[0]
         return KernelCurvature(
-            group.count, self.given_shapes(block)[0][1], block.shape[2], block.shape[0] + block.shape[1]
+            group.count,
+            self.given_shapes(block)[0][1],
+            block.shape[2],
+            block.shape[0] + block.shape[1],
+            self.damping_mode,
         )
 
     def refresh_together(self, curvatures, inputs, damping):
         return refresh_together(curvatures, inputs, damping)
+
+    def get_config(self):
+        return {**super().get_config(), "damping_mode": self.damping_mode}

@@ -24,7 +24,8 @@ class LowRankStatistics(Draws, RowStatistics):
     weight (`linalg.sampling.draw`), and `Y = I`. `(Q + damping I)^-1` is then about `P' C P` on all rows, `C =
     (As As^T o Gs Gs^T + damping Y^-1)^-1` on the chosen ones.
 
-    Controls: `draw` (see `Draws`), and `damping`, which the optimizer writes before every batch.
+    Controls: `draw` (see `Draws`), and `damping`, which the optimizer writes before every batch: in the units of the rows' outer
+    products, or, if it is `relative_damping`, in those of the mean eigenvalue of `Q`.
 
     Args:
         rank: int in [1, batch_size].
@@ -32,6 +33,7 @@ class LowRankStatistics(Draws, RowStatistics):
         sampling: `"priority"`, `"paper"` or `"replacement"`.
         power: samples follow the power of the rows' sizes.
         residual: whether KID keeps `R`; without it `Y = P^T P`.
+        relative_damping: see above. Default False.
         **kwargs: `RowStatistics`'.
     """
 
@@ -48,8 +50,10 @@ class LowRankStatistics(Draws, RowStatistics):
         sampling="priority",
         power=2.0,
         residual=True,
+        relative_damping=False,
         **kwargs,
     ):
+        self.relative_damping = relative_damping
         super().__init__(batch_size, losses_per_example, **kwargs)
         self.rank = schedules.check_count("rank", rank)
         self.mode, self.sampling, self.power, self.residual = mode, sampling, float(power), residual
@@ -69,6 +73,8 @@ class LowRankStatistics(Draws, RowStatistics):
         a, g = (ops.where(finite, rows, ops.zeros_like(rows)) for rows in observed)
         damping, draw = controls
         alpha = ops.cast(damping, a.dtype) * ops.ones_like(a[:, 0, 0])
+        if self.relative_damping:
+            alpha = alpha * kernel.mean_eigenvalues(a, g)
 
         def interpolated():
             return self.interpolated(a, g, alpha)
@@ -116,6 +122,7 @@ class LowRankStatistics(Draws, RowStatistics):
             "sampling": self.sampling,
             "power": self.power,
             "residual": self.residual,
+            "relative_damping": self.relative_damping,
         }
 
 
