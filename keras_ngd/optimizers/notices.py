@@ -1,5 +1,6 @@
 """What an optimizer says once, after training: what went on in its steps that the user should know of."""
 
+import sys
 import warnings
 
 
@@ -27,4 +28,6 @@ class Notices:
 
     def finalize_variable_values(self, var_list):
         super().finalize_variable_values(var_list)
-        self.give_notices()
+        # On JAX Keras calls this on the way of an error, too, when variables have no values; the error is what is to be seen.
+        if sys.exc_info()[0] is None:
+            self.give_notices()
