@@ -7,6 +7,7 @@ import numpy as np
 from keras import layers, ops
 
 import keras_ngd
+from tf_tests import paper
 
 # JAX without jit is very slow, and TensorFlow's step is compiled by XLA only where that is what is tested.
 JIT = keras.backend.backend() == "jax"
@@ -28,7 +29,7 @@ def mlp(dense=layers.Dense):
 
 def kfac(**kwargs):
     """A `KFAC` that does everything at every step."""
-    return keras_ngd.KFAC(**{"factor_interval": 1, "inverse_interval": 1, **kwargs})
+    return paper.KFAC(**{"factor_interval": 1, "inverse_interval": 1, **kwargs})
 
 
 def compiled(model, optimizer, loss="mse", **kwargs):

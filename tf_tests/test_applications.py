@@ -6,6 +6,7 @@ import pytest
 from keras import ops
 
 import keras_ngd
+from tf_tests import paper
 from tf_tests.small import JIT
 
 # XLA needs minutes to compile some of these; the layers they are made of are the same on both backends.
@@ -25,7 +26,7 @@ def test_captures_trains_and_releases(name):
     kinds = [type(layer) for layer in model._flatten_layers()]
     layers = [la for la in model._flatten_layers() if type(la) in (keras.layers.Dense, keras.layers.Conv2D)]
     small = name in SMALL
-    optimizer = keras_ngd.KFAC(0.01, damping=0.1) if small else keras_ngd.THOR(0.01, damping=0.1, split=64)
+    optimizer = paper.KFAC(0.01, damping=0.1) if small else paper.THOR(0.01, damping=0.1, split=64)
     report = keras_ngd.capture(model, optimizer)
     assert len(report.captured) == len(layers)
     assert set(report.not_captured.values()) <= {"not a captured kind"}

@@ -8,6 +8,7 @@ import pytest
 from keras import layers, ops
 
 import keras_ngd
+from tf_tests import paper
 from tf_tests.small import captured, compiled, fit, kfac, mlp, policy, regression
 
 # Arguments
@@ -44,7 +45,7 @@ from tf_tests.small import captured, compiled, fit, kfac, mlp, policy, regressio
 def test_argument_out_of_range(argument, values, message):
     for value in values:
         with pytest.raises(ValueError, match=message) as caught:
-            keras_ngd.KFAC(**{argument: value})
+            paper.KFAC(**{argument: value})
         if argument != "momentum":
             assert f"{value}" in str(caught.value).split("Received:")[1]
 
@@ -53,14 +54,14 @@ def test_exact_damping_needs_eigenvalues():
     with pytest.raises(
         ValueError, match="`damping_mode='exact'` needs `inverse='eigen'`. Received: inverse='cholesky'"
     ):
-        keras_ngd.KFAC(damping_mode="exact", inverse="cholesky")
-    assert keras_ngd.KFAC(damping_mode="exact", inverse="eigen").damping_mode == "exact"
+        paper.KFAC(damping_mode="exact", inverse="cholesky")
+    assert paper.KFAC(damping_mode="exact", inverse="eigen").damping_mode == "exact"
 
 
 def test_arguments_in_range_are_accepted():
     """Numbers of NumPy, ends of the ranges, schedules and their configs."""
     constant = keras.optimizers.schedules.PiecewiseConstantDecay([10], [20.0, 50.0])
-    optimizer = keras_ngd.KFAC(
+    optimizer = paper.KFAC(
         damping=np.float32(0.5),
         factor_interval=np.int64(3),
         inverse_interval=constant,
@@ -73,7 +74,7 @@ def test_arguments_in_range_are_accepted():
     assert type(optimizer.damping) is float
     assert type(optimizer.factor_interval) is int
     assert optimizer.inverse_interval is constant
-    again = keras_ngd.KFAC(damping=keras.saving.serialize_keras_object(constant))
+    again = paper.KFAC(damping=keras.saving.serialize_keras_object(constant))
     assert again.damping.get_config() == constant.get_config()
 
 
@@ -303,18 +304,18 @@ def test_horovod_on_another_backend(monkeypatch):
 
 def test_sums_go_to_owners_alone_only_where_owners_alone_hold_inverses():
     with pytest.raises(ValueError, match="needs `gradient_worker_fraction=0`. Received: gradient_worker_fraction=1.0"):
-        keras_ngd.KFAC(reduce_scatter=True)
+        paper.KFAC(reduce_scatter=True)
     with pytest.raises(ValueError, match="`reduce_scatter` is for KFAC: THOR's trace rule"):
-        keras_ngd.THOR(reduce_scatter=True, gradient_worker_fraction=0)
+        paper.THOR(reduce_scatter=True, gradient_worker_fraction=0)
     with pytest.raises(ValueError, match="SNGD holds its small inverses on all workers"):
-        keras_ngd.SNGD(reduce_scatter=True, gradient_worker_fraction=0)
+        paper.SNGD(reduce_scatter=True, gradient_worker_fraction=0)
 
 
 def test_rows_are_held_by_all_workers():
     with pytest.raises(
         ValueError, match="SNGD holds its small inverses on all workers. Received: gradient_worker_fraction"
     ):
-        keras_ngd.SNGD(gradient_worker_fraction=0.5)
+        paper.SNGD(gradient_worker_fraction=0.5)
 
 
 def test_data_without_a_length_cannot_be_shared_out():

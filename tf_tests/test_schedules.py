@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 import keras_ngd
 from keras_ngd import schedules
 from keras_ngd.schedules import GrowingInterval, WarmupPolynomialDecay, thor_schedules
+from tf_tests import paper
 from tf_tests.small import array, captured, fit, kfac, mlp, regression
 
 
@@ -121,7 +122,7 @@ class TestPaper:
     def test_every_preset_trains_thor(self):
         x, y = regression()
         for preset in schedules.THOR_PRESETS:
-            optimizer = keras_ngd.THOR(**thor_schedules(preset, 4))
+            optimizer = paper.THOR(**thor_schedules(preset, 4))
             assert keras_ngd.THOR.from_config(optimizer.get_config()).get_config() == optimizer.get_config()
         model = captured(mlp(), optimizer)
         fit(model, x, y)

@@ -8,6 +8,7 @@ import pytest
 
 import keras_ngd
 from keras_ngd import sharding
+from tf_tests import paper
 from tf_tests.small import array, captured, mlp
 
 
@@ -62,7 +63,7 @@ def test_sharded_state_needs_several_devices(method):
 
 
 def test_a_configuration_of_sharded_state_is_for_whole_state_on_one_device():
-    config = keras_ngd.KFAC().get_config()
+    config = paper.KFAC().get_config()
     assert "shard_state" not in config
     with pytest.warns(UserWarning, match="whole again"):
         optimizer = keras_ngd.KFAC.from_config({**config, "shard_state": True})
@@ -70,11 +71,11 @@ def test_a_configuration_of_sharded_state_is_for_whole_state_on_one_device():
 
 
 def test_statistics_remember_how_they_are_to_lie():
-    statistics = keras_ngd.KFAC().make_statistics(None)
+    statistics = paper.KFAC().make_statistics(None)
     statistics.shard_state = True
     again = keras.saving.deserialize_keras_object(keras.saving.serialize_keras_object(statistics))
     assert again.shard_state
-    assert again.spec == keras_ngd.KFAC().make_statistics(None).spec
+    assert again.spec == paper.KFAC().make_statistics(None).spec
 
 
 def test_statistics_of_frozen_layers_are_saved(tmp_path):

@@ -6,18 +6,19 @@ import pytest
 
 import keras_ngd
 from keras_ngd.analysis import hlo, tensorflow_step_hlo
+from tf_tests import paper
 from tf_tests.analysis.test_tpu_steps import BATCH, network
 
 on_tensorflow = pytest.mark.skipif(keras.backend.backend() != "tensorflow", reason="is about TensorFlow")
 METHODS = {
-    "kfac": lambda: keras_ngd.KFAC(),
-    "thor": lambda: keras_ngd.THOR(split=8),
-    "skfac": lambda: keras_ngd.SKFAC(batch_size=BATCH),
-    "skfac-subsample": lambda: keras_ngd.SKFAC(batch_size=BATCH, convolution="subsample"),
-    "sngd": lambda: keras_ngd.SNGD(batch_size=BATCH),
-    "hylo-kid": lambda: keras_ngd.HyLo(batch_size=BATCH, rank=3, mode="kid"),
-    "hylo-kis": lambda: keras_ngd.HyLo(batch_size=BATCH, rank=3, mode="kis"),
-    "hylo-switch": lambda: keras_ngd.HyLo(batch_size=BATCH, rank=3, steps_per_epoch=10),
+    "kfac": lambda: paper.KFAC(),
+    "thor": lambda: paper.THOR(split=8),
+    "skfac": lambda: paper.SKFAC(batch_size=BATCH),
+    "skfac-subsample": lambda: paper.SKFAC(batch_size=BATCH, convolution="subsample"),
+    "sngd": lambda: paper.SNGD(batch_size=BATCH),
+    "hylo-kid": lambda: paper.HyLo(batch_size=BATCH, rank=3, mode="kid"),
+    "hylo-kis": lambda: paper.HyLo(batch_size=BATCH, rank=3, mode="kis"),
+    "hylo-switch": lambda: paper.HyLo(batch_size=BATCH, rank=3, steps_per_epoch=10),
 }
 
 
@@ -46,7 +47,7 @@ def test_sizes_are_static_and_no_library_is_called(method):
 @pytest.mark.slow
 def test_auto_iterates_and_eigenvectors_need_a_routine():
     def loops(inverse):
-        parts = hlo.contents(step_of(keras_ngd.KFAC(inverse=inverse)))
+        parts = hlo.contents(step_of(paper.KFAC(inverse=inverse)))
         return sum(part.loops for part in parts), sum(
             (part.custom_calls for part in parts), start=type(parts[0].custom_calls)()
         )

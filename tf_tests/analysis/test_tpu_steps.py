@@ -15,6 +15,7 @@ import keras_ngd
 from keras_ngd import backend
 from keras_ngd.analysis import TpuReport, tpu_compile, tpu_table
 from keras_ngd.curvature.kronecker import inversion_method
+from tf_tests import paper
 
 on_jax = pytest.mark.skipif(keras.backend.backend() != "jax", reason="TPUs are compiled for on the JAX backend")
 BATCH = 8
@@ -50,7 +51,7 @@ def test_what_is_compiled_for_is_left_when_tracing_fails():
 @pytest.mark.skipif(keras.backend.backend() == "jax", reason="is about other backends")
 def test_other_backends_are_told_which_to_choose():
     with pytest.raises(RuntimeError, match="KERAS_BACKEND=jax"):
-        tpu_compile(compiled(), keras_ngd.KFAC())
+        tpu_compile(compiled(), paper.KFAC())
 
 
 @on_jax
@@ -61,32 +62,32 @@ def test_missing_compiler(monkeypatch):
     )
     monkeypatch.delenv("TPU_LIBRARY_PATH", raising=False)
     with pytest.raises(ImportError, match=r'pip install "keras_ngd\[tpu\]"'):
-        tpu_compile(compiled(), keras_ngd.KFAC())
+        tpu_compile(compiled(), paper.KFAC())
 
 
 @on_jax
 @pytest.mark.parametrize("batch", [0, -1, 2.5, True, "8"])
 def test_batches_that_are_none(batch):
     with pytest.raises(ValueError, match="`batch_per_chip` must be .* Received"):
-        tpu_compile(compiled(), keras_ngd.KFAC(), batch_per_chip=batch)
+        tpu_compile(compiled(), paper.KFAC(), batch_per_chip=batch)
 
 
 @on_jax
 def test_models_and_optimizers_that_are_none():
     with pytest.raises(ValueError, match="'network' is not compiled with a loss"):
-        tpu_compile(network(), keras_ngd.KFAC())
+        tpu_compile(network(), paper.KFAC())
     model = keras.Sequential([layers.Dense(2)], name="unbuilt")
     model.compile(loss="mse")
     with pytest.raises(ValueError, match="'unbuilt' is not built"):
-        tpu_compile(model, keras_ngd.KFAC())
+        tpu_compile(model, paper.KFAC())
     with pytest.raises(TypeError, match="`model` must be"):
-        tpu_compile("resnet50", keras_ngd.KFAC())
+        tpu_compile("resnet50", paper.KFAC())
     with pytest.raises(TypeError, match="`optimizer` must be"):
         tpu_compile(compiled(), "kfac")
     with pytest.raises(ValueError, match="split='auto'"):
-        tpu_compile(compiled(), keras_ngd.THOR(split="auto"))
+        tpu_compile(compiled(), paper.THOR(split="auto"))
     with pytest.raises(TypeError, match="`plain` must be"):
-        tpu_compile(compiled(), keras_ngd.KFAC(), plain="sgd")
+        tpu_compile(compiled(), paper.KFAC(), plain="sgd")
 
 
 @on_jax
@@ -94,7 +95,7 @@ def test_active_distribution():
     keras.distribution.set_distribution(keras.distribution.DataParallel())
     try:
         with pytest.raises(RuntimeError, match="set_distribution"):
-            tpu_compile(compiled(), keras_ngd.KFAC())
+            tpu_compile(compiled(), paper.KFAC())
     finally:
         keras.distribution.set_distribution(None)
 
@@ -146,7 +147,7 @@ needs_compiler = pytest.mark.skipif(
 def test_unknown_topology():
     for topology in ("v5e:3x5x7", "gpu", "", None):
         with pytest.raises(ValueError, match="`topology` must be .* Received: topology="):
-            tpu_compile(compiled(), keras_ngd.KFAC(), topology=topology)
+            tpu_compile(compiled(), paper.KFAC(), topology=topology)
 
 
 @on_jax
@@ -172,15 +173,15 @@ def test_steps_of_all_methods_on_four_chips():
     model, plain = compiled(), None
     before = [np.array(w) for w in model.get_weights()]
     optimizers = [
-        keras_ngd.KFAC(),
-        keras_ngd.KFAC(inverse="eigen", name="eigen"),
-        keras_ngd.THOR(split=8),
-        keras_ngd.SKFAC(),
-        keras_ngd.SKFAC(convolution="subsample", name="subsample"),
-        keras_ngd.SNGD(),
-        keras_ngd.HyLo(mode="kid", name="kid"),
-        keras_ngd.HyLo(mode="kis", name="kis"),
-        keras_ngd.HyLo(steps_per_epoch=10, name="switch"),
+        paper.KFAC(),
+        paper.KFAC(inverse="eigen", name="eigen"),
+        paper.THOR(split=8),
+        paper.SKFAC(),
+        paper.SKFAC(convolution="subsample", name="subsample"),
+        paper.SNGD(),
+        paper.HyLo(mode="kid", name="kid"),
+        paper.HyLo(mode="kis", name="kis"),
+        paper.HyLo(steps_per_epoch=10, name="switch"),
     ]
     reports = []
     for optimizer in optimizers:

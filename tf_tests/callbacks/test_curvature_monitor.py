@@ -5,13 +5,13 @@ import csv
 import numpy as np
 import pytest
 
-import keras_ngd
 from keras_ngd.callbacks.curvature_monitor import CurvatureMonitor, _condition, plot_change_rate
+from tf_tests import paper
 from tf_tests.small import array, captured, compiled, fit, kfac, mlp, regression
 
 
 def thor(**kwargs):
-    return keras_ngd.THOR(**{"factor_interval": 1, "inverse_interval": 2, "split": 2, **kwargs})
+    return paper.THOR(**{"factor_interval": 1, "inverse_interval": 2, "split": 2, **kwargs})
 
 
 def test_logs_and_records_every_layer(tmp_path):

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 import keras_ngd
+from tf_tests import paper
 from tf_tests.reference import fisher, kronecker
 from tf_tests.reference import rows as reference
 from tf_tests.reference.running import close, drawn, error
@@ -41,7 +42,7 @@ def linear_loss(coefficients, outputs):
 
 def blocks_after_a_step(model, x, y, loss, sharing="expand"):
     """`A (x) G` of every captured layer, from the factors that one training step leaves."""
-    keras_ngd.capture(model, keras_ngd.KFAC(weight_sharing=sharing))
+    keras_ngd.capture(model, paper.KFAC(weight_sharing=sharing))
     model.compile(optimizer=keras.optimizers.SGD(0.0), loss=loss, jit_compile=ON_JAX)
     model.train_on_batch(x, y)
     captured = [layer for layer in model.layers if isinstance(layer, keras_ngd.layers.captured.Captured)]
@@ -185,7 +186,7 @@ def test_preconditioning_with_an_exact_block_is_the_natural_gradient():
     gradient = np.einsum("knti,knto->io", a, ghat)
     expected = np.linalg.solve(exact, gradient.reshape(-1)).reshape(gradient.shape)
     before = reference.layer_matrix(layer)[0]
-    optimizer = keras_ngd.KFAC(1.0, damping, momentum=0.0, inverse="eigen", damping_mode="exact", kl_clip=None)
+    optimizer = paper.KFAC(1.0, damping, momentum=0.0, inverse="eigen", damping_mode="exact", kl_clip=None)
     keras_ngd.capture(model, optimizer)
     model.compile(optimizer=optimizer, loss=linear_loss, jit_compile=ON_JAX)
     model.train_on_batch(x, gradients)

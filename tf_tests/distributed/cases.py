@@ -8,6 +8,7 @@ import numpy as np
 from keras import layers
 
 import keras_ngd
+from tf_tests import paper
 from tf_tests.small import array, relative_distance, weights
 
 BATCH, STEPS = 24, 20
@@ -32,11 +33,11 @@ def network():
 
 
 def _kfac(size, **arguments):
-    return keras_ngd.KFAC(0.05, 0.03, **{"factor_interval": 2, "inverse_interval": 4, **arguments})
+    return paper.KFAC(0.05, 0.03, **{"factor_interval": 2, "inverse_interval": 4, **arguments})
 
 
 def _thor(size, **arguments):
-    return keras_ngd.THOR(0.05, 0.03, factor_interval=1, inverse_interval=2, split=4, omega=(0.02, 0.005), **arguments)
+    return paper.THOR(0.05, 0.03, factor_interval=1, inverse_interval=2, split=4, omega=(0.02, 0.005), **arguments)
 
 
 def _shortened(size):
@@ -56,22 +57,22 @@ METHODS = {
     "kfac-half": lambda size: _kfac(size, gradient_worker_fraction=0.5),
     "thor": _thor,
     "thor-half": lambda size: _thor(size, gradient_worker_fraction=0.5),
-    "skfac": lambda size: _rows(keras_ngd.SKFAC, size),
-    "sngd": lambda size: _rows(keras_ngd.SNGD, size),
-    "hylo-kid": lambda size: _rows(keras_ngd.HyLo, size, rank=1.0, mode="kid"),
-    "hylo-kis": lambda size: _rows(keras_ngd.HyLo, size, rank=1.0, mode="kis"),
+    "skfac": lambda size: _rows(paper.SKFAC, size),
+    "sngd": lambda size: _rows(paper.SNGD, size),
+    "hylo-kid": lambda size: _rows(paper.HyLo, size, rank=1.0, mode="kid"),
+    "hylo-kis": lambda size: _rows(paper.HyLo, size, rank=1.0, mode="kis"),
 }
 # And what does not, since each worker compresses or samples its own batch, or is not tried here:
 COMPRESSING = {
-    "hylo-switch": lambda size: _rows(keras_ngd.HyLo, size, rank=0.5, steps_per_epoch=7, eta=0.1),
-    "hylo-random": lambda size: _rows(keras_ngd.HyLo, size, rank=0.5, mode="random", steps_per_epoch=10),
+    "hylo-switch": lambda size: _rows(paper.HyLo, size, rank=0.5, steps_per_epoch=7, eta=0.1),
+    "hylo-random": lambda size: _rows(paper.HyLo, size, rank=0.5, mode="random", steps_per_epoch=10),
     # Room for all examples, of which each worker has a part.
-    "sngd-roomy": lambda size: _rows(keras_ngd.SNGD, 1),
+    "sngd-roomy": lambda size: _rows(paper.SNGD, 1),
     "kfac-bfloat16": lambda size: _kfac(size, communicator=_shortened(size)),
     "sp-ngd-bfloat16": lambda size: _kfac(
         size, gradient_worker_fraction=0, reduce_scatter=True, communicator=_shortened(size)
     ),
-    "skfac-subsample": lambda size: _rows(keras_ngd.SKFAC, size, convolution="subsample", history=2),
+    "skfac-subsample": lambda size: _rows(paper.SKFAC, size, convolution="subsample", history=2),
 }
 
 
@@ -347,7 +348,7 @@ def glue():
     rank = hvd.rank()
     keras.utils.set_random_seed(rank)
     model = keras.Sequential([keras.Input((3,)), layers.Dense(2), layers.BatchNormalization(), layers.Dropout(0.5)])
-    keras_ngd.capture(model, optimizer := keras_ngd.KFAC(0.05))
+    keras_ngd.capture(model, optimizer := paper.KFAC(0.05))
     model.compile(optimizer=optimizer, loss="mse", metrics=["mae"])
     model.layers[1].moving_mean.assign([float(rank), 1.0])
     started = {}

@@ -25,6 +25,7 @@ from keras import layers
 import keras_ngd
 from keras_ngd import sharding
 from keras_ngd.analysis import hlo
+from tf_tests import paper
 from tf_tests.distributed import cases
 from tf_tests.small import array, weights
 
@@ -60,7 +61,7 @@ def deep_network():
 
 
 def _kfac(**arguments):
-    return keras_ngd.KFAC(0.05, 0.03, factor_interval=2, inverse_interval=4, **arguments)
+    return paper.KFAC(0.05, 0.03, factor_interval=2, inverse_interval=4, **arguments)
 
 
 def _rows(method, **arguments):
@@ -70,14 +71,14 @@ def _rows(method, **arguments):
 METHODS = {
     "kfac": _kfac,
     "kfac-eigen": lambda **a: _kfac(inverse="eigen", **a),
-    "thor": lambda **a: keras_ngd.THOR(
+    "thor": lambda **a: paper.THOR(
         0.05, 0.03, factor_interval=1, inverse_interval=2, split=8, inverse="newton-schulz", **a
     ),
-    "skfac": lambda **a: _rows(keras_ngd.SKFAC, **a),
-    "sngd": lambda **a: _rows(keras_ngd.SNGD, **a),
-    "hylo-kid": lambda **a: _rows(keras_ngd.HyLo, rank=1.0, mode="kid", **a),
-    "hylo-kis": lambda **a: _rows(keras_ngd.HyLo, rank=1.0, mode="kis", **a),
-    "hylo-switch": lambda **a: _rows(keras_ngd.HyLo, rank=0.5, steps_per_epoch=7, eta=0.1, **a),
+    "skfac": lambda **a: _rows(paper.SKFAC, **a),
+    "sngd": lambda **a: _rows(paper.SNGD, **a),
+    "hylo-kid": lambda **a: _rows(paper.HyLo, rank=1.0, mode="kid", **a),
+    "hylo-kis": lambda **a: _rows(paper.HyLo, rank=1.0, mode="kis", **a),
+    "hylo-switch": lambda **a: _rows(paper.HyLo, rank=0.5, steps_per_epoch=7, eta=0.1, **a),
 }
 
 # HyLo with all rows is SNGD, by another computation.

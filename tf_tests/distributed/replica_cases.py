@@ -6,6 +6,7 @@ import tensorflow as tf
 from keras import layers
 
 import keras_ngd
+from tf_tests import paper
 from tf_tests.distributed import cases
 from tf_tests.small import array, relative_distance, weights
 
@@ -122,7 +123,7 @@ def _trainable(scope, arguments):
             h = layers.Flatten()(layers.Embedding(2, 3, name="embedding")(inputs))
         h = layers.Dense(4, activation="tanh", name="first")(h)
         model = keras.Model(inputs, layers.Dense(4, name="logits")(h))
-        optimizer = keras_ngd.KFAC(**{"learning_rate": 0.05, "factor_interval": 1, "inverse_interval": 2, **arguments})
+        optimizer = paper.KFAC(**{"learning_rate": 0.05, "factor_interval": 1, "inverse_interval": 2, **arguments})
         keras_ngd.capture(model, optimizer)
         loss = keras.losses.SparseCategoricalCrossentropy(from_logits=True)
         model.compile(optimizer=optimizer, loss=loss, auto_scale_loss=True)
@@ -176,14 +177,14 @@ def refused(strategy, kinds):
 
 
 def _refuse(strategy, kind):
-    outside = keras_ngd.KFAC(0.05)
+    outside = paper.KFAC(0.05)
     with strategy.scope():
         model = cases.network()
         arguments = {
             "fraction": {"gradient_worker_fraction": 0.5},
             "communicator": {"communicator": "horovod"},
         }.get(kind, {})
-        inside = keras_ngd.KFAC(0.05, **arguments)
+        inside = paper.KFAC(0.05, **arguments)
     if kind == "optimizer outside":
         keras_ngd.capture(model, outside)
     if kind == "model outside":

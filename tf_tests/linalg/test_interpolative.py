@@ -11,6 +11,7 @@ from scipy.linalg import interpolative as scipy_interpolative
 
 import keras_ngd
 from keras_ngd.linalg import interpolative
+from tf_tests import paper
 from tf_tests.reference import low_rank as reference
 from tf_tests.reference.running import close, run
 
@@ -143,7 +144,7 @@ def kernel_matrices_in_training(examples=100):
     x = (x / 16).astype("float32")
     layers = [keras.layers.Dense(units, activation="tanh", dtype="float32") for units in (32, 24)]
     model = keras.Sequential([keras.Input((64,)), *layers, keras.layers.Dense(10, dtype="float32")])
-    keras_ngd.capture(model, keras_ngd.SNGD(batch_size=examples))
+    keras_ngd.capture(model, paper.SNGD(batch_size=examples))
     loss = keras.losses.SparseCategoricalCrossentropy(from_logits=True)
     model.compile(optimizer=keras.optimizers.SGD(0.3, momentum=0.9), loss=loss)
     found = {}

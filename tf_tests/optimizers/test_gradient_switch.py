@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 import keras_ngd
 from keras_ngd.optimizers import gradient_switch
 from keras_ngd.statistics.low_rank import KID, KIS
-from tf_tests import small
+from tf_tests import paper, small
 from tf_tests.reference import gradient_switch as reference
 from tf_tests.reference.running import close, run
 from tf_tests.small import array, captured, fit, mlp, regression
@@ -90,7 +90,7 @@ class Modes(keras.callbacks.Callback):
 def hylo(**kwargs):
     """A `HyLo` that settles at once, so that nothing but the learning rate or `eta` calls for KID."""
     defaults = {"interval": 1, "batch_size": 8, "rank": 3, "steps_per_epoch": STEPS, "eta": 1e9}
-    return keras_ngd.HyLo(**{**defaults, "damping": 0.1, "learning_rate": 0.01, **kwargs})
+    return paper.HyLo(**{**defaults, "damping": 0.1, "learning_rate": 0.01, **kwargs})
 
 
 def record(optimizer, epochs, callbacks=()):

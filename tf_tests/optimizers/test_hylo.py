@@ -8,7 +8,7 @@ import pytest
 from keras import layers
 
 import keras_ngd
-from tf_tests import small
+from tf_tests import paper, small
 from tf_tests.optimizers.test_sngd import BATCH, Steps, gradient, preconditioned
 from tf_tests.reference import low_rank
 from tf_tests.reference.running import close, drawn, error
@@ -44,7 +44,7 @@ ARGUMENTS = {"learning_rate": 2.0**-4, "damping": 2.0**-4, "kl_clip": None, "bat
 @functools.cache
 def sngd_weights(repeated=1):
     keras.utils.set_random_seed(0)
-    model = captured(network(), keras_ngd.SNGD(**ARGUMENTS))
+    model = captured(network(), paper.SNGD(**ARGUMENTS))
     fit(model, *signals(repeated))
     return weights(model)
 
@@ -68,7 +68,7 @@ def sngd_weights(repeated=1):
 )
 def test_is_sngd(arguments, repeated, float64):
     """A whole training, to rounding."""
-    model = captured(network(), keras_ngd.HyLo(interval=1, **ARGUMENTS, **arguments))
+    model = captured(network(), paper.HyLo(interval=1, **ARGUMENTS, **arguments))
     fit(model, *signals(repeated))
     assert_close(weights(model), sngd_weights(repeated), tolerance=1e-9)
     assert model.optimizer.inverse_updates == 3
@@ -79,7 +79,7 @@ def test_steps_are_the_papers(residual, float64):
     """KID of three rows of eight, from the rows and the definition; what it leaves out is divided by the damping alone."""
     damping = 2.0**-2
     steps = Steps(
-        keras_ngd.HyLo(
+        paper.HyLo(
             1.0,
             damping,
             momentum=0.0,
@@ -101,7 +101,7 @@ def test_steps_are_the_papers(residual, float64):
 def test_the_probe_knows_the_damping_of_its_step():
     """It interpolates with the damping that the step's gradients will be preconditioned with."""
     schedule = keras.optimizers.schedules.PiecewiseConstantDecay([0, 1], [0.5, 0.25, 0.125])
-    model = captured(mlp(), keras_ngd.HyLo(damping=schedule, interval=1, batch_size=8, rank=4, mode="kid"))
+    model = captured(mlp(), paper.HyLo(damping=schedule, interval=1, batch_size=8, rank=4, mode="kid"))
     x, y = regression(8)
     for expected in (0.5, 0.25, 0.125):
         model.train_on_batch(x, y)
@@ -111,7 +111,7 @@ def test_the_probe_knows_the_damping_of_its_step():
 
 
 def test_trains():
-    optimizer = keras_ngd.HyLo(
+    optimizer = paper.HyLo(
         learning_rate=0.03, damping=0.1, interval=2, batch_size=8, rank=0.5, steps_per_epoch=4, eta=1e9
     )
     losses = fit(captured(mlp(), optimizer), *regression(), epochs=10).history["loss"]
@@ -127,9 +127,7 @@ def everything(model):
 @pytest.mark.parametrize("mode", ["switch", pytest.param("random", marks=pytest.mark.slow)])
 def test_survives_saving(mode, tmp_path):
     """In the middle of an epoch, its sum of gradients half done: loaded, training goes on to the same bits."""
-    optimizer = keras_ngd.HyLo(
-        interval=2, batch_size=8, rank=3, mode=mode, damping=0.1, eta=0.4, steps_per_epoch=3, seed=7
-    )
+    optimizer = paper.HyLo(interval=2, batch_size=8, rank=3, mode=mode, damping=0.1, eta=0.4, steps_per_epoch=3, seed=7)
     model = captured(mlp(), optimizer)
     fit(model, *regression(), epochs=2)
     model.save(tmp_path / "model.keras")
@@ -145,7 +143,7 @@ def test_survives_saving(mode, tmp_path):
 def test_draws_follow_the_seed_and_the_layer():
     draws = []
     for seed in (0, 1, 4095):
-        model = captured(mlp(), keras_ngd.HyLo(batch_size=8, mode="kis", seed=seed))
+        model = captured(mlp(), paper.HyLo(batch_size=8, mode="kis", seed=seed))
         model.optimizer.build(model.trainable_variables)
         draws += [tuple(v) for path, v in statistics(model).items() if path.endswith("draw")]
     assert len(draws) == len(set(draws)) == 6
@@ -157,7 +155,7 @@ def test_run_eagerly_it_does_the_same():
     found = []
     for run_eagerly in (True, False):
         keras.utils.set_random_seed(0)
-        optimizer = keras_ngd.HyLo(interval=1, batch_size=8, rank=3, mode="kis", damping=0.5, seed=5)
+        optimizer = paper.HyLo(interval=1, batch_size=8, rank=3, mode="kis", damping=0.5, seed=5)
         model = captured(mlp(), optimizer, run_eagerly=run_eagerly)
         fit(model, *regression(16))
         found.append(statistics(model))
@@ -171,7 +169,7 @@ def test_compiled_by_xla_it_does_the_same():
     trained = []
     for jit_compile in (True, False):
         keras.utils.set_random_seed(0)
-        optimizer = keras_ngd.HyLo(
+        optimizer = paper.HyLo(
             interval=1, batch_size=8, rank=4, damping=0.5, steps_per_epoch=4, eta=1e-9, learning_rate=0.01
         )
         model = captured(mlp(), optimizer, jit_compile=jit_compile)
@@ -185,7 +183,7 @@ def test_compiled_by_xla_it_does_the_same():
 @pytest.mark.slow
 @pytest.mark.parametrize("mode", ["switch", "random"])
 def test_compiled_by_xla_it_switches(mode):
-    optimizer = keras_ngd.HyLo(
+    optimizer = paper.HyLo(
         interval=1, batch_size=8, rank=4, damping=0.1, steps_per_epoch=4, eta=1e9, learning_rate=0.02, mode=mode
     )
     model = captured(mlp(), optimizer, jit_compile=True)
@@ -224,14 +222,14 @@ def test_compiled_by_xla_it_switches(mode):
 )
 def test_bad_arguments(arguments, message):
     with pytest.raises(ValueError, match=message):
-        keras_ngd.HyLo(**arguments)
+        paper.HyLo(**arguments)
 
 
 @pytest.mark.parametrize(
     ("rank", "rows"), [(1, 1), (0.1, 1), (0.25, 2), (0.3, 2), (0.5, 4), (1.0, 8), (np.int64(8), 8)]
 )
 def test_rank_is_rows_or_a_share(rank, rows):
-    optimizer = keras_ngd.HyLo(batch_size=8, rank=rank, mode="kis")
+    optimizer = paper.HyLo(batch_size=8, rank=rank, mode="kis")
     model = mlp()
     keras_ngd.capture(model, optimizer)
     assert model.layers[1].statistics.averages[0].shape == (1, rows, 5)
@@ -239,7 +237,7 @@ def test_rank_is_rows_or_a_share(rank, rows):
 
 
 def test_a_rank_above_a_batch_size_that_capture_finds():
-    model, optimizer = mlp(), keras_ngd.HyLo(rank=9, mode="kid")
+    model, optimizer = mlp(), paper.HyLo(rank=9, mode="kid")
     with pytest.raises(ValueError, match="`rank` must not exceed the batch size.*rank=9, batch_size=8"):
         keras_ngd.capture(model, optimizer, data=regression(8)[0])
     assert not small.statistics(model)
@@ -247,7 +245,7 @@ def test_a_rank_above_a_batch_size_that_capture_finds():
 
 @pytest.mark.parametrize("mode", ["kid", "kis"])
 def test_one_mode_for_good_needs_no_steps_per_epoch(mode):
-    keras_ngd.capture(mlp(), keras_ngd.HyLo(mode=mode, batch_size=8))
+    keras_ngd.capture(mlp(), paper.HyLo(mode=mode, batch_size=8))
 
 
 def test_config_comes_back():
@@ -263,6 +261,6 @@ def test_config_comes_back():
         "steps_per_epoch": 7,
         "seed": 9,
     }
-    config = keras_ngd.HyLo(**arguments).get_config()
+    config = paper.HyLo(**arguments).get_config()
     assert {name: config[name] for name in arguments} == arguments
     assert keras_ngd.HyLo.from_config(config).get_config() == config

@@ -6,6 +6,7 @@ import pytest
 from keras.optimizers.schedules import PiecewiseConstantDecay
 
 import keras_ngd
+from tf_tests import paper
 from tf_tests.reference import kronecker
 from tf_tests.reference import rows as reference
 from tf_tests.reference.running import close, drawn
@@ -125,7 +126,7 @@ def simulation(name):
 @pytest.mark.parametrize("name", CONFIGURATIONS)
 def test_steps_equal_the_simulation(name):
     model, layers = build()
-    optimizer = keras_ngd.KFAC(**CONFIGURATIONS[name][0])
+    optimizer = paper.KFAC(**CONFIGURATIONS[name][0])
     keras_ngd.capture(model, optimizer)
     loss = keras.losses.SparseCategoricalCrossentropy(from_logits=True)
     xla = ON_JAX or name == "every_step"
@@ -175,7 +176,7 @@ def one_layer(optimizer, seed=0):
 
 def taken_step(**arguments):
     """The first change of the layer's matrix, and what `one_layer` gives."""
-    model, layer, data, observed, v = one_layer(keras_ngd.KFAC(momentum=0.0, inverse="eigen", **arguments))
+    model, layer, data, observed, v = one_layer(paper.KFAC(momentum=0.0, inverse="eigen", **arguments))
     before = reference.layer_matrix(layer)
     model.train_on_batch(*data)
     return (reference.layer_matrix(layer) - before)[0], observed, v
@@ -202,7 +203,7 @@ def test_clipped_step_has_the_length_asked_for():
 def test_gate_and_statistics_follow_the_interval():
     """The gate carries the weight with which the next batch will count, and is zero where none will."""
     decay, interval = 0.8, 3
-    optimizer = keras_ngd.KFAC(0.01, factor_decay=decay, factor_interval=interval, inverse_interval=2, inverse="eigen")
+    optimizer = paper.KFAC(0.01, factor_decay=decay, factor_interval=interval, inverse_interval=2, inverse="eigen")
     model, layer, (x, y), _, _ = one_layer(optimizer)
     statistics = layer.statistics
     before, updates = [np.asarray(v) for v in statistics.averages], 0
@@ -224,7 +225,7 @@ def test_gate_and_statistics_follow_the_interval():
 @pytest.mark.parametrize("decay", [0.0, 0.5, 0.95])
 def test_average_is_free_of_bias_from_the_start(decay):
     """Weights proportional to `decay ** age` that sum to one, from the first batch on."""
-    optimizer = keras_ngd.KFAC(0.0, factor_decay=decay, factor_interval=1, inverse="eigen")
+    optimizer = paper.KFAC(0.0, factor_decay=decay, factor_interval=1, inverse="eigen")
     model, layer, (x, y), _, _ = one_layer(optimizer)
     history = []
     for step in range(6):
@@ -246,7 +247,7 @@ def test_first_step_uses_its_own_statistics():
 def test_order_of_examples_does_not_matter():
     changes = []
     for order in (slice(None), slice(None, None, -1)):
-        model, layer, (x, y), _, _ = one_layer(keras_ngd.KFAC(0.1, inverse="eigen"))
+        model, layer, (x, y), _, _ = one_layer(paper.KFAC(0.1, inverse="eigen"))
         before = reference.layer_matrix(layer)
         model.train_on_batch(x[order], y[order])
         changes.append(reference.layer_matrix(layer) - before)

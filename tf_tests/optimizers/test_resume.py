@@ -9,8 +9,7 @@ import numpy as np
 import pytest
 from keras import layers
 
-import keras_ngd
-from tf_tests import small
+from tf_tests import paper, small
 from tf_tests.small import array, assert_same, captured, compiled, kfac, mlp, weights
 
 EPOCHS = 3
@@ -33,7 +32,7 @@ def build():
             layers.Dense(4),
         ]
     )
-    optimizer = keras_ngd.KFAC(
+    optimizer = paper.KFAC(
         learning_rate=keras.optimizers.schedules.ExponentialDecay(0.05, 4, 0.9),
         damping=keras.optimizers.schedules.PolynomialDecay(0.1, 10, 0.01),
         factor_interval=2,

@@ -8,15 +8,13 @@ import pytest
 from keras import layers
 
 import keras_ngd
-from tf_tests import small
+from tf_tests import paper, small
 from tf_tests.small import array, assert_close, captured, compiled, fit, mlp, regression, statistics, weights
 
 METHODS = {
-    "SNGD": lambda **kwargs: keras_ngd.SNGD(**{"batch_size": 8, **kwargs}),
-    "SKFAC": lambda **kwargs: keras_ngd.SKFAC(**{"batch_size": 8, "interval": 1, **kwargs}),
-    "HyLo": lambda **kwargs: keras_ngd.HyLo(
-        **{"batch_size": 8, "interval": 1, "rank": 3, "steps_per_epoch": 4, **kwargs}
-    ),
+    "SNGD": lambda **kwargs: paper.SNGD(**{"batch_size": 8, **kwargs}),
+    "SKFAC": lambda **kwargs: paper.SKFAC(**{"batch_size": 8, "interval": 1, **kwargs}),
+    "HyLo": lambda **kwargs: paper.HyLo(**{"batch_size": 8, "interval": 1, "rank": 3, "steps_per_epoch": 4, **kwargs}),
 }
 ONE_ROW_EACH = ("SKFAC", "HyLo")
 

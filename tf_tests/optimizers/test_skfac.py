@@ -6,14 +6,14 @@ import pytest
 from keras import layers
 
 import keras_ngd
-from tf_tests import small
+from tf_tests import paper, small
 from tf_tests.reference.running import drawn
 from tf_tests.small import array, assert_close, assert_same, captured, fit, kfac, mlp, regression, statistics, weights
 
 
 def skfac(**kwargs):
     """An `SKFAC` that does everything at every step."""
-    return keras_ngd.SKFAC(**{"interval": 1, "batch_size": 8, **kwargs})
+    return paper.SKFAC(**{"interval": 1, "batch_size": 8, **kwargs})
 
 
 def squares(s):
@@ -156,7 +156,7 @@ def test_compiled_by_xla_it_does_the_same():
 )
 def test_bad_arguments(arguments, message):
     with pytest.raises(ValueError, match=message):
-        keras_ngd.SKFAC(**arguments)
+        paper.SKFAC(**arguments)
 
 
 def test_captured_for_other_positions():

@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 
 import keras_ngd
-from tf_tests import small
+from tf_tests import paper, small
 from tf_tests.reference import fisher, low_rank
 from tf_tests.reference.rows import layer_matrix
 from tf_tests.reference.running import close, error
@@ -68,7 +68,7 @@ def preconditioned(a, ghat, damping):
 
 
 def sngd(**kwargs):
-    return keras_ngd.SNGD(**{"batch_size": BATCH, "kl_clip": None, "momentum": 0.0, "learning_rate": 1.0, **kwargs})
+    return paper.SNGD(**{"batch_size": BATCH, "kl_clip": None, "momentum": 0.0, "learning_rate": 1.0, **kwargs})
 
 
 def test_steps_are_dense_solves(float64):
@@ -117,7 +117,7 @@ def test_between_updates_the_last_recorded_batch_counts():
 
 
 def test_trains():
-    model = captured(mlp(), keras_ngd.SNGD(batch_size=8, damping=0.01))
+    model = captured(mlp(), paper.SNGD(batch_size=8, damping=0.01))
     losses = fit(model, *regression(), epochs=6).history["loss"]
     assert losses[-1] < 0.5 * losses[0]
     assert model.optimizer.factor_updates == model.optimizer.inverse_updates == 24
@@ -130,7 +130,7 @@ def test_compiled_by_xla_it_does_the_same():
     trained = []
     for jit_compile in (True, False):
         keras.utils.set_random_seed(0)
-        model = captured(mlp(), keras_ngd.SNGD(batch_size=8, damping=0.1), jit_compile=jit_compile)
+        model = captured(mlp(), paper.SNGD(batch_size=8, damping=0.1), jit_compile=jit_compile)
         fit(model, *regression())
         trained.append(small.weights(model))
     small.assert_close(*trained, tolerance=1e-4)

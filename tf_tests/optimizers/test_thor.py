@@ -9,12 +9,13 @@ import keras_ngd
 from keras_ngd.optimizers import trace_rule
 from keras_ngd.statistics import statistics as statistics_module
 from keras_ngd.statistics.split import SplitStatistics
+from tf_tests import paper
 from tf_tests.small import array, assert_same, captured, fit, kfac, mlp, regression, statistics, weights
 
 
 def thor(**kwargs):
     """A `THOR` that looks at everything at every step."""
-    return keras_ngd.THOR(**{"factor_interval": 1, "inverse_interval": 1, "split": 2, **kwargs})
+    return paper.THOR(**{"factor_interval": 1, "inverse_interval": 1, "split": 2, **kwargs})
 
 
 def network():
@@ -270,7 +271,7 @@ def test_a_batch_that_is_not_finite_changes_nothing():
 
 
 def test_config_comes_back():
-    optimizer = keras_ngd.THOR(
+    optimizer = paper.THOR(
         learning_rate=keras_ngd.schedules.WarmupPolynomialDecay(0.005, 0.45, 5, 55, 6),
         inverse_interval=keras_ngd.schedules.GrowingInterval(10, 1.5, 100),
         split={"conv*": 9},
@@ -306,7 +307,7 @@ def test_config_comes_back():
 )
 def test_bad_arguments(arguments, message):
     with pytest.raises(ValueError, match=message):
-        keras_ngd.THOR(**arguments)
+        paper.THOR(**arguments)
 
 
 def test_a_function_that_gives_no_split():

@@ -6,6 +6,7 @@ import pytest
 
 import keras_ngd
 from keras_ngd.statistics.statistics import WITNESS
+from tf_tests import paper
 from tf_tests.reference import kronecker
 from tf_tests.reference import rows as reference
 from tf_tests.reference.running import close, drawn
@@ -77,7 +78,7 @@ def branches(cases):
 
 def sgd_step(model, x, y, learning_rate=0.0, **capture_arguments):
     """One step of plain SGD on the captured model; returns the optimizer, whose momenta are then minus the gradient."""
-    keras_ngd.capture(model, keras_ngd.KFAC(**capture_arguments))
+    keras_ngd.capture(model, paper.KFAC(**capture_arguments))
     optimizer = keras.optimizers.SGD(learning_rate, momentum=0.5)
     model.compile(optimizer=optimizer, loss="mse", jit_compile=True)
     model.train_on_batch(x, y)
@@ -135,7 +136,7 @@ def test_sample_weights_scale_gradients_only():
     model = keras.Sequential([keras.Input((5,)), layer])
     x, y, weights = draw(BATCH, 5), draw(BATCH, 3), np.arange(BATCH, dtype="float32")
     a, ghat = squared_error_gradient(layer, x, y)
-    keras_ngd.capture(model, keras_ngd.KFAC())
+    keras_ngd.capture(model, paper.KFAC())
     model.compile(optimizer=keras.optimizers.SGD(0.0), loss="mse", jit_compile=True)
     model.train_on_batch(x, y, sample_weight=weights)
     check_factors(layer, a, ghat * weights[:, None, None])
@@ -167,7 +168,7 @@ def test_last_batch_of_fit_is_smaller(fraction):
     layer = convolution(2, 3, 3, padding="same")
     model = keras.Sequential([keras.Input((4, 5, 2)), layer])
     x, y = draw(10, 4, 5, 2), draw(10, 4, 5, 3)
-    keras_ngd.capture(model, keras_ngd.KFAC(statistics_fraction=fraction))
+    keras_ngd.capture(model, paper.KFAC(statistics_fraction=fraction))
     model.compile(optimizer=keras.optimizers.SGD(0.0), loss="mse", jit_compile=True)
     model.fit(x, y, batch_size=6, shuffle=False, verbose=0)
     a, ghat = squared_error_gradient(layer, x[6:], y[6:])
@@ -194,7 +195,7 @@ def test_sequences_of_unknown_length(strides):
     layer = convolution(1, 3, 4, strides=strides, padding="same")
     model = keras.Sequential([keras.Input((None, 2)), layer])
     x, y = draw(BATCH, 8, 2), draw(BATCH, 8 // strides, 3)
-    keras_ngd.capture(model, keras_ngd.KFAC())
+    keras_ngd.capture(model, paper.KFAC())
     model.compile(optimizer=keras.optimizers.SGD(0.0), loss="mse", jit_compile=True)
     model.fit(Batches((x[:, :6], y[:, : 6 // strides]), (x, y)), shuffle=False, verbose=0)
     check_factors(layer, *squared_error_gradient(layer, x, y))
@@ -208,7 +209,7 @@ def test_layer_called_twice():
     calls = [squared_error_gradient(layer, *call) for call in zip(x, y, strict=True)]
     expected_a = np.mean([kronecker.input_factor(a) for a, _ in calls], axis=0)
     expected_g = np.sum([kronecker.output_factor(ghat, BATCH) for _, ghat in calls], axis=0)
-    optimizer = keras_ngd.KFAC(0.0, factor_interval=1)
+    optimizer = paper.KFAC(0.0, factor_interval=1)
     keras_ngd.capture(model, optimizer)
     model.compile(optimizer=optimizer, loss=["mse", "mse"], jit_compile=True)
     for _ in range(2):  # the second time, the mean over the calls meets a running average

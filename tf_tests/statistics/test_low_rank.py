@@ -7,7 +7,7 @@ import pytest
 import keras_ngd
 from keras_ngd.statistics.low_rank import KID, KIS
 from keras_ngd.statistics.statistics import WITNESS
-from tf_tests import small
+from tf_tests import paper, small
 from tf_tests.reference import low_rank as reference
 from tf_tests.reference.running import close, error
 from tf_tests.statistics.test_kronecker import branches, convolution, dense, draw, squared_error_gradient
@@ -29,7 +29,7 @@ class Observed:
         self.x = [np.concatenate([t, draw(2, *t.shape[1:], seed=5)]) for t in self.x]
         self.y = [np.concatenate([t, draw(2, *t.shape[1:], seed=6)]) for t in self.y]
         arguments = {"batch_size": batch_size, "rank": RANK, "steps_per_epoch": 1}
-        keras_ngd.capture(self.model, keras_ngd.HyLo(**{**arguments, **kwargs}))
+        keras_ngd.capture(self.model, paper.HyLo(**{**arguments, **kwargs}))
         self.model.compile(optimizer=keras.optimizers.SGD(0.0), loss="mse", jit_compile=small.JIT)
         for layer in self.layers:
             layer.statistics.damping.assign(DAMPING)
@@ -191,7 +191,7 @@ def test_gradients_of_zero():
     """Nothing to choose by: indices are arbitrary, and all numbers finite."""
     layer = dense(2, use_bias=False)
     model = keras.Sequential([keras.Input((3,)), layer])
-    keras_ngd.capture(model, keras_ngd.HyLo(batch_size=4, rank=2, steps_per_epoch=1))
+    keras_ngd.capture(model, paper.HyLo(batch_size=4, rank=2, steps_per_epoch=1))
     model.compile(optimizer=keras.optimizers.SGD(0.0), loss="mse", jit_compile=small.JIT)
     x = draw(4, 3)
     y = x @ np.asarray(layer.kernel)

@@ -6,7 +6,7 @@ import pytest
 
 import keras_ngd
 from keras_ngd.statistics.statistics import WITNESS
-from tf_tests import small
+from tf_tests import paper, small
 from tf_tests.reference import low_rank
 from tf_tests.reference.running import close
 from tf_tests.statistics.test_kronecker import (
@@ -25,7 +25,7 @@ CASES = ("dense", "dense_sequence", "conv1d_causal", "conv2d_strided", "conv2d_g
 
 def observe(model, x, y, optimizer=None, jit_compile=small.JIT, **fitting):
     """Captures `model` and takes one step that changes none of its weights."""
-    keras_ngd.capture(model, keras_ngd.SNGD(batch_size=BATCH) if optimizer is None else optimizer)
+    keras_ngd.capture(model, paper.SNGD(batch_size=BATCH) if optimizer is None else optimizer)
     model.compile(optimizer=keras.optimizers.SGD(0.0), loss="mse", jit_compile=jit_compile)
     model.train_on_batch(x, y, **fitting)
 
@@ -52,7 +52,7 @@ def test_a_smaller_last_batch_leaves_rows_of_zeros():
     layer = convolution(1, 3, 3, padding="same")
     model = keras.Sequential([keras.Input((5, 2)), layer])
     x, y = draw(10, 5, 2), draw(10, 5, 3)
-    keras_ngd.capture(model, keras_ngd.SNGD(batch_size=8))
+    keras_ngd.capture(model, paper.SNGD(batch_size=8))
     model.compile(optimizer=keras.optimizers.SGD(0.0), loss="mse", jit_compile=small.JIT)
     small.fit(model, x, y, batch_size=7)
     a, ghat = squared_error_gradient(layer, x[7:], y[7:])
@@ -67,7 +67,7 @@ def test_a_mask_takes_positions_out_of_the_mean():
     mask = np.random.default_rng(0).random((BATCH, 4)) < 0.6
     mask[:, 1] = True
     x[~mask] = 0.0
-    observe(model, x, y, keras_ngd.SNGD(batch_size=BATCH, losses_per_example=4))
+    observe(model, x, y, paper.SNGD(batch_size=BATCH, losses_per_example=4))
     a, ghat = squared_error_gradient(layer, x, y)
     # Keras averages the loss over the visible positions only.
     check_rows(layer, a, ghat * mask[..., None] * mask.size / mask.sum(), 4 * BATCH, mask)
@@ -90,7 +90,7 @@ def test_calls_of_a_layer_count_like_positions():
     x, y = [draw(BATCH, 5, seed=i) for i in (1, 2)], [draw(BATCH, 3, seed=i) for i in (3, 4)]
     calls = [squared_error_gradient(layer, *call) for call in zip(x, y, strict=True)]
     expected = low_rank.example_rows(*(np.concatenate(side, axis=2) for side in zip(*calls, strict=True)), BATCH)
-    optimizer = keras_ngd.SNGD(0.0, batch_size=BATCH)
+    optimizer = paper.SNGD(0.0, batch_size=BATCH)
     keras_ngd.capture(model, optimizer)
     model.compile(optimizer=optimizer, loss=["mse", "mse"], jit_compile=small.JIT)
     for _ in range(2):
@@ -121,5 +121,5 @@ def test_float64(float64):
     model = keras.Sequential([keras.Input((2, 5)), layer])
     # Keras on JAX rounds the loss's divisor in float32, so it is a power of two here.
     x, y = draw(batch, 2, 5).astype("float64"), draw(batch, 2, 4).astype("float64")
-    observe(model, x, y, keras_ngd.SNGD(batch_size=batch))
+    observe(model, x, y, paper.SNGD(batch_size=batch))
     check_rows(layer, *squared_error_gradient(layer, x, y), divisor=batch, tolerance=1e-12)

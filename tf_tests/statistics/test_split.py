@@ -6,6 +6,7 @@ import pytest
 
 import keras_ngd
 from keras_ngd.linalg import diagonal
+from tf_tests import paper
 from tf_tests.linalg.test_diagonal import slices
 from tf_tests.reference import kronecker
 from tf_tests.reference import rows as reference
@@ -24,7 +25,7 @@ def observed(cases, split, sharing="expand"):
     """Every layer of `cases` with its statistics after one plain step and its dense factors."""
     model, layers, x, y = branches(cases)
     rows = [squared_error_gradient(*case) for case in zip(layers, x, y, strict=True)]
-    keras_ngd.capture(model, keras_ngd.THOR(split=split, weight_sharing=sharing))
+    keras_ngd.capture(model, paper.THOR(split=split, weight_sharing=sharing))
     model.compile(optimizer=keras.optimizers.SGD(0.0), loss="mse", jit_compile=True)
     model.train_on_batch(x, y)
     for layer, (a, ghat) in zip(layers, rows, strict=True):
@@ -62,7 +63,7 @@ def test_masked_rows_do_not_count():
     x = np.random.default_rng(0).normal(size=(3, 5, 6)).astype("float32")
     mask = np.array([[1, 1, 1, 0, 0], [1, 1, 1, 1, 1], [1, 0, 0, 0, 0]])
     x *= mask[..., None]
-    keras_ngd.capture(model, keras_ngd.THOR(split=4))
+    keras_ngd.capture(model, paper.THOR(split=4))
     model.compile(optimizer=keras.optimizers.SGD(0.0), loss="mse")
     model.train_on_batch(x, np.zeros((3, 5, 4)))
     factor = kronecker.input_factor(reference.layer_rows(layer, x), mask=mask)

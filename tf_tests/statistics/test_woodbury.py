@@ -6,7 +6,7 @@ import pytest
 
 import keras_ngd
 from keras_ngd.statistics.woodbury import are_rows
-from tf_tests import small
+from tf_tests import paper, small
 from tf_tests.reference import kronecker
 from tf_tests.reference.running import close, error
 from tf_tests.statistics.test_kronecker import branches, convolution, dense, draw, squared_error_gradient
@@ -24,7 +24,7 @@ CAPTURED = {
 
 
 def skfac(**kwargs):
-    return keras_ngd.SKFAC(**{"learning_rate": 0.0, "interval": 1, "batch_size": BATCH, **kwargs})
+    return paper.SKFAC(**{"learning_rate": 0.0, "interval": 1, "batch_size": BATCH, **kwargs})
 
 
 def observe(model, x, y, optimizer):
