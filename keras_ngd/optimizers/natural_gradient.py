@@ -265,9 +265,10 @@ class NaturalGradient(
             grads, share, arrived, sums = self._average_over_workers(grads, variables, arrived, sums)
         loss = self.arrived_loss(grads, index)
         self.average_loss_sums(sums, arrived)
+        recorded = self._count_statistics(arrived, step, loss)
+        # Rows are shared in the units of the loss, which these averages make.
         if self._workers is not None:
             averages, given = self.share_statistics(averages, calls, share, arrived.kept)
-        recorded = self._count_statistics(arrived, step, loss)
         damping = schedules.value_at(self.damping, step)
 
         def inputs(blocks):

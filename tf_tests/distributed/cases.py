@@ -21,6 +21,12 @@ def data(examples=BATCH * STEPS):
     return x, (2 * (x[:, 0, :, 0].sum(axis=1) > 0) + (x[:, 1, :, 1].sum(axis=1) > 0)).astype("int32")
 
 
+def weighted_data():
+    """The first five batches, and a weight for each example."""
+    x, y = data(5 * BATCH)
+    return x, y, np.random.default_rng(1).uniform(0.5, 50.0, len(x)).astype("float32")
+
+
 def network():
     """A convolution without bias, a wide layer, two narrow ones of one shape, and a layer that is not captured."""
     keras.utils.set_random_seed(1)
@@ -66,6 +72,8 @@ METHODS = {
 COMPRESSING = {
     "hylo-switch": lambda size: _rows(paper.HyLo, size, rank=0.5, steps_per_epoch=7, eta=0.1),
     "hylo-random": lambda size: _rows(paper.HyLo, size, rank=0.5, mode="random", steps_per_epoch=10),
+    # A number of losses that is given rather than read from the compiled loss.
+    "kfac-given": lambda size: _kfac(size, losses_per_example=2),
     # Room for all examples, of which each worker has a part.
     "sngd-roomy": lambda size: _rows(paper.SNGD, 1),
     "kfac-bfloat16": lambda size: _kfac(size, communicator=_shortened(size)),

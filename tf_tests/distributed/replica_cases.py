@@ -17,16 +17,16 @@ def prepared(strategy, method):
         return cases.prepared(method)
 
 
-def dataset(x, y, batch=cases.BATCH):
+def dataset(*arrays, batch=cases.BATCH):
     """Global batches, in order."""
     options = tf.data.Options()
     options.experimental_distribute.auto_shard_policy = tf.data.experimental.AutoShardPolicy.DATA
-    return tf.data.Dataset.from_tensor_slices((x, y)).batch(batch).with_options(options)
+    return tf.data.Dataset.from_tensor_slices(arrays).batch(batch).with_options(options)
 
 
 def fit(model, x, y, batch=cases.BATCH, **arguments):
     """Trains on whole batches, in order."""
-    return model.fit(dataset(x, y, batch), verbose=0, **arguments)
+    return model.fit(dataset(x, y, batch=batch), verbose=0, **arguments)
 
 
 def same_bits(strategy, model):
@@ -50,6 +50,17 @@ def methods(strategy, names):
         model = prepared(strategy, name)
         fit(model, *cases.data())
         found[name] = {"weights": weights(model), "same": same_bits(strategy, model), "jit": model.jit_compile}
+    return found
+
+
+def weighted(strategy, names):
+    """Of each method: weights after 5 steps with weights of examples, and the ratio that these make."""
+    found = {}
+    for name in names:
+        x, y, given = cases.weighted_data()
+        model = prepared(strategy, name)
+        model.fit(dataset(x, y, given), verbose=0)
+        found[name] = {"weights": weights(model), "ratio": model.optimizer.loss_ratio}
     return found
 
 

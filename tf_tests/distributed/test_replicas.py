@@ -66,6 +66,18 @@ def test_two_processes_equal_one_device_and_each_other(alone, workers, method):
         np.testing.assert_array_equal(value, second[path], err_msg=path)
 
 
+def test_replicas_agree_on_the_scale_of_the_loss(tmp_path):
+    names = ["kfac", "kfac-given", "sngd"]
+    found = replicas.mirrored("weighted", 2, tmp_path, names=names)
+    x, y, given = cases.weighted_data()
+    for name in names:
+        model = cases.prepared(name)
+        model.fit(x, y, sample_weight=given, batch_size=cases.BATCH, shuffle=False, verbose=0)
+        assert found[name]["ratio"] == pytest.approx(model.optimizer.loss_ratio, rel=1e-5)
+        assert (found[name]["ratio"] == 1) == (name == "kfac-given")
+        assert relative_distance(found[name]["weights"], weights(model)) < 1e-5
+
+
 def test_what_is_for_tpus_equals_one_device(alone, tmp_path):
     names = ["kfac", "thor", "skfac", "hylo-kis"]
     found = replicas.mirrored("traced_as_one", 2, tmp_path, names=names)
