@@ -8,7 +8,7 @@ from keras import ops
 from keras_ngd import backend, schedules
 from keras_ngd.statistics.statistics import WITNESS
 
-# How far from 1 the share of accepted calls may be, and how far from a whole number a number of calls (relative). Both
+# How far from 1 a witness may be, and how far from a whole number a number of calls (relative). Both
 # travel in float32; noise on the gradients, or a clip of each of them, changes them by far more.
 SAME, WHOLE = 1e-4, 1e-3
 
@@ -83,7 +83,7 @@ class Arrivals:
     def _take_in(self, grads, index):
         """What arrived as the gradients of the statistics, as `Arrived`.
 
-        Each call of a layer emits its averages, a 1 as `calls` and a `WITNESS` as `accepted`, and gradients are sums over calls.
+        Each call of a layer emits its averages, a 1 as `calls` and a `WITNESS` as `witness`, and gradients are sums over calls.
         So a factor that a training step multiplies all gradients with drops out, and what else it does to them shows.
         """
         blocks = self.layout.blocks
@@ -92,19 +92,16 @@ class Arrivals:
             return ops.stack([grads[index(getattr(block.statistics, name))] for block in blocks])
 
         calls, accepted, examples = arrived("calls"), arrived("accepted"), arrived("examples")
+        witness = arrived("witness")
         traced = ops.convert_to_tensor([float(max(block.statistics.traced_calls, 1)) for block in blocks], calls.dtype)
         opened = ops.stack([ops.convert_to_tensor(block.statistics.gate) > 0 for block in blocks])
         present, absent = calls > 0, calls == 0
         number = numbers_of_calls(calls, traced)
         divisor = ops.where(present, calls, 1.0)
-        share = ops.where(present, accepted / divisor / WITNESS, 0.0)
-        intact = present & (ops.abs(share - 1) <= SAME)
-        observed = share * number
-        not_finite = ~ops.isfinite(calls) | (
-            present & (ops.abs(observed - ops.round(observed)) <= WHOLE) & (ops.round(observed) < number)
-        )
+        intact = present & (ops.abs(witness / divisor / WITNESS - 1) <= SAME)
+        not_finite = ~ops.isfinite(calls) | (intact & (accepted / divisor < 1 - WHOLE))
         mixed = self._mixed_passes(ops.where(intact, number, 1.0))
-        taken = opened & intact & ~mixed
+        taken = opened & intact & ~mixed & ~not_finite
         emitted = [grads[index(v)] for block in blocks for v in block.statistics.averages]
 
         def old():
@@ -119,10 +116,9 @@ class Arrivals:
             ]
 
         # In most steps nothing is to be done, and nothing of the averages' size is touched.
-        untouched = ops.all((calls == 1) & (accepted == WITNESS)) & ~ops.any(mixed)
-        flat = iter(
-            ops.cond(untouched, lambda: list(emitted), lambda: ops.cond(ops.any(taken), divided, lambda: list(old())))
-        )
+        untouched = ops.all((calls == 1) & (witness == WITNESS)) & ~ops.any(mixed)
+
+        flat = iter(ops.cond(untouched, lambda: list(emitted), lambda: ops.cond(ops.any(taken), divided, old)))
         last = [ops.convert_to_tensor(block.statistics.calls) for block in blocks]
         return Arrived(
             averages={b: self.laid_out(b, [next(flat) for _ in b.statistics.averages]) for b in blocks},
@@ -186,7 +182,12 @@ class Arrivals:
         statistics, present = block.statistics, arrived.examples[number] > 0
         calls = arrived.calls[block]
         examples = ops.where(present, arrived.examples[number] * calls, ops.convert_to_tensor(statistics.examples))
-        values = [(statistics.calls, calls), (statistics.accepted, WITNESS * calls), (statistics.examples, examples)]
+        values = [
+            (statistics.calls, calls),
+            (statistics.accepted, calls),
+            (statistics.examples, examples),
+            (statistics.witness, WITNESS * calls),
+        ]
         # Not what arrives, which rounding would spoil where it was multiplied and divided.
         controls = [ops.convert_to_tensor(control) for control in statistics.controls]
         drawn = arrived.opened[number] & ~arrived.absent[number]

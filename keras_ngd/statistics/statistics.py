@@ -9,7 +9,7 @@ from keras import ops
 
 from keras_ngd import backend, replica, sharding
 
-# What a call emits as `accepted`: more than gradients are usually clipped to one by one, so that this shows, but no more than
+# What a call emits as `witness`: more than gradients are usually clipped to one by one, so that this shows, but no more than
 # the length of a batch, which is in the norm of all of them too.
 WITNESS = 64.0
 
@@ -18,7 +18,7 @@ _EMISSIONS = {}
 
 
 def _emission(observer, rows, x, ds, weights=None, *, values, controls, spreads, replicas):
-    *state, gate, calls, _, _ = values
+    *state, gate, calls, _, _, _ = values
     averages, controls = state[: len(state) - controls], state[len(state) - controls :]
 
     def stored(values):
@@ -35,16 +35,18 @@ def _emission(observer, rows, x, ds, weights=None, *, values, controls, spreads,
         finite = ops.isfinite(witness)
         merged, following = observer.merge(old, observed, controls, finite, gate)
         new = [ops.where(finite, value, average) for value, average in zip(merged, old, strict=True)]
-        return (*stored(new), *following, WITNESS * ops.cast(finite, "float32"))
+        return (*stored(new), *following, ops.cast(finite, "float32"))
 
     def closed():
-        return (*averages, *controls, WITNESS * ops.ones((), "float32"))
+        return (*averages, *controls, ops.zeros((), "float32"))
 
     *new, accepted = ops.cond(gate > 0, opened, closed)
     # Each call emits its share of the gate, so that over all calls it sums to what it was: emitting nothing would close
     # every gate after one step under an optimizer that only overwrites.
     examples = ops.cast(ops.shape(x)[0], "float32")
-    return (*new, gate / ops.maximum(calls, 1.0), ops.ones_like(calls), accepted, examples)
+    # Numbers known to the compiler, which then knows that nothing was done to them on their way, where nothing was.
+    witness = WITNESS * ops.ones_like(calls)
+    return (*new, gate / ops.maximum(calls, 1.0), ops.ones_like(calls), accepted, examples, witness)
 
 
 def mixed(average, value, gate):
@@ -66,8 +68,9 @@ class Statistics(keras.layers.Layer):
         gate: the weight with which the next batch enters the averages, in (0, 1]; 0 closes the probe. Written by
             the optimizer; a plain optimizer leaves it at 1.
         calls: how often the layer was called in the last pass.
-        accepted: `WITNESS` for each of these calls, none for one that was to be observed but was not finite.
+        accepted: how many of these calls were observed; fewer than `calls` if some were not finite.
         examples: the length of the batch in the last pass, summed over the calls.
+        witness: `WITNESS` for each of the calls, by which the optimizer sees whether what it gets is what was emitted.
         loss: `[2]`, of one layer of a model alone, whose `carries_loss` is set: the optimizer has the loss and a 1 arrive as its
             gradient. None elsewhere.
 
@@ -108,8 +111,9 @@ class Statistics(keras.layers.Layer):
         self._controls = self.create_controls()
         self.gate = self._add("gate", (), "ones", "float32")
         self.calls = self._add("calls", (), "ones", "float32")
-        self.accepted = self._add("accepted", (), keras.initializers.Constant(WITNESS), "float32")
+        self.accepted = self._add("accepted", (), "ones", "float32")
         self.examples = self._add("examples", (), "zeros", "float32")
+        self.witness = self._add("witness", (), keras.initializers.Constant(WITNESS), "float32")
         self.loss = self._add("loss", (2,), "zeros", "float32") if self.carries_loss else None
         # Keras compiles no step with XLA that has a layer which does not support it; workers cannot meet inside one. (What is
         # for a TPU is compiled all the same.)
