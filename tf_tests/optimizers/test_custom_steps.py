@@ -59,7 +59,7 @@ def averages(layer):
 
 @pytest.mark.parametrize("decay", [0.0, 0.5])
 def test_a_factor_common_to_all_gradients_drops_out(decay):
-    optimizer = kfac(learning_rate=0.0, factor_decay=decay, factor_interval=2)
+    optimizer = kfac(learning_rate=0.0, factor_decay=decay, factor_interval=2, interval_growth=None)
     model, step = prepared(optimizer, change=by_norm)
     expected = None
     for number, (x, y) in enumerate(batches(4)):
@@ -150,7 +150,7 @@ def test_what_cannot_be_told_is_counted_and_left_out(change, method):
 
 
 def test_averages_stay_also_where_they_are_changed_between_updates():
-    optimizer = kfac(learning_rate=0.0, factor_interval=3)
+    optimizer = kfac(learning_rate=0.0, factor_interval=3, interval_growth=None)
     model, step = prepared(optimizer)
     x, y = batches(1)[0]
     step(x * 100, y)
