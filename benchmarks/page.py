@@ -52,7 +52,7 @@ SECTIONS = {
         "Communication",
         "What a worker receives of the others for one step with an update, counted (and, in brackets, by the formulas of "
         "`keras_ngd.analysis.received`), on the 3C1F network with 16 examples a worker; and projected for ResNet-50 with 80. "
-        "`python -m keras_ngd.analysis.cost_model` projects times as well, from what the machine computes in a second.",
+        "`python -m keras_ngd.analysis cost_model` projects times as well, from what the machine computes in a second.",
     ),
     "replicas": (
         "Replicas of a strategy",

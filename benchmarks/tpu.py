@@ -65,7 +65,14 @@ def compiled_case(case, methods):
     """The reports of a case, as dicts; what there is of them if the compiler fails."""
     with tempfile.TemporaryDirectory() as folder:
         path = pathlib.Path(folder) / "reports.json"
-        command = [sys.executable, "-m", "keras_ngd.analysis.tpu_compile", *arguments(case, methods), f"--json={path}"]
+        command = [
+            sys.executable,
+            "-m",
+            "keras_ngd.analysis",
+            "tpu_compile",
+            *arguments(case, methods),
+            f"--json={path}",
+        ]
         done = subprocess.run(command, env=environment(), capture_output=True, text=True)
         if done.returncode:
             raise RuntimeError(f"{case} failed:\n{done.stdout[-3000:]}{done.stderr[-3000:]}")
@@ -145,7 +152,7 @@ def table(payload):
     for case in [name for name in CASES if name in payload["cases"]]:
         reports = [TpuReport.from_dict(values) for values in payload["cases"][case]]
         methods = [report.step.optimizer.replace("_", "-") for report in reports]
-        command = f"KERAS_BACKEND=jax python -m keras_ngd.analysis.tpu_compile {' '.join(arguments(case, methods))}"
+        command = f"KERAS_BACKEND=jax python -m keras_ngd.analysis tpu_compile {' '.join(arguments(case, methods))}"
         parts += [f"    {command}", tpu_table(reports)]
     return "\n\n".join(parts)
 

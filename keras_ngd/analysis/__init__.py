@@ -23,7 +23,7 @@ __all__ = sorted(_MODULES)
 
 
 def __getattr__(name):
-    # Late, so that `python -m keras_ngd.analysis.split_dimension` does not import its module twice.
+    # Late: measurements need what training does not. No module here may have the name of a function, which it would hide.
     if name in _MODULES:
         return getattr(importlib.import_module(f"keras_ngd.analysis.{_MODULES[name]}"), name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

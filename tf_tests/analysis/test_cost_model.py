@@ -327,7 +327,7 @@ def test_bad_names():
 @pytest.mark.skipif(keras.backend.backend() == "jax", reason="one backend shows that it runs")
 @pytest.mark.slow
 def test_command_line(tmp_path):
-    command = [sys.executable, "-m", "keras_ngd.analysis.cost_model", "--model=mobilenetv3small", "--image_size=32"]
+    command = [sys.executable, "-m", "keras_ngd.analysis", "cost_model", "--model=mobilenetv3small", "--image_size=32"]
     command += ["--workers=1,8", "--batch_size", "8", "--bandwidth", "12.5", "--latency", "5e-6"]
     done = subprocess.run(
         [*command, f"--output={tmp_path / 'figure.png'}"], capture_output=True, text=True, timeout=600

@@ -145,7 +145,8 @@ def test_command_line(tmp_path):
     command = [
         sys.executable,
         "-m",
-        "keras_ngd.analysis.split_dimension",
+        "keras_ngd.analysis",
+        "split_dimension",
         "--model=mobilenetv3small",
         "--image_size=32",
     ]

@@ -155,7 +155,7 @@ def test_unknown_topology():
 @pytest.mark.slow
 def test_command_line(tmp_path):
     path = tmp_path / "reports.json"
-    command = [sys.executable, "-m", "keras_ngd.analysis.tpu_compile", "--model=examples.networks:cnn_3c1f"]
+    command = [sys.executable, "-m", "keras_ngd.analysis", "tpu_compile", "--model=examples.networks:cnn_3c1f"]
     command += ["--method=hylo-kis", "--batch_per_chip=2", f"--json={path}"]
     environment = {**os.environ, "TF_CPP_MIN_LOG_LEVEL": "3"}
     done = subprocess.run(command, env=environment, capture_output=True, text=True)

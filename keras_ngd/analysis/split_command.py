@@ -1,26 +1,30 @@
 """Command line of `keras_ngd.analysis.split_dimension`.
 
-    python -m keras_ngd.analysis.split_dimension --model resnet50 --image_size 64
+    python -m keras_ngd.analysis split_dimension --model resnet50 --image_size 64
 
 The model is one of `keras.applications`, with random weights unless `--weights` names a file of its own; the data are crops of
 the two photographs that come with scikit-learn, unless `--data` names a `.npy` file of inputs.
 """
 
 import numpy as np
-from absl import app, flags
+from absl import flags
 
 from keras_ngd.analysis.measuring import application
 from keras_ngd.analysis.split_choice import CANDIDATES, TOLERANCE, split_dimension
 
 FLAGS = flags.FLAGS
-flags.DEFINE_string("model", "resnet50", "Name of a model of keras.applications, in any case.")
-flags.DEFINE_string("weights", None, "Weights file for it. Default: random weights.")
-flags.DEFINE_integer("image_size", 64, "Height and width of the images.", lower_bound=8)
-flags.DEFINE_integer("batch_size", 32, "Images to measure on.", lower_bound=1)
-flags.DEFINE_string("data", None, "A .npy file of inputs. Default: crops of scikit-learn's sample photographs.")
-flags.DEFINE_list("candidates", [str(c) for c in CANDIDATES], "Sizes of blocks, increasing.")
-flags.DEFINE_float("tolerance", TOLERANCE, "Information loss that counts as none.")
-flags.DEFINE_string("output", "split_dimension.png", "File of the plot; empty for none.")
+
+
+def define_flags():
+    """Defines the flags, when the command runs: importing the module leaves the flags of others alone."""
+    flags.DEFINE_string("model", "resnet50", "Name of a model of keras.applications, in any case.")
+    flags.DEFINE_string("weights", None, "Weights file for it. Default: random weights.")
+    flags.DEFINE_integer("image_size", 64, "Height and width of the images.", lower_bound=8)
+    flags.DEFINE_integer("batch_size", 32, "Images to measure on.", lower_bound=1)
+    flags.DEFINE_string("data", None, "A .npy file of inputs. Default: crops of scikit-learn's sample photographs.")
+    flags.DEFINE_list("candidates", [str(c) for c in CANDIDATES], "Sizes of blocks, increasing.")
+    flags.DEFINE_float("tolerance", TOLERANCE, "Information loss that counts as none.")
+    flags.DEFINE_string("output", "split_dimension.png", "File of the plot; empty for none.")
 
 
 def photographs(count, size):
@@ -47,7 +51,3 @@ def main(_):
     if FLAGS.output:
         choice.plot(FLAGS.output)
         print(f"plot: {FLAGS.output}")
-
-
-if __name__ == "__main__":
-    app.run(main)

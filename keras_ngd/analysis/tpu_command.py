@@ -1,6 +1,6 @@
 """Command line of `keras_ngd.analysis.tpu_compile`.
 
-    KERAS_BACKEND=jax python -m keras_ngd.analysis.tpu_compile --model resnet50 --method kfac,thor --topology v5e:16x16
+    KERAS_BACKEND=jax python -m keras_ngd.analysis tpu_compile --model resnet50 --method kfac,thor --topology v5e:16x16
 
 The model is one of `keras.applications`, with random weights, or what a function without arguments makes
 (`--model examples.networks:resnet32`). It needs libtpu, `pip install "keras_ngd[tpu]"`, but no TPU.
@@ -23,17 +23,21 @@ from keras_ngd.analysis.tpu_tables import tpu_table
 METHODS = ("kfac", "thor", "skfac", "sngd", "hylo-kid", "hylo-kis", "hylo-switch")
 
 FLAGS = flags.FLAGS
-flags.DEFINE_string("model", "resnet50", "A model of keras.applications, in any case, or module:function.")
-flags.DEFINE_integer(
-    "image_size", 224, "Height and width of the images of a model of keras.applications.", lower_bound=8
-)
-flags.DEFINE_list("method", ["kfac"], f"Methods to compile, of {', '.join(METHODS)}.")
-flags.DEFINE_list("topology", ["v5e:2x2"], "TPU topologies to compile for.")
-flags.DEFINE_integer("batch_per_chip", 32, "Examples of a chip.", lower_bound=1)
-flags.DEFINE_string("inverse", "auto", "The argument of KFAC and THOR of this name.")
-flags.DEFINE_integer("split", 128, "THOR's argument of this name.")
-flags.DEFINE_float("rank", 0.1, "HyLo's argument of this name.")
-flags.DEFINE_string("json", None, "File to write the numbers to, after each method anew.")
+
+
+def define_flags():
+    """Defines the flags, when the command runs: importing the module leaves the flags of others alone."""
+    flags.DEFINE_string("model", "resnet50", "A model of keras.applications, in any case, or module:function.")
+    flags.DEFINE_integer(
+        "image_size", 224, "Height and width of the images of a model of keras.applications.", lower_bound=8
+    )
+    flags.DEFINE_list("method", ["kfac"], f"Methods to compile, of {', '.join(METHODS)}.")
+    flags.DEFINE_list("topology", ["v5e:2x2"], "TPU topologies to compile for.")
+    flags.DEFINE_integer("batch_per_chip", 32, "Examples of a chip.", lower_bound=1)
+    flags.DEFINE_string("inverse", "auto", "The argument of KFAC and THOR of this name.")
+    flags.DEFINE_integer("split", 128, "THOR's argument of this name.")
+    flags.DEFINE_float("rank", 0.1, "HyLo's argument of this name.")
+    flags.DEFINE_string("json", None, "File to write the numbers to, after each method anew.")
 
 
 def make_model():
@@ -84,7 +88,3 @@ def main(_):
                 text = json.dumps([report.as_dict() for report in reports], indent=1)
                 pathlib.Path(FLAGS.json).write_text(text + "\n")
     print(tpu_table(reports))
-
-
-if __name__ == "__main__":
-    app.run(main)
