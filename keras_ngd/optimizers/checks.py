@@ -64,7 +64,7 @@ class Checks:
 
     def _fail_on_changed_variables(self, count):
         raise ValueError(
-            f"{type(self).__name__} was built on {len(self._trainable_variables)} variables but is given {count}: layers were "
+            f"{type(self).__name__} was built on {len(self.built_on)} variables but is given {count}: layers were "
             "frozen, unfrozen, captured or released since. Create a new optimizer, call `keras_ngd.capture(model, optimizer)` "
             "with it, and compile again."
         )

@@ -239,7 +239,7 @@ class NaturalGradient(
 
     def apply(self, grads, trainable_variables=None):
         """One step; see the class. Arguments as for `keras.optimizers.Optimizer.apply`."""
-        variables = self._trainable_variables if trainable_variables is None else list(trainable_variables)
+        variables = self.built_on if trainable_variables is None else list(trainable_variables)
         self._meet(variables)
         if not self.built:
             with keras.name_scope(self.name):
@@ -249,10 +249,10 @@ class NaturalGradient(
         position = {self._var_key(v): i for i, v in enumerate(variables)}
         with keras.name_scope(self.name):
             new = self._natural_gradients(grads, variables, lambda v: position[self._var_key(v)])
-        super().apply(new, trainable_variables)
+        super().apply(new, variables)
 
     def stateless_apply(self, optimizer_variables, grads, trainable_variables):
-        if self.built and len(trainable_variables) != len(self._trainable_variables):
+        if self.built and len(trainable_variables) != len(self.built_on):
             self._fail_on_changed_variables(len(trainable_variables))
         return super().stateless_apply(optimizer_variables, grads, trainable_variables)
 

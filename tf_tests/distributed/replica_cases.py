@@ -105,6 +105,7 @@ def settings(strategy):
         "weight decay": {"weight_decay": 0.01, "nesterov": True},
         "clipping": {"global_clipnorm": 0.05},
         "loss scale": {"loss_scale_factor": 64.0},
+        "averages": {"use_ema": True, "ema_momentum": 0.5},
         "schedule": {"learning_rate": keras.optimizers.schedules.ExponentialDecay(0.05, 5, 0.5)},
     }.items():
         x, y = cases.data(cases.BATCH * 6)
