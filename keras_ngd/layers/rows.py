@@ -223,14 +223,14 @@ class ConvolutionRows(Rows):
         return ops.reshape(ops.transpose(unfolded, (2, 0, 1, 3)), (self.groups, -1, self.width))
 
     def outputs(self, ds):
-        """Number of output positions, from the gradient of what comes out."""
-        return math.prod(self._channels_last(ds).shape[1:-1])
+        """Number of output positions, from the gradient of what comes out: an int, or a tensor where it is not static."""
+        return math.prod(patches.spatial_sizes(self._channels_last(ds)))
 
     def rows_at(self, x, ds, positions):
         """Rows `a` and `g` of some output positions: `[groups, n * p, dim]` for the flat positions `[n, p]`."""
         x, ds = self._channels_last(x), self._channels_last(ds)
         a = self._append_ones(self._by_group(patches.patches_at(x, positions, *self._window)))
-        total = math.prod(ds.shape[1:-1])
+        total = math.prod(patches.spatial_sizes(ds))
         first = ops.cast(ops.arange(ops.shape(ds)[0]) * total, positions.dtype)
         g = ops.take(ops.reshape(ds, (-1, ds.shape[-1])), positions + ops.expand_dims(first, 1), axis=0)
         return a, self._split_filters(g)

@@ -35,20 +35,22 @@ def pad_and_crop_sizes(size, kernel, stride, dilation, padding):
     return before, (outputs - 1) * stride + reach - size - before, outputs
 
 
-def _spatial_sizes(x):
+def spatial_sizes(x):
+    """The sizes of the spatial axes of `[n, *sizes, c]`: ints, or tensors where they are not static."""
     dynamic = ops.shape(x)
     return [x.shape[i] if x.shape[i] is not None else dynamic[i] for i in range(1, len(x.shape) - 1)]
+
+
+def _at_least_zero(size):
+    return max(size, 0) if isinstance(size, int) else ops.maximum(size, 0)
 
 
 def _windows(x, kernel, strides, dilation, padding):
     """Yields, for each kernel position in order, the input it sees at every output: `[n, *outputs, c]`."""
     geometry = [
-        pad_and_crop_sizes(*axis, padding) for axis in zip(_spatial_sizes(x), kernel, strides, dilation, strict=True)
+        pad_and_crop_sizes(*axis, padding) for axis in zip(spatial_sizes(x), kernel, strides, dilation, strict=True)
     ]
-    widths = [(0, 0)]
-    for before, after, _ in geometry:
-        widths.append((before, max(after, 0) if isinstance(after, int) else ops.maximum(after, 0)))
-    x = ops.pad(x, [*widths, (0, 0)])
+    x = ops.pad(x, [(0, 0), *((before, _at_least_zero(after)) for before, after, _ in geometry), (0, 0)])
     for position in itertools.product(*(range(k) for k in kernel)):
         starts = [p * d for p, d in zip(position, dilation, strict=True)]
         slices = [
@@ -69,12 +71,12 @@ def patch_sums(x, kernel, strides, dilation, padding):
     Axis by axis, each by a product with a constant matrix that tells which inputs a kernel position sees: one pass over
     `x`, where slices for all positions would take as many passes as there are positions.
     """
-    sizes = _spatial_sizes(x)
+    sizes = spatial_sizes(x)
     axes = list(zip(sizes, kernel, strides, dilation, strict=True))
     if not all(isinstance(size, int) for size in sizes):
         windows = list(_windows(x, kernel, strides, dilation, padding))
         spatial = tuple(range(1, len(x.shape) - 1))
-        return ops.stack([ops.sum(w, axis=spatial) for w in windows], axis=1), math.prod(_spatial_sizes(windows[0]))
+        return ops.stack([ops.sum(w, axis=spatial) for w in windows], axis=1), math.prod(spatial_sizes(windows[0]))
     channels, sums = x.shape[-1], x
     for i, axis in enumerate(axes):
         sums = ops.reshape(sums, (-1, sizes[i], math.prod(sizes[i + 1 :]) * channels))
@@ -92,14 +94,12 @@ def _seen(size, kernel, stride, dilation, padding):
 
 
 def patches_at(x, positions, kernel, strides, dilation, padding):
-    """The patches of some outputs: `[n, p, prod(kernel), c]` for the flat output positions `[n, p]`.
-
-    Spatial sizes must be static.
-    """
-    sizes = _spatial_sizes(x)
+    """The patches of some outputs: `[n, p, prod(kernel), c]` for the flat output positions `[n, p]`."""
+    sizes = spatial_sizes(x)
     geometry = [pad_and_crop_sizes(*axis, padding) for axis in zip(sizes, kernel, strides, dilation, strict=True)]
-    x = ops.pad(x, [(0, 0), *((before, max(after, 0)) for before, after, _ in geometry), (0, 0)])
-    padded = [size + before + max(after, 0) for size, (before, after, _) in zip(sizes, geometry, strict=True)]
+    widths = [(before, _at_least_zero(after)) for before, after, _ in geometry]
+    x = ops.pad(x, [(0, 0), *widths, (0, 0)])
+    padded = [size + before + after for size, (before, after) in zip(sizes, widths, strict=True)]
     steps = [math.prod(padded[i + 1 :]) for i in range(len(padded))]
     start, left = ops.zeros_like(positions), positions
     for i, (_, _, outputs) in reversed(list(enumerate(geometry))):
@@ -110,7 +110,9 @@ def patches_at(x, positions, kernel, strides, dilation, padding):
         for position in itertools.product(*(range(k) for k in kernel))
     ]
     first = ops.cast(ops.arange(ops.shape(x)[0]) * math.prod(padded), positions.dtype)
-    index = ops.expand_dims(start + ops.expand_dims(first, 1), 2) + ops.convert_to_tensor(offsets, positions.dtype)
+    index = ops.expand_dims(start + ops.expand_dims(first, 1), 2) + ops.stack(
+        [ops.cast(offset, positions.dtype) for offset in offsets]
+    )
     return ops.take(ops.reshape(x, (-1, x.shape[-1])), index, axis=0)
 
 

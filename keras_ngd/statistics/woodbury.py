@@ -91,14 +91,16 @@ class WoodburyStatistics(Draws, RowStatistics):
     def _sampled(self, rows, x, ds, draw, dtype):
         x, ds, _, divisor = self._within_room(x, ds, None, dtype)
         examples, total = ops.shape(x)[0], rows.outputs(ds)
-        kept = min(self.positions, total)
-        if kept < total:
+        static = isinstance(total, int)
+        kept = min(self.positions, total) if static else ops.minimum(self.positions, total)
+        if not static or kept < total:
             noise = self.uniform(draw, (self.batch_size, total), dtype)
             positions = ops.cast(ops.top_k(noise, kept)[1], "int32")
         else:
             positions = ops.broadcast_to(ops.arange(total, dtype="int32"), (self.batch_size, total))
         a, g = rows.rows_at(x, ds, positions[:examples])
-        return a / ops.sqrt(ops.cast(examples, dtype) * kept), g * ops.sqrt(divisor * total / kept)
+        examples, total, kept = (ops.cast(n, dtype) for n in (examples, total, kept))
+        return a / ops.sqrt(examples * kept), g * ops.sqrt(divisor * total / kept)
 
     def _recorded(self, x, dtype):
         """How many of a batch's examples are recorded."""
