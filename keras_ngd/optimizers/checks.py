@@ -1,6 +1,20 @@
 """What an optimizer refuses to train with, and how it says so."""
 
+import sys
+
+import keras
+
 from keras_ngd import backend, distributed, schedules
+
+
+def _called_by(kind):
+    """Whether a method of an object of this class is being called, and calls what asks."""
+    frame = sys._getframe(1)
+    while frame is not None:
+        if isinstance(frame.f_locals.get("self"), kind):
+            return True
+        frame = frame.f_back
+    return False
 
 
 class Checks:
@@ -38,6 +52,8 @@ class Checks:
 
     def _check_blocks(self, blocks):
         name = type(self).__name__
+        # A MultiOptimizer in between may have kept to itself that it is wrapped.
+        self._check_loss_scale()
         if not blocks:
             raise ValueError(
                 f"{name} found no captured layers, so it would train as plain SGD. Call "
@@ -53,14 +69,20 @@ class Checks:
                 )
 
     def __setattr__(self, name, value):
-        # Keras's LossScaleOptimizer announces itself to the optimizer it wraps by resetting this attribute.
+        # Keras's LossScaleOptimizer announces itself to the optimizer it wraps by resetting this attribute. MultiOptimizer sets
+        # it too, to the scale that it applies itself.
         if name == "loss_scale_factor" and name in self.__dict__:
+            self._check_loss_scale()
+        super().__setattr__(name, value)
+
+    def _check_loss_scale(self):
+        """Called where a LossScaleOptimizer would set a scale, or build this optimizer."""
+        if _called_by(keras.optimizers.LossScaleOptimizer):
             raise ValueError(
                 f"{type(self).__name__} cannot be wrapped in a LossScaleOptimizer (Keras does so under `mixed_float16`): "
                 "its statistics would carry the square of a loss scale it is not told. Use the `mixed_bfloat16` policy, or "
                 f"{type(self).__name__}(..., loss_scale_factor=1024.0) with model.compile(..., auto_scale_loss=False)."
             )
-        super().__setattr__(name, value)
 
     def _fail_on_changed_variables(self, count):
         raise ValueError(
