@@ -14,6 +14,7 @@ from keras_ngd.report import CaptureReport, LayerReport
 from keras_ngd.statistics import Statistics
 
 CAPTURED_KINDS = {kind.plain: kind for kind in (layers.Dense, layers.Conv1D, layers.Conv2D, layers.Conv3D)}
+OF_ANOTHER = "not trainable here, and captured already: left as it is"
 WRAPPERS = (keras.layers.Wrapper, keras.layers.Bidirectional, keras.layers.RNN)
 
 
@@ -28,7 +29,8 @@ def capture(model, optimizer, skip=None, data=None):
     - layers inside wrappers and recurrent layers (`TimeDistributed`, `Bidirectional`, `RNN`), which call them in loops;
     - subclasses of the captured kinds, whose `call` may compute something else;
     - layers that share their kernel with another layer, since the gradient is a sum that no single block describes;
-    - layers that are not trainable when captured: unfreeze them, then capture again with a new optimizer;
+    - layers that are not trainable when captured: unfreeze them, then capture again with a new optimizer (what they record for
+      another optimizer stays, such as for that of a discriminator, which is frozen in the model that trains the generator);
     - quantized layers and layers with LoRA enabled.
 
     A layer called several times per step is captured; its calls count like positions. A mask on the input of
@@ -42,7 +44,8 @@ def capture(model, optimizer, skip=None, data=None):
     Call it before `model.compile`. Calling it again replaces what was recorded before.
 
     A saved captured model is loaded captured, and resumes exactly, if its layers are in its config, as those of Functional and
-    Sequential models are. Subclassed models and custom layers make plain sub-layers anew; to resume these:
+    Sequential models are. Subclassed models and custom layers make plain sub-layers anew: loaded, they predict, and their
+    optimizer refuses to train. To resume these:
 
     ```python
     model = keras.models.load_model(path, compile=False)
@@ -106,7 +109,8 @@ def _capture(model, optimizer, skip, data):
     entries = []
     for layer, reason in decisions:
         if reason:
-            _release_layer(layer)
+            if reason != OF_ANOTHER:
+                _release_layer(layer)
             entries.append(LayerReport(_path(layer), type(layer).__name__, reason=reason))
         else:
             layer.__class__ = CAPTURED_KINDS.get(type(layer), type(layer))
@@ -122,6 +126,7 @@ def _capture(model, optimizer, skip, data):
             layer.statistics.watched_by(optimizer)
             entries.append(_describe(layer, optimizer))
     optimizer.captured(model)
+    optimizer.count_not_captured(model.trainable_variables)
     _forget_compiled_functions(model)
     return CaptureReport(entries, optimizer)
 
@@ -129,14 +134,25 @@ def _capture(model, optimizer, skip, data):
 def release(model):
     """Turns captured layers back into plain Keras layers, in place; weights and results stay.
 
-    So do layers written as `keras_ngd.layers` in the first place: what is saved from a released model loads without this
-    package.
+    So do layers written as `keras_ngd.layers` in the first place. A model compiled with one of our optimizers is compiled anew
+    with `keras.optimizers.SGD` of the same learning rate, momentum and other arguments of SGD's, at the same step, and all else
+    as it was: what is saved from a released model loads without this package. Second-order state and momenta are lost.
+
+    Raises:
+        TypeError: if `model` is of the wrong kind.
     """
     if not isinstance(model, keras.Model):
         raise TypeError(f"`model` must be a keras.Model. Received: {model!r}")
     for layer, _ in list(_layers_with_weights(model)):
         _release_layer(layer)
     _forget_compiled_functions(model)
+    if model.compiled and isinstance(model.optimizer, NaturalGradient):
+        with replica.scope_of(model, model.optimizer):
+            # The arguments of the last `compile`, which Keras keeps for saving. A model's own `compile` may take others.
+            arguments = {**model._compile_config.config, "optimizer": model.optimizer.plain()}
+            keras.Model.compile(model, auto_scale_loss=False, **arguments)
+            # An optimizer that is saved before it is built is loaded without its step.
+            model.optimizer.build(model.trainable_variables)
 
 
 def trainable_weights(model):
@@ -239,6 +255,8 @@ def _reason_against(layer, wrapper, owners):
         return "quantized"
     if layer.lora_enabled:
         return "LoRA is enabled: its kernel is not what is trained"
+    if not layer.trainable and getattr(layer, "statistics", None) is not None:
+        return OF_ANOTHER
     if not layer.trainable or not layer._kernel.trainable:
         return "not trainable: unfreeze it, then capture again"
     if layer.use_bias and not layer.bias.trainable:

@@ -707,9 +707,6 @@ def test_saved_model_that_makes_its_own_layers_is_captured_again(kind, tmp_path)
     model, (x, y) = captured(BUILDERS[kind][0]()), regression()
     fit(model, x, y)
     model.save(tmp_path / "captured.keras")
-    with pytest.raises(ValueError, match="load it with `compile=False`, capture, compile, then `model.load_weights`"):
-        keras.models.load_model(tmp_path / "captured.keras")
-
     loaded = keras.models.load_model(tmp_path / "captured.keras", compile=False)
     captured(loaded)
     loaded.load_weights(tmp_path / "captured.keras")
@@ -724,7 +721,7 @@ def test_saved_released_model_knows_nothing_of_this_package(tmp_path):
     model, (x, y) = captured(mlp()), regression()
     fit(model, x, y)
     keras_ngd.release(model)
-    compiled(model, keras.optimizers.SGD(0.1))
+    assert type(model.optimizer) is keras.optimizers.SGD
     assert "keras_ngd" not in model.to_json()
     model.save(tmp_path / "released.keras")
     loaded = keras.models.load_model(tmp_path / "released.keras")

@@ -50,11 +50,12 @@ class Checks:
             )
         self._check_shard_state(shard_state, gradient_worker_fraction)
 
-    def _check_blocks(self, blocks):
+    def _check_blocks(self, blocks, variables):
         name = type(self).__name__
         # A MultiOptimizer in between may have kept to itself that it is wrapped.
         self._check_loss_scale()
         if not blocks:
+            self.check_statistics_given(variables)
             raise ValueError(
                 f"{name} found no captured layers, so it would train as plain SGD. Call "
                 "`keras_ngd.capture(model, optimizer)` before `model.compile` (or after unfreezing layers). A saved model "
@@ -84,19 +85,12 @@ class Checks:
                 f"{type(self).__name__}(..., loss_scale_factor=1024.0) with model.compile(..., auto_scale_loss=False)."
             )
 
-    def _fail_on_changed_variables(self, count):
-        raise ValueError(
-            f"{type(self).__name__} was built on {len(self.built_on)} variables but is given {count}: layers were "
-            "frozen, unfrozen, captured or released since. Create a new optimizer, call `keras_ngd.capture(model, optimizer)` "
-            "with it, and compile again."
-        )
-
     def _check_step(self, grads, variables):
         with backend.outside_trace():
-            self._restore_pending()  # raises again what `build` raised
+            self.check_loaded()  # raises again what `build` raised
         known = self._trainable_variables_indices
         if len(variables) != len(known) or any(self._var_key(v) not in known for v in variables):
-            self._fail_on_changed_variables(len(variables))
+            self.fail_on_changed_variables(len(variables), variables)
         missing = {self._var_key(v) for g, v in zip(grads, variables, strict=True) if g is None}
         for block in self.layout.blocks:
             if block.statistics.vectorized is not None and not block.statistics.reached:

@@ -11,6 +11,7 @@ from keras_ngd.optimizers.averaging import WeightAveraging
 from keras_ngd.optimizers.blocks import Layout, find_blocks
 from keras_ngd.optimizers.checks import Checks
 from keras_ngd.optimizers.counters import Counters
+from keras_ngd.optimizers.coverage import Coverage
 from keras_ngd.optimizers.data_parallel import DataParallel
 from keras_ngd.optimizers.loss_ratio import LossRatio
 from keras_ngd.optimizers.notices import Notices
@@ -52,6 +53,7 @@ class NaturalGradient(
     Checks,
     Arrivals,
     Counters,
+    Coverage,
     DataParallel,
     LossRatio,
     RestRule,
@@ -192,15 +194,18 @@ class NaturalGradient(
         """Creates momenta, inverses and counters for a model's trainable variables.
 
         Raises:
-            ValueError: if the model was not captured for this kind of optimizer, or not under the active `keras.distribution`.
+            ValueError: if the model was not captured for this kind of optimizer, or not under the active `keras.distribution`;
+                of a model that is being loaded, at the first step.
         """
         if self.built:
             return
         variables = list(variables)
-        layout = Layout(find_blocks(variables, self._var_key))
-        self._check_blocks(layout.blocks)
+        layout = self.until_trained(lambda: self._checked_layout(variables))
         sharding.check([*variables, *self.variables])
         super().build(variables)
+        if layout is None:
+            self.add_counters()
+            return
         self.layout, self._all_workers = layout, self._make_workers(layout)
         self.build_curvature(layout)
         self.build_rest(variables, layout.blocks)
@@ -217,6 +222,12 @@ class NaturalGradient(
                     self.start_statistics(block.statistics, number)
             if self._workers is not None:
                 self.separate_draws()
+
+    def _checked_layout(self, variables):
+        layout = Layout(find_blocks(variables, self._var_key))
+        self._check_blocks(layout.blocks, variables)
+        self.check_coverage(variables, layout.blocks)
+        return layout
 
     def restored(self, renew):
         super().restored(renew)
@@ -253,7 +264,7 @@ class NaturalGradient(
 
     def stateless_apply(self, optimizer_variables, grads, trainable_variables):
         if self.built and len(trainable_variables) != len(self.built_on):
-            self._fail_on_changed_variables(len(trainable_variables))
+            self.fail_on_changed_variables(len(trainable_variables))
         return super().stateless_apply(optimizer_variables, grads, trainable_variables)
 
     def _natural_gradients(self, grads, variables, index):

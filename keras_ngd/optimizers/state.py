@@ -1,6 +1,8 @@
 """Saving and loading of optimizer state without ever losing any of it."""
 
+import keras
 import numpy as np
+from keras import ops
 
 from keras_ngd import sharding
 
@@ -10,12 +12,44 @@ class StrictState:
 
     Keras matches optimizer variables by position and, where their number differs, warns and goes on with none of them:
     second-order state would be lost in silence.
+
+    A model that is loaded may be wanted for its predictions alone. The optimizer that is loaded with it therefore keeps an error
+    to itself, and a state that does not match, and raises it where it is to train.
     """
 
-    _pending_state = None
+    _pending_state, _kept_error, _from_config = None, None, False
+
+    @classmethod
+    def from_config(cls, config, custom_objects=None):
+        optimizer = super().from_config(config, custom_objects)
+        optimizer._from_config = True
+        return optimizer
+
+    def being_loaded(self):
+        """Whether this optimizer was made with a model that is loaded, and has not been used."""
+        unused = not self.built or int(sharding.to_numpy(self.iterations)) == 0
+        return self._from_config and self._model is None and unused
+
+    def until_trained(self, function):
+        """The value of a function; where it raises an error and a model is being loaded, None, and the error is kept."""
+        try:
+            return function()
+        except ValueError as error:
+            if not self.being_loaded():
+                raise
+            self._kept_error = error
+            return None
+
+    def check_loaded(self):
+        """Raises what was kept while the model was loaded."""
+        if self._kept_error is not None:
+            raise self._kept_error
+        self._restore_pending()
 
     def save_own_variables(self, store):
-        for key, value in self._state().items():
+        # What could not be restored is still what there is to be saved.
+        state = self._state() if self._pending_state is None else self._pending_state
+        for key, value in state.items():
             store[key] = value
 
     def _state(self):
@@ -28,15 +62,21 @@ class StrictState:
         nothing to restore.
 
         Raises:
-            ValueError: if the number or a shape of the variables is not what this optimizer has.
+            ValueError: if the number or a shape of the variables is not what this optimizer has; if it is being loaded with a
+                model, at the first step.
         """
         state = {key: np.array(store[key]) for key in store.keys()}
         if not state or self._is_untouched(state):
             return
-        if not self.built:
+        if not self.built or self._kept_error is not None:
             self._pending_state = state
             return
-        self._assign_state(state)
+        try:
+            self._assign_state(state)
+        except ValueError:
+            if not self.being_loaded():
+                raise
+            self._pending_state = state
 
     @staticmethod
     def _is_untouched(state):
@@ -103,3 +143,15 @@ class StrictState:
 
     def restored(self, renew):
         """Told that a state was restored; `renew` if some values that `can_renew` were left out."""
+
+    def plain(self):
+        """A new `keras.optimizers.SGD` at this optimizer's step, with those of its arguments that SGD has."""
+        rate = self._learning_rate
+        known_to_keras = isinstance(rate, keras.optimizers.schedules.LearningRateSchedule)
+        if not known_to_keras or type(rate).__module__.startswith("keras_ngd"):
+            rate = float(ops.convert_to_numpy(self.learning_rate))
+        known = keras.optimizers.SGD().get_config()
+        config = {name: value for name, value in super().get_config().items() if name in known}
+        sgd = keras.optimizers.SGD(**{**config, "learning_rate": rate, "name": known["name"]})
+        sgd.iterations.assign(self.iterations)
+        return sgd
