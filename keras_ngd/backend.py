@@ -388,6 +388,16 @@ def zero_unless(ok, function):
     return ops.cond(ok, passed, blocked)
 
 
+def unconverted(function):
+    """`function`, which TensorFlow's AutoGraph is to leave as it is in a function of `tf.function` that calls it."""
+    # Not `name`: importing the package fails on no backend.
+    if keras.backend.backend() != "tensorflow":
+        return function
+    import tensorflow as tf
+
+    return tf.autograph.experimental.do_not_convert(function)
+
+
 def of_known_shape(gradient, shape):
     """A gradient whose static shape is its variable's; None and sparse ones as they are.
 

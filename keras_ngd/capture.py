@@ -3,6 +3,7 @@
 import contextlib
 import fnmatch
 import math
+import warnings
 
 import keras
 
@@ -56,7 +57,9 @@ def capture(model, optimizer, skip=None, data=None):
 
     Args:
         model: a built Functional, Sequential or subclassed `keras.Model`.
-        optimizer: a `keras_ngd` optimizer not yet used, or the name of one (`"keras_ngd>KFAC"`).
+        optimizer: a `keras_ngd` optimizer not yet used, to compile with afterwards; or the registered name of one with its
+            defaults, `"keras_ngd>KFAC"`, which `model.compile(optimizer="keras_ngd>KFAC")` then takes as well. (Keras knows short
+            names, such as `"adam"`, of its own optimizers alone.)
         skip: layers to leave out: a name, a path or a pattern (`"block1_*"`), a list of these, or a function of the layer
             that returns True for layers to leave out. Default None.
         data: a batch of the model's inputs, or a data set of batches, for what is measured: `THOR(split="auto")`, which takes
@@ -64,7 +67,7 @@ def capture(model, optimizer, skip=None, data=None):
             1,024 examples is not taken for a batch. Default None.
 
     Returns:
-        A `CaptureReport`.
+        A `CaptureReport`. Its `warnings`, of layers with large factors, are given as Python's warnings as well.
 
     Raises:
         TypeError: if `model` or `optimizer` is of the wrong kind.
@@ -128,7 +131,10 @@ def _capture(model, optimizer, skip, data):
     optimizer.captured(model)
     optimizer.count_not_captured(model.trainable_variables)
     _forget_compiled_functions(model)
-    return CaptureReport(entries, optimizer)
+    report = CaptureReport(entries, optimizer)
+    for message in report.warnings:
+        warnings.warn(message, stacklevel=3)
+    return report
 
 
 def release(model):

@@ -3,6 +3,11 @@
 import weakref
 from dataclasses import dataclass
 
+# What a layer of a method with whole factors is warned of: a factor 4,096 wide takes 64 MiB and its inverse as much, and a
+# refresh of it on two cores of a CPU takes seconds.
+WIDE_FACTOR = 4096
+LARGE_STATE = 64 * 2**20
+
 
 @dataclass(frozen=True)
 class LayerReport:
@@ -33,11 +38,17 @@ class CaptureReport:
     Args:
         layers: a `LayerReport` for each layer with weights.
         optimizer: the optimizer, or None where it captured nothing. It is held weakly.
+
+    Attributes:
+        warnings: what is said of layers with a factor wider than `WIDE_FACTOR` or with more state than `LARGE_STATE` bytes, where
+            the method keeps whole factors.
     """
 
     def __init__(self, layers, optimizer=None):
         self.layers = tuple(layers)
         self._optimizer = None if optimizer is None else weakref.ref(optimizer)
+        whole = optimizer is not None and optimizer.whole_factors
+        self.warnings = tuple(filter(None, map(_size_warning, self.layers))) if whole else ()
 
     @property
     def captured(self):
@@ -91,6 +102,17 @@ class CaptureReport:
         losses = (
             [f"losses per example: {'?' if number is None else format(number, '.6g')} ({source})"] if source else []
         )
-        return "\n".join([line(rows[0]), rule, *map(line, rows[1:-1]), rule, line(rows[-1]), *losses])
+        return "\n".join([line(rows[0]), rule, *map(line, rows[1:-1]), rule, line(rows[-1]), *losses, *self.warnings])
 
     __repr__ = __str__
+
+
+def _size_warning(entry):
+    width = max((shape[-1] for shape in entry.shapes), default=0)
+    if width <= WIDE_FACTOR and entry.bytes <= LARGE_STATE:
+        return ""
+    return (
+        f"Layer {entry.layer!r} keeps {entry.bytes / 1e6:,.0f} MB of second-order state, of factors up to {width:,} wide: a "
+        "refresh of their inverses takes long. `keras_ngd.THOR(split=128)` keeps diagonal blocks alone, `SKFAC`, `SNGD` and "
+        f"`HyLo` a batch's rows; or leave the layer out: `skip=[{entry.layer!r}]`."
+    )

@@ -61,6 +61,10 @@ class KFAC(NaturalGradient):
             arguments of `keras.optimizers.SGD` (`weight_decay` is decoupled; `clipnorm` and its kin clip the
             preconditioned gradient), except `gradient_accumulation_steps`.
 
+    Factors are as wide as their layers, and the time of a refresh grows with the cube of that: `capture` warns of layers above
+    `keras_ngd.report.WIDE_FACTOR`. None is left out for its size by itself: the widest layer, such as one over a vocabulary, is
+    often the one that matters, and THOR, SKFAC, SNGD and HyLo cope with it.
+
     Attributes:
         skipped_statistics, skipped_steps: how often something was not finite; see `NaturalGradient`.
         clipped_steps, mean_step_scale: how often a clip shortened a step, and the mean of `nu`.
@@ -70,6 +74,8 @@ class KFAC(NaturalGradient):
         - [Grosse & Martens, 2016](https://arxiv.org/abs/1602.01407) for convolutions
         - [Ba et al., 2017](https://openreview.net/forum?id=SkkTMpjex) for the KL clip
     """
+
+    whole_factors = True
 
     def __init__(
         self,

@@ -124,6 +124,9 @@ class NaturalGradient(
     # Whether all layers record in the same steps.
     one_clock = True
 
+    # Whether the state of a layer grows with the squares of its sizes.
+    whole_factors = False
+
     def __init__(
         self,
         learning_rate,
@@ -190,6 +193,7 @@ class NaturalGradient(
 
     # Set-up
 
+    @backend.unconverted
     def build(self, variables):
         """Creates momenta, inverses and counters for a model's trainable variables.
 
@@ -248,6 +252,7 @@ class NaturalGradient(
 
     # The step
 
+    @backend.unconverted
     def apply(self, grads, trainable_variables=None):
         """One step; see the class. Arguments as for `keras.optimizers.Optimizer.apply`."""
         variables = self.built_on if trainable_variables is None else list(trainable_variables)
