@@ -1,5 +1,6 @@
 """What trains by the plain rule although it could be captured is warned of, and what another optimizer captured stays."""
 
+import re
 import warnings
 
 import keras
@@ -24,7 +25,7 @@ def coverage_warnings(function):
     with warnings.catch_warnings(record=True) as seen:
         warnings.simplefilter("always")
         function()
-    return [str(w.message) for w in seen if "follow the plain rule" in str(w.message)]
+    return [str(w.message) for w in seen if "follow the rule for the rest" in str(w.message)]
 
 
 def frozen_first():
@@ -159,7 +160,9 @@ def test_step_on_a_part():
         return [v for v in model.trainable_variables if v.path.startswith("outputs")]
 
     message = stepped_on(part)
-    assert "was built on 16 variables but is given 8 (8 missing: 'hidden/" in message
+    assert re.search(
+        r"was built on \d+ variables but is given \d+ \(\d+ missing: 'hidden/kernel', 'hidden/bias'", message
+    )
     assert "pass the gradients of all" in message
 
 
@@ -169,7 +172,8 @@ def test_step_on_others():
         model.optimizer.build([v for v in variables if v.path.startswith("outputs")])
         return variables
 
-    assert "was built on 8 variables but is given 16 (8 new: 'hidden/" in stepped_on(others)
+    message = stepped_on(others)
+    assert re.search(r"was built on \d+ variables but is given \d+ \(\d+ new: 'hidden/kernel', 'hidden/bias'", message)
 
 
 def test_kernels_without_their_statistics():

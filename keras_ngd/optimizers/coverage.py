@@ -47,7 +47,7 @@ class Coverage:
             )
             warnings.warn(
                 f"{type(self).__name__} is to train {len(kernels)} kernels, {len(plain)} of which are not captured and follow "
-                f"the plain rule of SGD: {_named(plain)}. {known}. If layers were unfrozen or added since, call "
+                f"the rule for the rest of the model: {_named(plain)}. {known}. If layers were unfrozen or added since, call "
                 "`keras_ngd.capture(model, optimizer)` with a new optimizer before `model.compile`.",
                 stacklevel=2,
             )
