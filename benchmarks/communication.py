@@ -34,17 +34,22 @@ def make_optimizer(method):
     """An optimizer with an update at every step."""
     import keras_ngd
 
+    paper = keras_ngd.PAPER_SETTINGS
     if method in ("kfac", "kfac-mem-opt", "sp-ngd"):
         fraction, scatter = 1 if method == "kfac" else 0, method == "sp-ngd"
         intervals = {"factor_interval": 1, "inverse_interval": 1}
-        return keras_ngd.KFAC(1e-3, **intervals, gradient_worker_fraction=fraction, reduce_scatter=scatter)
+        return keras_ngd.KFAC(
+            1e-3, 0.01, **paper, **intervals, gradient_worker_fraction=fraction, reduce_scatter=scatter
+        )
     if method == "thor":
-        return keras_ngd.THOR(1e-3, factor_interval=1, inverse_interval=1, split=SPLIT, omega=(0.0, 0.0))
+        return keras_ngd.THOR(1e-3, 0.01, **paper, factor_interval=1, inverse_interval=1, split=SPLIT, omega=(0.0, 0.0))
     if method == "skfac":
-        return keras_ngd.SKFAC(1e-3, interval=1, batch_size=BATCH)
+        return keras_ngd.SKFAC(1e-3, 0.03, **paper, interval=1, batch_size=BATCH)
     if method == "sngd":
-        return keras_ngd.SNGD(1e-3, batch_size=BATCH)
-    return keras_ngd.HyLo(1e-3, interval=1, batch_size=BATCH, rank=RANK, mode=method.removeprefix("hylo-"))
+        return keras_ngd.SNGD(1e-3, 0.1, **paper, batch_size=BATCH)
+    return keras_ngd.HyLo(
+        1e-3, 0.1, **paper, interval=1, batch_size=BATCH, rank=RANK, mode=method.removeprefix("hylo-")
+    )
 
 
 def count(folder):

@@ -48,7 +48,7 @@ def measure(network, method, batch_size, rank):
     if method == "sgd":
         optimizer, reported = keras.optimizers.SGD(1e-3, 0.9), 0
     else:
-        shared = {"learning_rate": 1e-3, "damping": 0.1}
+        shared = {**keras_ngd.PAPER_SETTINGS, "learning_rate": 1e-3, "damping": 0.1}
         if method.startswith("hylo"):
             mode = "kid" if method == "hylo-kid" else "switch"
             # Room for more rows than the batch has: rows that are not there cost what others do.

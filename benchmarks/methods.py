@@ -22,7 +22,12 @@ def optimizer_of(method, network):
         return keras.optimizers.Adam(1e-3), None
     if method == "muon":
         return keras.optimizers.Muon(1e-3), None
-    shared = {"learning_rate": 1e-3, "damping": DAMPING, "losses_per_example": settings.get("pixels", 1)}
+    shared = {
+        **keras_ngd.PAPER_SETTINGS,
+        "learning_rate": 1e-3,
+        "damping": DAMPING,
+        "losses_per_example": settings.get("pixels", 1),
+    }
     intervals = {"factor_interval": 1, "inverse_interval": 10}
     if method in ("sgd", "captured"):
         sgd = keras.optimizers.SGD(1e-3, momentum=0.9)

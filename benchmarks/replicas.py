@@ -61,7 +61,9 @@ def measure(count, rounds):
                 optimizer = keras.optimizers.SGD(1e-3, momentum=0.9)
             else:
                 interval = 10**6 if kind == "no refresh" else 1
-                optimizer = keras_ngd.KFAC(1e-3, factor_interval=10**6, inverse_interval=interval)
+                optimizer = keras_ngd.KFAC(
+                    1e-3, 0.01, **keras_ngd.PAPER_SETTINGS, factor_interval=10**6, inverse_interval=interval
+                )
                 keras_ngd.capture(model, optimizer)
             model.compile(optimizer=optimizer, loss=keras.losses.SparseCategoricalCrossentropy(from_logits=True))
         data = tf.data.Dataset.from_tensor_slices((x, y)).repeat().batch(BATCH, drop_remainder=True)

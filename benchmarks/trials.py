@@ -145,7 +145,11 @@ def make(case, momentum):
     name = case["optimizer"]
     if name in FIRST_ORDER:
         return getattr(keras.optimizers, name)(0.1, **{"beta_1" if name == "Adam" else "momentum": momentum})
-    shared = {"damping": OfTrial(case["grid"]["damping"]), "losses_per_example": case["losses_per_example"]}
+    shared = {
+        **keras_ngd.PAPER_SETTINGS,
+        "damping": OfTrial(case["grid"]["damping"]),
+        "losses_per_example": case["losses_per_example"],
+    }
     factors, inverses = case["intervals"]
     if name in ("KFAC", "THOR"):
         shared |= {"factor_interval": factors, "inverse_interval": inverses}

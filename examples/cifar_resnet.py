@@ -49,6 +49,7 @@ def make_optimizer(method, steps_per_epoch):
     if method == "momentum":
         return keras.optimizers.SGD(learning_rate, momentum=0.9, weight_decay=5e-4)
     shared = {
+        **keras_ngd.PAPER_SETTINGS,
         "learning_rate": learning_rate,
         "damping": decay(FLAGS.damping, third, 0.1, staircase=True),
         "damping_mode": "factor",

@@ -63,7 +63,7 @@ def make_optimizer(method, steps_per_epoch):
 
 
 def natural_gradient(method, interval, batch_size, steps_per_epoch=None, **arguments):
-    """The `keras_ngd` optimizer of this name, with updates of the curvature every `interval` steps.
+    """The `keras_ngd` optimizer of this name as its paper has it, with updates of the curvature every `interval` steps.
 
     Args:
         method: `"kfac"`, `"thor"`, `"skfac"`, `"sngd"` or `"hylo"`.
@@ -72,6 +72,7 @@ def natural_gradient(method, interval, batch_size, steps_per_epoch=None, **argum
         steps_per_epoch: of HyLo.
         **arguments: of all.
     """
+    arguments = keras_ngd.PAPER_SETTINGS | arguments
     if method in ("kfac", "thor"):
         factors = {"kfac": keras_ngd.KFAC, "thor": keras_ngd.THOR}[method]
         return factors(factor_interval=interval, inverse_interval=interval, **arguments)

@@ -32,7 +32,7 @@ class KFAC(NaturalGradient):
     ```
 
     Args:
-        learning_rate: float, `LearningRateSchedule` or callable. Default 0.1.
+        learning_rate: float, `LearningRateSchedule` or callable. Default 0.02.
         damping: positive float or `LearningRateSchedule`: what is added to the curvature; `damping_mode` says in which units.
             Default None: 1.0, relative.
         momentum: float in [0, 1). Default 0.9.
@@ -79,7 +79,7 @@ class KFAC(NaturalGradient):
 
     def __init__(
         self,
-        learning_rate=0.1,
+        learning_rate=0.02,
         damping=None,
         momentum=0.9,
         factor_decay=0.95,

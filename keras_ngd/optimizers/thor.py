@@ -73,7 +73,7 @@ class THOR(KFAC):
 
     def __init__(
         self,
-        learning_rate=0.1,
+        learning_rate=0.02,
         damping=None,
         momentum=0.9,
         factor_decay=0.95,
