@@ -16,5 +16,5 @@ def _of(method, **defaults):
 KFAC = _of(keras_ngd.KFAC, learning_rate=0.05, damping=0.01)
 THOR = _of(keras_ngd.THOR, learning_rate=0.05, damping=0.01)
 SKFAC = _of(keras_ngd.SKFAC, learning_rate=0.05, damping=0.03)
-SNGD = _of(keras_ngd.SNGD, learning_rate=0.05, damping=0.1)
+SNGD = _of(keras_ngd.SNGD, learning_rate=0.05, damping=0.1, interval=1)
 HyLo = _of(keras_ngd.HyLo, learning_rate=0.05, damping=0.1)

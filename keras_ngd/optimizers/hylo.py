@@ -43,7 +43,7 @@ class HyLo(SNGD):
     ```
 
     Args:
-        learning_rate: float, `LearningRateSchedule` or callable. Default 0.05.
+        learning_rate: float, `LearningRateSchedule` or callable. Default 0.1.
         damping: positive float or `LearningRateSchedule`: what is added to the curvature; the gradient's part outside the
             chosen rows is divided by it alone, so that far smaller ones take steps far too long. `damping_mode` says in which
             units. Default None: 1.0, relative.
@@ -77,7 +77,7 @@ class HyLo(SNGD):
 
     def __init__(
         self,
-        learning_rate=0.05,
+        learning_rate=0.1,
         damping=None,
         momentum=0.9,
         interval=10,

@@ -34,7 +34,7 @@ class SKFAC(RowMethod):
     ```
 
     Args:
-        learning_rate: float, `LearningRateSchedule` or callable. Default 0.05.
+        learning_rate: float, `LearningRateSchedule` or callable. Default 0.02.
         damping: positive float or `LearningRateSchedule`, as for `keras_ngd.KFAC`; factors of one batch alone may need
             more than KFAC's averages. Woodbury's identity loses digits where a factor's largest eigenvalue is more than a
             thousand times what is added to it. Default None: 1.0, relative.
@@ -60,7 +60,7 @@ class SKFAC(RowMethod):
 
     def __init__(
         self,
-        learning_rate=0.05,
+        learning_rate=0.02,
         damping=None,
         momentum=0.9,
         interval=10,

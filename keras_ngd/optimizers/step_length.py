@@ -8,6 +8,9 @@ from keras_ngd import backend, replica, schedules
 
 FISHER_SCALES = ("loss", None)
 
+# From which share of the steps, and from how many, the user is told that they were clipped.
+INERT_SHARE, INERT_STEPS = 0.95, 100
+
 # Divisors are kept above these.
 SMALLEST_LOSS = 1e-20
 SMALLEST_LENGTH = 1e-30
@@ -57,6 +60,20 @@ class StepLength:
         """The mean over all steps of what the clips multiplied a step with; 1 where they never did."""
         steps = int(ops.convert_to_numpy(self.iterations)) if self.built else 0
         return float(ops.convert_to_numpy(self._sum_of_scales)) / steps if steps else 1.0
+
+    def notices(self):
+        found, clipped = super().notices(), self.clipped_steps
+        steps = int(ops.convert_to_numpy(self.iterations))
+        if self.kl_clip is not None and clipped >= max(INERT_SHARE * steps, INERT_STEPS):
+            found.append(
+                (
+                    "clipped",
+                    f"`kl_clip={self.kl_clip:g}` shortened {clipped} of {steps} steps, to {self.mean_step_scale:.2g} of their "
+                    "length in the mean, so that neither the learning rate nor its schedule had a say in them. Raise `kl_clip`, "
+                    "lower the learning rate, or leave `kl_clip` out: `loss_clip`, the default, leaves the learning rate its say.",
+                )
+            )
+        return found
 
     def scale_loss(self, loss):
         """The loss that is to be differentiated, as every Keras trainer asks for it; its value travels along.
