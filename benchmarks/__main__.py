@@ -30,7 +30,7 @@ def main(arguments):
         return
     from benchmarks import page
 
-    names, known = arguments[1:] or list(harness.USUAL), (*harness.USUAL, *harness.ELSEWHERE)
+    names, known = arguments[1:] or list(harness.USUAL), (*harness.USUAL, *harness.NAMED)
     if unknown := set(names) - set(known):
         raise app.UsageError(f"There are no benchmarks {sorted(unknown)}. There are: {', '.join(known)}")
     if FLAGS.only and len(names) != 1:

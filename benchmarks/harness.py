@@ -27,8 +27,8 @@ from tqdm import tqdm
 
 from benchmarks import alone, results
 
-# What runs without being named, and what needs a machine of its own.
-USUAL, ELSEWHERE = ("costs", "tasks", "ablations", "peers"), ("gpu",)
+# What runs without being named, and what runs where it is.
+USUAL, NAMED = ("costs", "tasks", "ablations", "peers"), ("defaults", "gpu")
 PARTIAL = results.DIRECTORY / "partial"
 AT_ONCE = 2
 

@@ -13,7 +13,7 @@ class MultiWorkerMirroredStrategy(tf.distribute.MultiWorkerMirroredStrategy):
     ```python
     strategy = keras_ngd.distributed.MultiWorkerMirroredStrategy()
     with strategy.scope():
-        model, optimizer = ..., keras_ngd.KFAC(learning_rate=0.05)
+        model, optimizer = ..., keras_ngd.KFAC()
         keras_ngd.capture(model, optimizer)
         model.compile(optimizer=optimizer, loss="sparse_categorical_crossentropy")
     model.fit(dataset)

@@ -36,7 +36,7 @@ class HyLo(SNGD):
     or more in length, and where the learning rate decayed; KIS where neither did (eq. 10).
 
     ```python
-    optimizer = keras_ngd.HyLo(learning_rate=0.05, damping=0.1)
+    optimizer = keras_ngd.HyLo()
     keras_ngd.capture(model, optimizer)
     model.compile(optimizer=optimizer, loss="sparse_categorical_crossentropy")
     model.fit(x, y)

@@ -27,7 +27,7 @@ class SKFAC(RowMethod):
     ("Spatial Subsampling"). Clip and step are KFAC's.
 
     ```python
-    optimizer = keras_ngd.SKFAC(learning_rate=0.05, damping=0.03)
+    optimizer = keras_ngd.SKFAC()
     keras_ngd.capture(model, optimizer)
     model.compile(optimizer=optimizer, loss="sparse_categorical_crossentropy")
     model.fit(x, y)

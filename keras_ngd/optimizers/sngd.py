@@ -36,8 +36,9 @@ class SNGD(RowMethod):
         damping_mode: `"relative"`: in units of the mean eigenvalue of each layer's kernel matrix; `"absolute"`: in those of the
             curvature. Default None: `"relative"` where `damping` is not given, else `"absolute"`.
         momentum: float in [0, 1). Default 0.9.
-        interval: int or schedule: steps between updates; in between, the last recorded batch's curvature is used. At 1, a gradient
-            is preconditioned with the curvature of the very batch that it comes from, which takes less noise out of it. Default 10.
+        interval: int or schedule: steps between updates; in between, the last recorded batch's curvature is used. At 1, a
+            gradient is preconditioned with the curvature of the very batch that it comes from, which takes less noise out of
+            it. Default 10.
         batch_size: int, the largest batch that will be seen; smaller ones are exact, larger ones an error. Default None: room
             is made for the first batch, or for 128 examples where TensorFlow does not know its size (batches that do not divide
             the data), and of larger batches the leading examples are recorded, with the weight of all.

@@ -70,7 +70,7 @@ class StepLength:
                     "clipped",
                     f"`kl_clip={self.kl_clip:g}` shortened {clipped} of {steps} steps, to {self.mean_step_scale:.2g} of their "
                     "length in the mean, so that neither the learning rate nor its schedule had a say in them. Raise `kl_clip`, "
-                    "lower the learning rate, or leave `kl_clip` out: `loss_clip`, the default, leaves the learning rate its say.",
+                    "lower the rate, or leave `kl_clip` out: `loss_clip`, the default, leaves the learning rate its say.",
                 )
             )
         return found
