@@ -25,9 +25,9 @@ SECTIONS = {
     ),
     "defaults": (
         "At defaults",
-        "Every optimizer at its default arguments, nothing tuned: the loss of the training data after the last epoch, in brackets "
-        "the test accuracy (where there are no classes, the test loss) and the share of steps that a clip shortened; the lowest loss "
-        "in bold. One seed. Tables are scikit-learn's, as they are and standardized.",
+        "Every optimizer at its default arguments, nothing tuned: the loss of the training data after the last epoch, in "
+        "brackets the test accuracy (where there are no classes, the test loss) and the share of steps that a clip shortened; "
+        "the lowest loss in bold. One seed. Tables are scikit-learn's, as they are and standardized.",
     ),
     "ablations": (
         "The papers' ideas one by one",

@@ -5,7 +5,7 @@ import keras_ngd
 
 def _of(method, **defaults):
     def make(*args, **kwargs):
-        settings = {**keras_ngd.PAPER_SETTINGS, **defaults, **kwargs}
+        settings = {**keras_ngd.PAPER_SETTINGS, "losses_per_example": 1, **defaults, **kwargs}
         for name, _ in zip(("learning_rate", "damping"), args, strict=False):
             settings.pop(name)
         return method(*args, **settings)

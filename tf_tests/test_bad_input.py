@@ -19,7 +19,7 @@ from tf_tests.small import captured, compiled, fit, kfac, mlp, policy, regressio
     [
         (
             "damping",
-            [0, 0.0, -1e-3, float("nan"), float("inf"), True, "0.1", None],
+            [0, 0.0, -1e-3, float("nan"), float("inf"), True, "0.1"],
             "`damping` must be a positive float",
         ),
         ("factor_interval", [0, -1, 2.0, 1.5, True, "10", None], "`factor_interval` must be an int of at least 1"),
@@ -27,7 +27,12 @@ from tf_tests.small import captured, compiled, fit, kfac, mlp, policy, regressio
         ("factor_decay", [1, 1.0, -0.1, float("nan"), True, "0.9", None], r"`factor_decay` must be in \[0, 1\)"),
         ("kl_clip", [0, -1.0, float("nan"), float("inf"), True, "1"], "`kl_clip` must be a positive float or None"),
         ("inverse", ["qr", None, 1], "`inverse` must be one of .*'cholesky'"),
-        ("damping_mode", ["tikhonov", None, 1], "`damping_mode` must be one of .*'pi'"),
+        ("damping_mode", ["tikhonov", 1], "`damping_mode` must be one of .*'pi'"),
+        ("loss_clip", [0, -1.0, float("nan"), True, "1"], "`loss_clip` must be a positive float, None or 'auto'"),
+        ("fisher_scale", ["Loss", 1.0, True], "`fisher_scale` must be one of .*'loss'"),
+        ("interval_growth", [0, -0.1, float("nan"), True, "0.1"], "`interval_growth` must be a number above 0"),
+        ("rest", ["Adam", None, 1], "`rest` must be one of .*'adam', 'sgd'"),
+        ("rest_learning_rate", [0, -0.1, float("inf"), True, "0.1"], "`rest_learning_rate` must be a positive float"),
         ("weight_sharing", ["sum", None, True], "`weight_sharing` must be one of .*'expand'"),
         ("losses_per_example", [0, -1, float("nan"), True, "3", None], "`losses_per_example` must be a number above 0"),
         ("statistics_fraction", [0, -0.5, 1.01, True, "1", None], r"`statistics_fraction` must be in \(0, 1\]"),
@@ -339,3 +344,8 @@ def test_unsupported_backend(monkeypatch):
     monkeypatch.setattr(keras.backend, "backend", lambda: "torch")
     with pytest.raises(RuntimeError, match="keras_ngd runs on the Keras backends .*, but KERAS_BACKEND='torch'"):
         keras_ngd.capture(model, kfac())
+
+
+def test_a_mode_in_units_of_the_curvature_needs_a_damping():
+    with pytest.raises(ValueError, match="`damping_mode='pi'` is in units of the curvature and needs a `damping`"):
+        keras_ngd.KFAC(damping_mode="pi")

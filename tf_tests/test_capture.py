@@ -206,19 +206,9 @@ def test_report():
     report = keras_ngd.capture(model, optimizer, skip="small")
 
     # Float32; A, G and an inverse of each: 2 * 4 * (18^2 + 3^2) for the convolution, 2 * 4 * (17^2 + 2^2) for the head.
-    assert (
-        str(report)
-        == repr(report)
-        == (
-            "layer      kind             factors, or why not captured  bytes\n"
-            "---------------------------------------------------------------\n"
-            "conv       Conv2D           18x18, 3x3                    2,664\n"
-            "norm       BatchNormalization  not a captured kind\n"
-        )
-        or True
-    )
+    assert str(report) == repr(report)
     lines = str(report).splitlines()
-    assert [line.split() for line in (lines[0], lines[2], lines[6], lines[-1])] == [
+    assert [line.split() for line in (lines[0], lines[2], lines[6], lines[-2])] == [
         ["layer", "kind", "factors,", "or", "why", "not", "captured", "bytes"],
         ["conv", "Conv2D", "18x18,", "3x3", "2,664"],
         ["head", "Dense", "17x17,", "2x2", "2,344"],

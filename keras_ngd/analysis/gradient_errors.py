@@ -122,10 +122,12 @@ def _ratio(squared, squared_of):
 
 def _hylo(rank, batch_size, sampling, power):
     """The optimizer of KIS with this `sampling`, or of KID if it is None."""
+    # What the damping is, each call of the probe is told.
+    shared = {"damping": 1.0, "damping_mode": "absolute", "batch_size": batch_size, "rank": rank}
     if sampling is None:
-        return HyLo(batch_size=batch_size, rank=rank, mode="kid")
+        return HyLo(**shared, mode="kid")
     power = power or (1.0 if sampling == "paper" else 2.0)
-    return HyLo(batch_size=batch_size, rank=rank, mode="kis", sampling=sampling, power=power)
+    return HyLo(**shared, mode="kis", sampling=sampling, power=power)
 
 
 def _choose(statistics, a, damping, draw):

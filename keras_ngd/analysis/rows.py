@@ -8,7 +8,7 @@ from keras import ops, tree
 
 from keras_ngd import backend
 from keras_ngd.analysis.copies import captured_copy
-from keras_ngd.optimizers import SNGD
+from keras_ngd.optimizers import PAPER_SETTINGS, SNGD
 from keras_ngd.optimizers.blocks import find_blocks
 
 
@@ -98,7 +98,7 @@ class RowProbe:
         return found
 
     def _make_copy(self, x, examples):
-        self._optimizer = SNGD(batch_size=examples, losses_per_example=self._losses_per_example)
+        self._optimizer = SNGD(batch_size=examples, **PAPER_SETTINGS, losses_per_example=self._losses_per_example)
         copy = captured_copy(self._model, x, self._optimizer)
         # After one step from zero the momentum is the negative gradient exactly; the difference of weights would be rounded.
         plain = keras.optimizers.SGD(1.0, momentum=0.5)

@@ -325,7 +325,7 @@ class NaturalGradient(
             for variable, value in self.control_values(block, step):
                 new[index(variable)] = value
             if block.statistics.loss is not None:
-                new[index(block.statistics.loss)] = ops.zeros((2,))
+                new[index(block.statistics.loss)] = ops.zeros((2,), "float32")
         return [new.get(i, gradient) for i, gradient in enumerate(grads)]
 
     def _follows_plain_rule(self, gradient, variable):

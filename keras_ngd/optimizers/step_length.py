@@ -110,7 +110,7 @@ class StepLength:
         """The loss of this batch, a scalar; 1 where it did not arrive."""
         carrier = self._loss_carrier()
         if carrier is None:
-            return ops.ones(())
+            return ops.ones((), "float32")
         # The value and a 1, whose quotient is the value whatever both were multiplied with on their way.
         value, count = ops.unstack(grads[index(carrier)], num=2)
         return ops.abs(ops.where(count > 0, value / ops.where(count > 0, count, 1.0), 1.0))
@@ -128,7 +128,7 @@ class StepLength:
     def fisher_factor(self):
         """What the empirical Fisher matrix is to be multiplied with, a scalar."""
         if self.fisher_scale is None:
-            return ops.ones(())
+            return ops.ones((), "float32")
         return 1 / ops.maximum(ops.convert_to_tensor(self._mean_loss), SMALLEST_LOSS)
 
     def step_scale(self, length, loss, finite):
@@ -140,7 +140,7 @@ class StepLength:
             finite: whether the step is to be taken at all.
         """
         length = ops.maximum(ops.abs(length / self.loss_scale**2), SMALLEST_LENGTH)
-        nu = ops.ones(())
+        nu = ops.ones((), "float32")
         if self.loss_clip is not None:
             nu = ops.minimum(nu, self.loss_clip * ops.where(ops.isfinite(loss), loss, 0.0) / length)
         if self.kl_clip is not None:

@@ -5,6 +5,7 @@ import functools
 import weakref
 
 import keras
+import numpy as np
 from keras import ops
 
 from keras_ngd import backend, replica, sharding
@@ -277,16 +278,22 @@ class Statistics(keras.layers.Layer):
     def save_own_variables(self, store):
         if self.before_saving is not None:
             self.before_saving()
-        for i, weight in enumerate(self.weights):
+        for i, weight in enumerate(self._saved_weights()):
             store[str(i)] = sharding.to_numpy(weight)
+
+    def _saved_weights(self):
+        # The loss is no state, and which layer of a model carries it may differ.
+        return [weight for weight in self.weights if weight is not self.loss]
 
     def load_own_variables(self, store):
         # A plain model's checkpoint has no statistics: they start afresh, as after capture.
         if store.keys():
-            weights = {str(i): weight for i, weight in enumerate(self.weights)}
-            super().load_own_variables(
-                {
-                    key: sharding.from_numpy(weights[key], store[key]) if key in weights else store[key]
-                    for key in store.keys()
-                }
-            )
+            weights = {str(i): weight for i, weight in enumerate(self._saved_weights())}
+            values = {
+                key: sharding.from_numpy(weights[key], store[key]) if key in weights else store[key]
+                for key in store.keys()
+            }
+            if self.loss is not None:
+                # It is the last; Keras counts all weights.
+                values[str(len(weights))] = np.zeros((2,), "float32")
+            super().load_own_variables(values)

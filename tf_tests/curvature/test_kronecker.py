@@ -147,6 +147,10 @@ def test_factor_dampings():
     def dampings(mode):
         return run(lambda a, g: factor_dampings(a, g, DAMPING, mode), mean_a, mean_g)
 
+    # Of a factor that is zero nothing is known, and it counts as the identity.
+    (of_a, of_g), tiny = dampings("relative"), 1e-6
+    np.testing.assert_allclose(of_a[:3], [4 * DAMPING, 1, 4 * DAMPING], rtol=tiny)
+    np.testing.assert_allclose(of_g, [DAMPING, DAMPING, 1, DAMPING], rtol=tiny)
     root = DAMPING**0.5
     for pair, expected in {
         "pi": ([2 * root, root, root, root], [root / 2, root, root, root]),
@@ -172,7 +176,12 @@ def test_large_damping_leaves_the_gradient(inverse, mode):
     a, g, v = draw()
     large = 2.0**24
     p = precondition(a, g, v, large, inverse, mode)[0]
-    close(p * (large**2 if mode == "factor" else large), v, 1e-2 if mode in ("pi", "sqrt") else 1e-5)
+    added = {"factor": large**2}.get(mode, large)
+    if mode == "relative":
+        added = np.reshape(
+            [np.prod(reference.dampings(*pair, large, mode)) for pair in zip(a, g, strict=True)], (-1, 1, 1)
+        )
+    close(p * added, v, 1e-2 if mode in ("pi", "sqrt") else 1e-5)
 
 
 @pytest.mark.parametrize("inverse", ["cholesky", "newton-schulz", "eigen"])

@@ -100,7 +100,8 @@ def test_by_name():
     compiled(model, "keras_ngd>KFAC")
     fit(model, *regression())
     assert type(model.optimizer) is keras_ngd.KFAC
-    assert model.optimizer.factor_updates == 1
+    # Intervals grow from 1: at first, every step is an update.
+    assert model.optimizer.factor_updates == 4
     assert model.optimizer.factor_interval == 10
 
 
@@ -264,7 +265,7 @@ class Counting(keras_ngd.KFAC):
 
 def test_one_trace_per_fit():
     keras.utils.set_random_seed(0)
-    optimizer = Counting(factor_interval=2, inverse_interval=4)
+    optimizer = Counting(factor_interval=2, inverse_interval=4, interval_growth=None)
     model, (x, y) = captured(mlp(), optimizer), regression(32)
     fit(model, x, y, epochs=2)
     runs = optimizer.runs

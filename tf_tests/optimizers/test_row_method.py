@@ -217,7 +217,7 @@ def test_a_layer_called_twice(name, jit_compile):
 @pytest.mark.parametrize(
     ("argument", "values", "message"),
     [
-        ("damping", [0, 0.0, -1.0, float("nan"), None], "`damping` must be a positive float"),
+        ("damping", [0, 0.0, -1.0, float("nan")], "`damping` must be a positive float"),
         ("interval", [0, -1, 1.5, True, None], "`interval` must be an int of at least 1"),
         ("batch_size", [0, -8, 8.0, True, "8"], "`batch_size` must be an int of at least 1"),
         ("losses_per_example", [0, -1, float("nan"), None], "`losses_per_example` must be a number above 0"),

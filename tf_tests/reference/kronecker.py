@@ -27,6 +27,8 @@ def dampings(a, g, damping, mode):
     if mode == "sqrt":
         return damping**0.5, damping**0.5
     mean_a, mean_g = np.trace(a) / len(a), np.trace(g) / len(g)
+    if mode == "relative":
+        return tuple(damping * mean if mean > 0 else 1.0 for mean in (mean_a, mean_g))
     pi = np.sqrt(mean_a / mean_g) if mean_a > 1e-30 and mean_g > 1e-30 else 1.0
     return pi * damping**0.5, damping**0.5 / pi
 
