@@ -10,6 +10,7 @@ loss. The loss is that of all training data after the last epoch.
 """
 
 import math
+import statistics
 
 OPTIMIZERS = ("SGD", "Adam", "KFAC", "THOR", "SKFAC", "SNGD", "HyLo")
 SECOND_ORDER = OPTIMIZERS[2:]
@@ -105,6 +106,12 @@ def behind_adam(case, name):
     """Whether a method ends above Adam's loss, both at defaults."""
     loss, adam = case["found"][name]["loss"], case["found"].get("Adam", {"loss": None})["loss"]
     return loss is None or (adam is not None and loss > adam)
+
+
+def median_share(cases, name):
+    """The median over the problems of a method's final loss in Adam's, where both are above 0."""
+    pairs = [(case["found"][name]["loss"], case["found"]["Adam"]["loss"]) for case in cases]
+    return statistics.median(own / adam for own, adam in pairs if own is not None and adam and own > 0 and adam > 0)
 
 
 def _of(payload, name, bad):

@@ -3,7 +3,7 @@
 import pathlib
 import re
 
-from benchmarks import costs, results, tasks, tpu
+from benchmarks import costs, defaults, results, tasks, tpu
 
 ROOT = pathlib.Path(__file__).parent.parent
 
@@ -30,6 +30,20 @@ def tasks_table(payload):
     return "\n".join(lines)
 
 
+def defaults_table(payload):
+    """In how many problems each method ends below Adam's loss, above SGD's, and not finite, all at defaults."""
+    names = [name for name in defaults.SECOND_ORDER if name in payload["cases"][0]["found"]]
+    lines = ["| at defaults | loss below Adam's | above SGD's | not finite | median of Adam's loss |", "|---" * 5 + "|"]
+    for name in names:
+        cases, count = payload["cases"], len(payload["cases"])
+        behind = sum(defaults.behind_adam(case, name) for case in cases)
+        above = sum(defaults.worse_than_sgd(case, name) for case in cases)
+        lost = sum(case["found"][name]["loss"] is None for case in cases)
+        share = f"{defaults.median_share(cases, name):.2g}"
+        lines.append(f"| {name} | {count - behind} of {count} | {above} | {lost} | {share} |")
+    return "\n".join(lines)
+
+
 def section(name, render):
     """The table of a result with its source and machine."""
     payload = results.load(name)
@@ -44,7 +58,7 @@ def insert(text, marker, content):
     return pattern.sub(lambda match: f"{match[1]}\n{content}\n{match[2]}", text)
 
 
-SECTIONS = {"costs": ("costs", costs_table), "tasks": ("tasks", tasks_table)}
+SECTIONS = {"defaults": ("defaults", defaults_table), "costs": ("costs", costs_table), "tasks": ("tasks", tasks_table)}
 TPU_SECTIONS = {
     "tpu": ("tpu", tpu.table),
     "tpu-inverses": ("tpu", lambda payload: tpu.refresh_table(payload["inverses"])),

@@ -29,7 +29,7 @@ def mlp(dense=layers.Dense):
 
 def kfac(**kwargs):
     """A `KFAC` that does everything at every step."""
-    return paper.KFAC(**{"factor_interval": 1, "inverse_interval": 1, **kwargs})
+    return paper.KFAC(**{"losses_per_example": "auto", "factor_interval": 1, "inverse_interval": 1, **kwargs})
 
 
 def compiled(model, optimizer, loss="mse", **kwargs):

@@ -77,7 +77,7 @@ def train(how, optimizer, steps=1, **kwargs):
 
 
 def test_a_loop_over_time_counts_like_positions():
-    model = train(by_scan, kfac(learning_rate=0.0), steps=2)
+    model = train(by_scan, kfac(learning_rate=0.0, losses_per_example=1), steps=2)
     layer = model.get_layer("inside").dense
     x, y = data()
     w1, b1, w2, b2 = (array(v).astype("float64") for v in keras_ngd.trainable_weights(model))

@@ -229,7 +229,8 @@ def test_target_networks_as_readme_makes_them():
     other.set_weights(model.get_weights())
     for goal in (target, other):
         for variable, value in zip(keras_ngd.trainable_weights(goal), keras_ngd.trainable_weights(model), strict=True):
-            variable.assign(value)
+            # A copy: on JAX, variables that share a value cannot both be trained.
+            variable.assign(keras.ops.copy(value))
     x, _ = regression(BATCH)
     for goal in (target, other):
         close(goal.predict(x, verbose=0), model.predict(x, verbose=0), 1e-6)

@@ -18,13 +18,15 @@ BATCH, TIME = 8, 3
 # The methods as their papers have them, in the loss's own units, everything at every step; clipping would hide the scale.
 PAPER = {**PAPER_SETTINGS, "kl_clip": None}
 METHODS = {
-    "KFAC": lambda **a: keras_ngd.KFAC(**{"factor_interval": 1, "inverse_interval": 1, **PAPER, **a}),
+    "KFAC": lambda **a: keras_ngd.KFAC(**{"damping": 0.01, "factor_interval": 1, "inverse_interval": 1, **PAPER, **a}),
     "THOR": lambda **a: keras_ngd.THOR(
-        **{"factor_interval": 1, "inverse_interval": 1, "split": 2, "omega": (0.0, 0.0), **PAPER, **a}
+        **{"damping": 0.01, "factor_interval": 1, "inverse_interval": 1, "split": 2, "omega": (0.0, 0.0), **PAPER, **a}
     ),
-    "SKFAC": lambda **a: keras_ngd.SKFAC(**{"interval": 1, "batch_size": BATCH, **PAPER, **a}),
-    "SNGD": lambda **a: keras_ngd.SNGD(**{"batch_size": BATCH, **PAPER, **a}),
-    "HyLo": lambda **a: keras_ngd.HyLo(**{"interval": 1, "batch_size": BATCH, "rank": 4, "mode": "kis", **PAPER, **a}),
+    "SKFAC": lambda **a: keras_ngd.SKFAC(**{"damping": 0.03, "interval": 1, "batch_size": BATCH, **PAPER, **a}),
+    "SNGD": lambda **a: keras_ngd.SNGD(**{"damping": 0.1, "interval": 1, "batch_size": BATCH, **PAPER, **a}),
+    "HyLo": lambda **a: keras_ngd.HyLo(
+        **{"damping": 0.1, "interval": 1, "batch_size": BATCH, "rank": 4, "mode": "kis", **PAPER, **a}
+    ),
 }
 
 

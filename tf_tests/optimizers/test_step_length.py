@@ -1,0 +1,201 @@
+"""Steps relative to the loss: what its units change (nothing), what learning rates do, what the rest of a model follows."""
+
+import warnings
+
+import keras
+import numpy as np
+import pytest
+from keras import layers
+
+import keras_ngd
+from tf_tests import small
+
+METHODS = {
+    "KFAC": keras_ngd.KFAC,
+    "THOR": lambda **a: keras_ngd.THOR(split=3, **a),
+    "SKFAC": keras_ngd.SKFAC,
+    "SNGD": keras_ngd.SNGD,
+    "HyLo": lambda **a: keras_ngd.HyLo(rank=4, mode="kid", **a),
+}
+SCALES = {
+    "weights of 1,000": ({"sample_weight": np.full(32, 1000.0, "float32")}, {}),
+    "weights of 0.001": ({"sample_weight": np.full(32, 0.001, "float32")}, {}),
+    "a sum": ({}, {"loss": keras.losses.MeanSquaredError(reduction="sum")}),
+    "a loss weight": ({}, {"loss": ["mse"], "loss_weights": [50.0]}),
+}
+
+
+def trained(optimizer, model=None, epochs=2, data=None, fit=None, **kwargs):
+    model = small.mlp() if model is None else model
+    for i, variable in enumerate(model.trainable_variables):
+        rng = np.random.default_rng(i)
+        variable.assign(rng.normal(size=variable.shape).astype("float32") / 2)
+    small.captured(model, optimizer, **kwargs)
+    x, y = small.regression() if data is None else data
+    small.fit(model, x, y, epochs=epochs, **(fit or {}))
+    return model
+
+
+@pytest.mark.parametrize("method", [m if m == "KFAC" else pytest.param(m, marks=pytest.mark.slow) for m in METHODS])
+@pytest.mark.parametrize("scale", SCALES)
+def test_steps_do_not_depend_on_the_units_of_the_loss(method, scale):
+    how_to_fit, how_to_compile = SCALES[scale]
+    plain = trained(METHODS[method]())
+    scaled = trained(METHODS[method](), fit=how_to_fit, **how_to_compile)
+    assert small.relative_distance(small.weights(scaled), small.weights(plain)) < 1e-4
+
+
+def test_steps_do_not_depend_on_the_units_of_the_targets():
+    """A linear model of scaled targets is the scaled model: its steps are, too, as Newton's are."""
+
+    def linear(scale):
+        x, y = small.regression()
+        inputs = keras.Input((4,))
+        model = keras.Model(inputs, layers.Dense(4, kernel_initializer="zeros", name="outputs")(inputs))
+        small.captured(model, keras_ngd.KFAC())
+        small.fit(model, x, scale * y, epochs=2)
+        return {path: value / scale for path, value in small.weights(model).items()}
+
+    assert small.relative_distance(linear(1000.0), linear(1.0)) < 1e-3
+
+
+def test_the_loss_arrives():
+    x, y = small.regression()
+    model = small.captured(small.mlp(), keras_ngd.KFAC(factor_decay=0.0))
+    first = model.evaluate(x[:8], y[:8], verbose=0)
+    small.fit(model, x[:8], y[:8])
+    np.testing.assert_allclose(float(small.array(model.optimizer._mean_loss)), first, rtol=1e-5)
+    second = model.evaluate(x[:8], y[:8], verbose=0)
+    small.fit(model, x[:8], y[:8])
+    np.testing.assert_allclose(float(small.array(model.optimizer._mean_loss)), second, rtol=1e-5)
+
+
+def first_step(**arguments):
+    model = small.mlp()
+    for i, variable in enumerate(model.trainable_variables):
+        variable.assign(np.random.default_rng(i).normal(size=variable.shape).astype("float32"))
+    before = small.weights(model)
+    small.captured(model, keras_ngd.KFAC(**arguments))
+    x, y = small.regression(8)
+    small.fit(model, x, 10 * y)
+    assert model.optimizer.clipped_steps == 1
+    return np.concatenate([np.ravel(v - before[k]) for k, v in small.weights(model).items()])
+
+
+def test_learning_rates_act_on_clipped_steps_unless_kl_clip_clips_them():
+    close = {"rtol": 1e-3, "atol": 1e-6}
+    np.testing.assert_allclose(
+        first_step(learning_rate=0.02, loss_clip=0.01), 2 * first_step(learning_rate=0.01, loss_clip=0.01), **close
+    )
+    np.testing.assert_allclose(
+        first_step(learning_rate=0.2, kl_clip=1e-7), first_step(learning_rate=0.1, kl_clip=1e-7), **close
+    )
+
+
+def test_a_clipped_step_takes_no_more_than_its_share_off_the_loss():
+    """`<P, V> = loss_clip loss`, with `P` the step over the learning rate and `V` the gradient."""
+    rate, clip = 1e-3, 0.01
+    model = small.mlp()
+    x, y = small.regression(8)
+    for i, variable in enumerate(model.trainable_variables):
+        variable.assign(np.random.default_rng(i).normal(size=variable.shape).astype("float32"))
+    gradients, before = small.gradients(model, x, y), small.weights(model)
+    loss = float(np.mean((np.array(model(x)) - y) ** 2))
+    small.captured(model, keras_ngd.KFAC(rate, loss_clip=clip, momentum=0.0))
+    small.fit(model, x, y)
+    promised = sum(np.sum((before[k] - v) / rate * gradients[k]) for k, v in small.weights(model).items())
+    np.testing.assert_allclose(promised, clip * loss, rtol=1e-2)
+    assert model.optimizer.mean_step_scale < 1
+
+
+def test_a_learning_rate_that_has_no_say_is_warned_of_once():
+    x, y = small.regression(8)
+    model = small.captured(small.mlp(), keras_ngd.KFAC(kl_clip=1e-9))
+    with pytest.warns(UserWarning, match="`kl_clip=1e-09` shortened .* of .* steps"):
+        small.fit(model, x, y, epochs=100)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", UserWarning)
+        small.fit(model, x, y)
+
+
+def test_the_monitor_logs_what_the_clips_do():
+    x, y = small.regression(16)
+    model = small.captured(small.mlp(), keras_ngd.KFAC(loss_clip=1e-6))
+    history = small.fit(model, x, y, epochs=2, callbacks=[keras_ngd.callbacks.StepMonitor()]).history
+    assert history["clipped_share"] == [1.0, 1.0]
+    assert 0 < history["step_scale"][0] < 1
+    plain = small.compiled(small.mlp(), "sgd")
+    with pytest.raises(ValueError, match="`StepMonitor` is for optimizers of keras_ngd"):
+        small.fit(plain, x, y, callbacks=[keras_ngd.callbacks.StepMonitor()])
+
+
+def with_a_rest():
+    inputs = keras.Input((4,))
+    hidden = layers.LayerNormalization(name="normal")(layers.Dense(4, name="hidden")(inputs))
+    return keras.Model(inputs, layers.Dense(4, name="outputs")(hidden))
+
+
+@pytest.mark.parametrize("momentum", [0.9, 0.0])
+def test_the_rest_follows_adam(momentum):
+    """Captured layers at a learning rate of 0, the rest as under Keras's Adam on it alone."""
+    optimizer = keras_ngd.KFAC(0.0, momentum=momentum, rest_learning_rate=0.01)
+    model = trained(optimizer, with_a_rest())
+    plain = with_a_rest()
+    for i, variable in enumerate(plain.trainable_variables):
+        rng = np.random.default_rng(i)
+        variable.assign(rng.normal(size=variable.shape).astype("float32") / 2)
+    for layer in plain.layers:
+        layer.trainable = layer.name == "normal"
+    small.compiled(plain, keras.optimizers.Adam(0.01))
+    small.fit(plain, *small.regression(), epochs=2)
+    small.assert_close(small.weights(model), {v.path: small.array(v) for v in plain.weights}, 1e-5)
+
+
+def test_the_rests_learning_rate_is_a_share_of_the_optimizers():
+    shared = trained(keras_ngd.KFAC(0.05), with_a_rest())
+    given = trained(keras_ngd.KFAC(0.05, rest_learning_rate=0.005), with_a_rest())
+    small.assert_close(small.weights(shared), small.weights(given), 1e-5)
+
+
+def test_the_rest_may_follow_the_same_rule():
+    model = trained(keras_ngd.KFAC(0.0, rest="sgd", rest_learning_rate=0.01, momentum=0.0), with_a_rest(), epochs=1)
+    plain = with_a_rest()
+    for i, variable in enumerate(plain.trainable_variables):
+        variable.assign(np.random.default_rng(i).normal(size=variable.shape).astype("float32") / 2)
+    for layer in plain.layers:
+        layer.trainable = layer.name == "normal"
+    small.compiled(plain, keras.optimizers.SGD(0.01))
+    small.fit(plain, *small.regression())
+    small.assert_close(small.weights(model), {v.path: small.array(v) for v in plain.weights}, 1e-5)
+
+
+def test_intervals_grow_to_those_asked_for():
+    x, y = small.regression(8)
+    model = small.captured(small.mlp(), keras_ngd.KFAC(factor_interval=3, inverse_interval=7))
+    small.fit(model, x, y, epochs=100)
+
+    def updates(interval):
+        found, due = 0, 0
+        for step in range(100):
+            if step >= due:
+                found, due = found + 1, step + min(max(step // 10, 1), interval)
+        return found
+
+    assert model.optimizer.factor_updates == updates(3)
+    # An inverse waits for no factors here: every refresh falls on a step of its own.
+    assert model.optimizer.inverse_updates == updates(7)
+
+
+def test_arguments_survive_saving(tmp_path):
+    arguments = {
+        "loss_clip": 0.5,
+        "fisher_scale": None,
+        "interval_growth": 0.2,
+        "rest": "sgd",
+        "rest_learning_rate": 0.01,
+    }
+    config = keras_ngd.KFAC(0.1, **arguments).get_config()
+    assert {name: config[name] for name in arguments} == arguments
+    assert keras_ngd.KFAC.from_config(config).get_config() == config
+    papers = keras_ngd.SNGD(0.1, 0.1, **keras_ngd.PAPER_SETTINGS)
+    assert (papers.kl_clip, papers.loss_clip, papers.damping_mode) == (1e-3, None, "absolute")
