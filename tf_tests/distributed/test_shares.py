@@ -38,12 +38,17 @@ def test_every_matrix_is_inverted_by_one_worker(found, method):
     assert inverted == {size: refreshes * count for size, count in collections.Counter(sizes).items()}
 
 
+def controls(layers):
+    """Numbers that travel with the gradients: of examples, of the loss and its count, and of each layer three marks."""
+    return 3 + 3 * layers
+
+
 @pytest.mark.parametrize("method", ["kfac", "kfac-mem-opt"])
 def test_gradients_and_statistics_are_reduced_as_in_a_ring(found, method):
     """Gradients `2 (P - 1) / P W` at every step; one triangle of each factor at each of its updates."""
     first, layers = found[method][0], len(found[method][0]["shapes"])
     assert first["updates"] == (10, 5)
-    gradients = 4 * (first["plain"] + 1 + layers)
+    gradients = 4 * (first["plain"] + controls(layers))
     statistics = 10 * 2 * (P - 1) * triangles(first) / P
     for worker in found[method]:
         assert worker["received"]["gradients"] == STEPS * (2 * (P - 1) * gradients // P)
@@ -70,7 +75,7 @@ def test_owners_alone_receive_what_they_need(found):
     owner, reduced = found["sp-ngd"], found["kfac-mem-opt"]
     first = owner[0]
     blocks, layers = sum(rows * columns for rows, columns in first["shapes"]), len(first["shapes"])
-    rest = 2 * (P - 1) * 4 * (first["plain"] - blocks + 1 + layers) // P
+    rest = 2 * (P - 1) * 4 * (first["plain"] - blocks + controls(layers)) // P
     assert sum(received(owner, "gradients")) == STEPS * ((P - 1) * 4 * blocks + P * rest)
     assert sum(received(owner, "statistics")) == 10 * (P - 1) * triangles(first)
     assert received(owner, "preconditioned") == received(reduced, "preconditioned")
