@@ -71,10 +71,11 @@ def _gradient(reference, call, rows, ds, inputs, values):
     # passes through on its way has a variable as an argument.
     followed = backend.identity_with_gradient(differentiated)(ds, values[-1])
     # No tape is to follow into what is emitted: it would differentiate the statistics, for nobody.
+    as_read = values[-1]
     ds, *values = (ops.stop_gradient(t) for t in (ds, *values))
     upstream = surroundings.unvectorized(ds, _refusal(statistics, "ops.vectorized_map"))
     weights = inputs[1] if len(inputs) > 1 else None
-    emitted = statistics.emit(rows, inputs[0], upstream, weights, values, looped=bool(loops))
+    emitted = statistics.emit(rows, inputs[0], upstream, weights, values, looped=bool(loops), as_read=as_read)
     return (followed, *(None for _ in inputs), *emitted)
 
 

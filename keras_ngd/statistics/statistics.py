@@ -218,10 +218,13 @@ class Statistics(keras.layers.Layer):
         """Controls as they are after a batch was observed. Default: as before."""
         return controls
 
-    def emit(self, rows, x, ds, weights, values, looped=False):
-        """New values of all weights from their old `values`: what the probe returns as their gradients."""
+    def emit(self, rows, x, ds, weights, values, looped=False, as_read=None):
+        """New values of all weights from their old `values`: what the probe returns as their gradients.
+
+        `as_read` is the last of them as it came into the trace, which is one object for all calls.
+        """
         self.reached = True
-        before, self._trace = self._trace, replica.trace_of(values[-1])
+        before, self._trace = self._trace, replica.trace_of(values[-1] if as_read is None else as_read)
         same = before is not None and before[0] is self._trace[0] and before[1] == self._trace[1]
         begins = self._called or not same
         self.traced_calls, self._called = (1 if begins else self.traced_calls + 1), False
