@@ -33,7 +33,7 @@ setup(
         "horovod": ["horovod>=0.28"],
         "tpu": [*JAX, "libtpu"],
         "benchmarks": BENCHMARKS,
-        "test": [*BENCHMARKS, "hypothesis", "pytest", "pytest-xdist", "ruff", "tensorboard"],
+        "test": [*BENCHMARKS, "hypothesis", "psutil", "pytest", "pytest-xdist", "ruff", "tensorboard"],
     },
     classifiers=[
         "Development Status :: 3 - Alpha",

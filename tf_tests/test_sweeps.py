@@ -63,6 +63,7 @@ def test_graphs_are_let_go_with_their_model():
 
 
 @pytest.mark.slow
+@pytest.mark.skipif(not TENSORFLOW, reason="on JAX a model leaves less than can be told from how memory is handed out")
 def test_a_sweep_of_captured_models_grows_no_more_than_twice_as_much_as_one_of_plain_models():
     """Of 0.5 MiB a model, the least that can be told from how memory happens to be handed out, nothing is said."""
     sizes = {}
