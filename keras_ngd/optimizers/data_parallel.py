@@ -60,7 +60,8 @@ class DataParallel:
         blocks = find_blocks(variables, self._var_key)
         return {
             "optimizer": type(self).__name__,
-            "argument": self.get_config(),
+            # What was captured shows in the variables, below.
+            "argument": {name: value for name, value in self.get_config().items() if name != "not_captured"},
             **distributed.description(variables),
             "number of captured layers": len(blocks),
             "recorded of captured layer": {str(i): repr(b.statistics.spec) for i, b in enumerate(blocks)},
