@@ -32,6 +32,16 @@ def kfac(**kwargs):
     return paper.KFAC(**{"losses_per_example": "auto", "factor_interval": 1, "inverse_interval": 1, **kwargs})
 
 
+# Each method, recording and refreshing at every step.
+METHODS = {
+    "kfac": kfac,
+    "thor": lambda: keras_ngd.THOR(split=2, factor_interval=1, inverse_interval=1),
+    "skfac": lambda: keras_ngd.SKFAC(batch_size=8, interval=1),
+    "sngd": lambda: keras_ngd.SNGD(batch_size=8, interval=1),
+    "hylo": lambda: keras_ngd.HyLo(batch_size=8, interval=1, mode="kid"),
+}
+
+
 def compiled(model, optimizer, loss="mse", **kwargs):
     """`model`, compiled the quick way of the running backend."""
     model.compile(**{"optimizer": optimizer, "loss": loss, "jit_compile": JIT, **kwargs})

@@ -9,15 +9,19 @@ import pytest
 from keras import layers, ops
 
 import keras_ngd
-from tf_tests.small import array, captured, compiled, fit, gradients, kfac, mlp, regression, statistics, weights
-
-METHODS = {
-    "kfac": kfac,
-    "thor": lambda: keras_ngd.THOR(split=2, factor_interval=1, inverse_interval=1),
-    "skfac": lambda: keras_ngd.SKFAC(batch_size=8, interval=1),
-    "sngd": lambda: keras_ngd.SNGD(batch_size=8, interval=1),
-    "hylo": lambda: keras_ngd.HyLo(batch_size=8, interval=1, mode="kid"),
-}
+from tf_tests.small import (
+    METHODS,
+    array,
+    captured,
+    compiled,
+    fit,
+    gradients,
+    kfac,
+    mlp,
+    regression,
+    statistics,
+    weights,
+)
 
 
 def coverage_warnings(function):

@@ -9,15 +9,7 @@ import pytest
 from keras import layers
 
 import keras_ngd
-from tf_tests.small import JIT, array, assert_same, captured, fit, kfac, mlp, regression, weights
-
-METHODS = {
-    "kfac": kfac,
-    "thor": lambda: keras_ngd.THOR(split=2, factor_interval=1, inverse_interval=1),
-    "skfac": lambda: keras_ngd.SKFAC(batch_size=8, interval=1),
-    "sngd": lambda: keras_ngd.SNGD(batch_size=8, interval=1),
-    "hylo": lambda: keras_ngd.HyLo(batch_size=8, interval=1, mode="kid"),
-}
+from tf_tests.small import JIT, METHODS, array, assert_same, captured, fit, kfac, mlp, regression, weights
 
 
 @keras.saving.register_keras_serializable("tf_tests")
