@@ -72,8 +72,9 @@ METHODS = {
 COMPRESSING = {
     "hylo-switch": lambda size: _rows(paper.HyLo, size, rank=0.5, steps_per_epoch=7, eta=0.1),
     "hylo-random": lambda size: _rows(paper.HyLo, size, rank=0.5, mode="random", steps_per_epoch=10),
-    # A number of losses that is given rather than read from the compiled loss.
-    "kfac-given": lambda size: _kfac(size, losses_per_example=2),
+    # The scale of the loss read from what was compiled.
+    "kfac-auto": lambda size: _kfac(size, losses_per_example="auto"),
+    "sngd-auto": lambda size: _rows(paper.SNGD, size, losses_per_example="auto"),
     # Room for all examples, of which each worker has a part.
     "sngd-roomy": lambda size: _rows(paper.SNGD, 1),
     "kfac-bfloat16": lambda size: _kfac(size, communicator=_shortened(size)),

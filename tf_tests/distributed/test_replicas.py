@@ -67,14 +67,14 @@ def test_two_processes_equal_one_device_and_each_other(alone, workers, method):
 
 
 def test_replicas_agree_on_the_scale_of_the_loss(tmp_path):
-    names = ["kfac", "kfac-given", "sngd"]
+    names = ["kfac", "kfac-auto", "sngd-auto"]
     found = replicas.mirrored("weighted", 2, tmp_path, names=names)
     x, y, given = cases.weighted_data()
     for name in names:
         model = cases.prepared(name)
         model.fit(x, y, sample_weight=given, batch_size=cases.BATCH, shuffle=False, verbose=0)
         assert found[name]["ratio"] == pytest.approx(model.optimizer.loss_ratio, rel=1e-5)
-        assert (found[name]["ratio"] == 1) == (name == "kfac-given")
+        assert (found[name]["ratio"] == 1) == (name == "kfac")
         assert relative_distance(found[name]["weights"], weights(model)) < 1e-5
 
 
