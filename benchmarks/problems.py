@@ -146,6 +146,10 @@ def network_problem(name):
     from benchmarks import trials
 
     (x, y), loss = trials.data_and_loss(name)
+    if name == "resnet":
+        # The 512 images of the task are too few for anything to be learnt that tells others.
+        x, y = datasets.arrays("shapes32", "train", scale=64.0)
+        x = x - 2
     metric = "sparse_categorical_accuracy" if y.ndim == 1 else None
     return trials.MODELS[name], x, y, loss, metric, tasks.TASKS[name]["batch_size"]
 

@@ -248,13 +248,22 @@ def on_tpu():
     return isinstance(tf.distribute.get_strategy(), tf.distribute.TPUStrategy)
 
 
+@contextlib.contextmanager
 def outside_trace():
-    """A context for assignments that are to happen once and now, though a function may be being traced."""
+    """A context for assignments, and for making variables, that are to happen once and now, though a function may be being traced.
+
+    TensorFlow traces a function twice that makes variables while it is traced, unless they are made like this.
+    """
     if name() == "jax":
-        return contextlib.nullcontext()
+        yield
+        return
     import tensorflow as tf
 
-    return tf.init_scope()
+    def now(next_creator, **arguments):
+        return next_creator(**{**arguments, "experimental_enable_variable_lifting": False})
+
+    with tf.init_scope(), tf.variable_creator_scope(now):
+        yield
 
 
 def traced_once(function):

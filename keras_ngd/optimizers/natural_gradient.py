@@ -203,7 +203,11 @@ class NaturalGradient(
         """
         if self.built:
             return
-        variables = list(variables)
+        # TensorFlow's trainer builds the optimizer of a built model while it traces the first step.
+        with backend.outside_trace():
+            self._build_on(list(variables))
+
+    def _build_on(self, variables):
         layout = self.until_trained(lambda: self._checked_layout(variables))
         sharding.check([*variables, *self.variables])
         super().build(variables)
@@ -218,14 +222,12 @@ class NaturalGradient(
         self.add_loss_ratio()
         for block in layout.blocks:
             block.statistics.watched_by(self)
-        # TensorFlow's trainer builds the optimizer of a built model while it traces the first step.
-        with backend.outside_trace():
-            if not self._restore_pending():
-                # A checkpoint restored here has brought its own gates, with the statistics.
-                for number, block in enumerate(layout.blocks):
-                    self.start_statistics(block.statistics, number)
-            if self._workers is not None:
-                self.separate_draws()
+        if not self._restore_pending():
+            # A checkpoint restored here has brought its own gates, with the statistics.
+            for number, block in enumerate(layout.blocks):
+                self.start_statistics(block.statistics, number)
+        if self._workers is not None:
+            self.separate_draws()
 
     def _checked_layout(self, variables):
         layout = Layout(find_blocks(variables, self._var_key))
