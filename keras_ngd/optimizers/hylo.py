@@ -43,10 +43,10 @@ class HyLo(SNGD):
     ```
 
     Args:
-        learning_rate: float, `LearningRateSchedule` or callable. Default 0.1.
+        learning_rate: float, `LearningRateSchedule` or callable. Default 0.02.
         damping: positive float or `LearningRateSchedule`: what is added to the curvature; the gradient's part outside the
             chosen rows is divided by it alone, so that far smaller ones take steps far too long. `damping_mode` says in which
-            units. Default None: 1.0, relative.
+            units. Default None: 0.3, relative.
         damping_mode: `"relative"` or `"absolute"`, as for `keras_ngd.SNGD`.
         momentum: float in [0, 1). Default 0.9.
         interval: int or schedule: steps between updates. Default 10.
@@ -77,7 +77,7 @@ class HyLo(SNGD):
 
     def __init__(
         self,
-        learning_rate=0.1,
+        learning_rate=0.02,
         damping=None,
         momentum=0.9,
         interval=10,

@@ -37,15 +37,15 @@ PAPER_SETTINGS = {
 }
 
 
-def settled_damping(damping, mode, absolute):
-    """The damping and its mode: relative where no damping is given, and else `absolute` where no mode is."""
+def settled_damping(damping, mode, absolute, default=1.0):
+    """The damping and its mode: relative, and `default`, where no damping is given, and else `absolute` where no mode is."""
     if damping is None:
         if mode not in (None, "relative"):
             raise ValueError(
                 f"`damping_mode={mode!r}` is in units of the curvature and needs a `damping`, such as 0.01. Received: "
                 "damping=None"
             )
-        return 1.0, "relative"
+        return default, "relative"
     return damping, absolute if mode is None else mode
 
 

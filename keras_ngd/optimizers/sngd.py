@@ -8,6 +8,9 @@ from keras_ngd.optimizers.natural_gradient import settled_damping
 from keras_ngd.optimizers.row_method import RowMethod
 from keras_ngd.statistics import RowStatistics
 
+# Where no damping is given, in mean eigenvalues of each layer's kernel matrix. Measured: at 1, a Transformer classifier and a
+# deep autoencoder end at higher losses, at rates of 0.02 to 0.1.
+RELATIVE_DAMPING = 0.3
 
 @keras.saving.register_keras_serializable("keras_ngd")
 class SNGD(RowMethod):
@@ -30,9 +33,9 @@ class SNGD(RowMethod):
     ```
 
     Args:
-        learning_rate: float, `LearningRateSchedule` or callable. Default 0.05.
+        learning_rate: float, `LearningRateSchedule` or callable. Default 0.02.
         damping: positive float or `LearningRateSchedule`: what is added to the curvature; `damping_mode` says in which units. In
-            float32, keep it above a ten-thousandth of the kernel matrices' largest eigenvalues. Default None: 1.0, relative.
+            float32, keep it above a ten-thousandth of the kernel matrices' largest eigenvalues. Default None: 0.3, relative.
         damping_mode: `"relative"`: in units of the mean eigenvalue of each layer's kernel matrix; `"absolute"`: in those of the
             curvature. Default None: `"relative"` where `damping` is not given, else `"absolute"`.
         momentum: float in [0, 1). Default 0.9.
@@ -53,7 +56,7 @@ class SNGD(RowMethod):
 
     def __init__(
         self,
-        learning_rate=0.05,
+        learning_rate=0.02,
         damping=None,
         momentum=0.9,
         interval=10,
@@ -64,7 +67,7 @@ class SNGD(RowMethod):
         name="sngd",
         **kwargs,
     ):
-        damping, damping_mode = settled_damping(damping, damping_mode, "absolute")
+        damping, damping_mode = settled_damping(damping, damping_mode, "absolute", RELATIVE_DAMPING)
         if damping_mode not in KERNEL_DAMPING_MODES:
             raise ValueError(
                 f"`damping_mode` must be one of {KERNEL_DAMPING_MODES}. Received: damping_mode={damping_mode!r}"
