@@ -250,7 +250,7 @@ def on_tpu():
 
 @contextlib.contextmanager
 def outside_trace():
-    """A context for assignments, and for making variables, that are to happen once and now, though a function may be being traced.
+    """A context for assignments and for variables that are to be made once and now, though a function may be being traced.
 
     TensorFlow traces a function twice that makes variables while it is traced, unless they are made like this.
     """

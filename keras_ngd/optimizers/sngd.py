@@ -12,6 +12,7 @@ from keras_ngd.statistics import RowStatistics
 # deep autoencoder end at higher losses, at rates of 0.02 to 0.1.
 RELATIVE_DAMPING = 0.3
 
+
 @keras.saving.register_keras_serializable("keras_ngd")
 class SNGD(RowMethod):
     """The natural gradient with the Fisher matrix of the batch itself, layer by layer, without ever forming it.
