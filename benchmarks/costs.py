@@ -88,7 +88,7 @@ class Timed:
         for one in self.statistics:
             one.gate.assign(opened * recording)
         if self.statistics and self.method != "captured":
-            self.optimizer._next_inverses.assign(0 if refreshing else 2**30)
+            self.optimizer.clock.next_inverses.assign(0 if refreshing else 2**30)
 
     def seconds(self):
         """How long a step takes."""

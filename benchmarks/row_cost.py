@@ -66,7 +66,6 @@ def measure(batch_size, image_size, rank, rounds):
 
     from keras_ngd import backend
     from keras_ngd.curvature import KernelCurvature
-    from keras_ngd.curvature.kernel import refresh_together
     from keras_ngd.layers.rows import ConvolutionRows, DenseRows
     from keras_ngd.linalg import inverse, kernel
     from keras_ngd.statistics import LowRankStatistics
@@ -123,7 +122,7 @@ def measure(batch_size, image_size, rank, rounds):
     measured.append({"layer": "dense 2048-1000", "count": 1, "milliseconds": dense})
     inputs = [tensors for tensors, layer in zip(kept, measured, strict=True) for _ in range(layer["count"])]
     curvatures = [KernelCurvature(1, chosen, "float32") for _ in inputs]
-    together = timed(lambda *inputs: refresh_together(curvatures, inputs, 1.0), *inputs)[1]
+    together = timed(lambda *inputs: KernelCurvature.refresh_all(curvatures, inputs, 1.0, None), *inputs)[1]
     return {"layers": measured, "together": together, "rank": chosen, "device": keras.distribution.list_devices()[0]}
 
 

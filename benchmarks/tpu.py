@@ -100,7 +100,7 @@ def compiled_refreshes():
 
             def refresh(a, g, damping, state, curvature=curvature):
                 with backend.compiling_for(mesh):
-                    return curvature.refresh(a, g, damping, state)
+                    return curvature.refresh([a, g], damping, state)
 
             factors = [(count, size, size)] * 2
             a, g, damping, *state = (

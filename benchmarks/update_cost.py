@@ -48,7 +48,6 @@ def measure(split, rounds):
 
     from keras_ngd import backend
     from keras_ngd.curvature import KroneckerCurvature, SplitCurvature
-    from keras_ngd.curvature.split import refresh_together
     from keras_ngd.linalg import diagonal
 
     rng = np.random.default_rng(0)
@@ -71,11 +70,10 @@ def measure(split, rounds):
         thor.append(SplitCurvature(count, *parts, "float32", "auto", "pi"))
 
     def refresh_kfac(factors, states):
-        return [c.refresh(*f, 0.01, list(s)) for c, f, s in zip(kfac, factors, states, strict=True)]
+        return [c.refresh(f, 0.01, list(s)) for c, f, s in zip(kfac, factors, states, strict=True)]
 
     def refresh_thor(factors, states):
-        chosen = [ops.ones((c.count,), "bool") for c in thor]
-        return refresh_together(thor, factors, 0.01, states, chosen)
+        return SplitCurvature.refresh_all(thor, factors, 0.01, states)
 
     cases = {
         "kfac": (backend.traced_once(refresh_kfac), whole, [[ops.zeros_like(f) for f in sides] for sides in whole]),

@@ -11,6 +11,7 @@ from keras_ngd import backend, layers, replica, sharding
 from keras_ngd.layers.captured import Captured
 from keras_ngd.optimizers.blocks import Block, Group
 from keras_ngd.optimizers.natural_gradient import NaturalGradient
+from keras_ngd.optimizers.plain import plain_sgd
 from keras_ngd.report import CaptureReport, LayerReport
 from keras_ngd.statistics import Statistics
 
@@ -107,7 +108,7 @@ def _capture(model, optimizer, skip, data):
             f"No layer of model {model.name!r} can be captured, so {optimizer.name} would be plain SGD:\n{report}"
         )
     _check_float16(optimizer, [layer for layer, reason in decisions if not reason])
-    optimizer.connected()
+    optimizer.exchange.connect()
     optimizer.measure(model, data)
     entries = []
     for layer, reason in decisions:
@@ -122,14 +123,13 @@ def _capture(model, optimizer, skip, data):
                     scopes.enter_context(keras.name_scope(name))
                 statistics = optimizer.new_statistics(layer)
                 if not any(entry.captured for entry in entries):
-                    optimizer.carry_loss(statistics)
+                    optimizer.loss_carrier.carried_by(statistics)
                 layer.attach_statistics(statistics)
             # Eager training records its first batch before it builds the optimizer, which starts all again in its order.
             optimizer.start_statistics(layer.statistics, sum(entry.captured for entry in entries))
             layer.statistics.watched_by(optimizer)
             entries.append(_describe(layer, optimizer))
-    optimizer.captured(model)
-    optimizer.count_not_captured(model.trainable_variables)
+    optimizer.note_capture(model)
     _forget_compiled_functions(model)
     report = CaptureReport(entries, optimizer)
     for message in report.warnings:
@@ -155,7 +155,7 @@ def release(model):
     if model.compiled and isinstance(model.optimizer, NaturalGradient):
         with replica.scope_of(model, model.optimizer):
             # The arguments of the last `compile`, which Keras keeps for saving. A model's own `compile` may take others.
-            arguments = {**model._compile_config.config, "optimizer": model.optimizer.plain()}
+            arguments = {**model._compile_config.config, "optimizer": plain_sgd(model.optimizer)}
             keras.Model.compile(model, auto_scale_loss=False, **arguments)
             # An optimizer that is saved before it is built is loaded without its step.
             model.optimizer.build(model.trainable_variables)

@@ -79,7 +79,7 @@ class CaptureReport:
             return optimizer.losses_per_example, "as given"
         if not optimizer.factor_updates:
             return None, "to be read from the compiled loss"
-        heard = optimizer.heard_losses
+        heard = optimizer.ratio.heard_losses
         return optimizer.loss_ratio, "from the compiled loss" if heard else "there is no compiled loss"
 
     def __str__(self):

@@ -9,7 +9,6 @@ from keras import ops
 from keras_ngd import backend, schedules
 from keras_ngd.analysis.rows import layer_rows
 from keras_ngd.curvature import KernelCurvature
-from keras_ngd.curvature.kernel import refresh_together
 from keras_ngd.linalg.sampling import SAMPLINGS
 from keras_ngd.optimizers import HyLo
 from keras_ngd.statistics.low_rank import KID, KIS
@@ -139,8 +138,7 @@ def _choose(statistics, a, damping, draw):
 def _precondition(rank, chosen, v):
     """HyLo's `P` with the rows chosen."""
     curvature = KernelCurvature(v.shape[0], rank, "float32")
-    [state] = refresh_together([curvature], [chosen], None)
-    return curvature.precondition(v, None, [*state, *chosen[:2]])
+    return curvature.precondition(v, None, curvature.refresh(chosen, None, None), lambda: chosen)
 
 
 # Kept, for whoever measures again and again during training. Not closures: TensorFlow takes several of the same code for one

@@ -155,7 +155,7 @@ class CurvatureMonitor(keras.callbacks.Callback):
     @staticmethod
     def _conditions(optimizer):
         result = {}
-        for group in optimizer.held.groups:
+        for group in optimizer.local_layout.groups:
             parts = [sharding.to_numpy(variable) for variable in group.curvature.variables]
             ends = np.cumsum([block.rows.groups for block in group.blocks])
             for block, own in zip(

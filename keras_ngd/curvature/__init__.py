@@ -1,8 +1,17 @@
 """Approximations of a layer's Fisher block: what is kept of it, and how a gradient is preconditioned with it."""
 
+from keras_ngd.curvature.curvature import Curvature, Slot, refreshed
 from keras_ngd.curvature.kernel import KernelCurvature
 from keras_ngd.curvature.kronecker import KroneckerCurvature
 from keras_ngd.curvature.split import SplitCurvature
 from keras_ngd.curvature.woodbury import WoodburyCurvature
 
-__all__ = ["KernelCurvature", "KroneckerCurvature", "SplitCurvature", "WoodburyCurvature"]
+__all__ = [
+    "Curvature",
+    "KernelCurvature",
+    "KroneckerCurvature",
+    "Slot",
+    "SplitCurvature",
+    "WoodburyCurvature",
+    "refreshed",
+]

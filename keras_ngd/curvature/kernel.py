@@ -2,18 +2,18 @@
 
 from keras import ops
 
-from keras_ngd import backend
+from keras_ngd.curvature.curvature import Curvature, Slot, where_chosen
 from keras_ngd.linalg import kernel
 from keras_ngd.linalg.together import together
 
 KERNEL_DAMPING_MODES = ("relative", "absolute")
 
 
-class KernelCurvature:
+class KernelCurvature(Curvature):
     """The inverse kernel matrices of `k` blocks of one shape.
 
     The state is a core `C`, `[k, n, n]`, and the damping it was made with, `[k]`; the rows `a` and `g`, of which each pair
-    is a rank-one term, stay where they are and are given to every call. Of rows that stand for themselves,
+    is a rank-one term, are its inputs and stay where they are. Of rows that stand for themselves,
 
         C = (U U^T + damping I)^-1,                 P = (V - U^T C U V) / damping = (F + damping I)^-1 V
 
@@ -33,57 +33,39 @@ class KernelCurvature:
         self.count, self.rows, self.dtype, self.row_length = count, rows, dtype, row_length
         self.damping_mode = damping_mode
 
-    def build(self, add_variable):
-        """Creates the state with `add_variable(shape, initializer, dtype, name)`."""
-        self.variables = [
-            add_variable((self.count, self.rows, self.rows), "zeros", self.dtype, f"kernel_inverse_{self.rows}"),
-            add_variable((self.count,), "ones", self.dtype, f"kernel_damping_{self.rows}"),
-        ]
-
     @property
-    def bytes(self):
-        """Size of the state."""
-        return self.count * (self.rows**2 + 1) * backend.itemsize(self.dtype)
+    def slots(self):
+        return (
+            Slot(f"kernel_inverse_{self.rows}", (self.count, self.rows, self.rows), "zeros", self.dtype),
+            Slot(f"kernel_damping_{self.rows}", (self.count,), "ones", self.dtype),
+        )
 
     @property
     def refresh_cost(self):
-        """What a refresh takes, in multiplications of a factorization up to a constant."""
         return self.count * self.rows**2 * (self.rows + self.row_length)
 
-    # All matrices of the state are.
-    symmetric = True
+    @classmethod
+    def refresh_all(cls, curvatures, inputs, damping, states, chosen=None):
+        """As `Curvature.refresh_all`; inputs are the rows `a` and `g`, or `a`, `g`, the rows' weights `Y` and their damping."""
 
-    @staticmethod
-    def precondition(v, damping, state):
-        """`P` of the gradients `v`, `[k, input_dim, output_dim]`; `state` is followed by the rows `a` and `g`."""
-        core, used, a, g = state
+        def cores(matrices, *others):
+            *weights, dampings = others
+            core = kernel.interpolated_core(matrices, *others) if weights else kernel.damped_core(matrices, dampings)
+            failed = ops.all(core == 0, axis=(1, 2))
+            return [core, ops.where(failed, ops.ones_like(dampings), dampings)]
+
+        work = []
+        for curvature, (a, g, *weighted) in zip(curvatures, inputs, strict=True):
+            if not weighted:
+                weighted = [damping_of(a, g, damping, curvature.damping_mode)]
+            work.append([kernel.kernel_matrix(a, g), *weighted])
+        new = together(cores, work)
+        return new if chosen is None else [where_chosen(*each) for each in zip(chosen, new, states, strict=True)]
+
+    def precondition(self, v, damping, state, inputs):
+        core, used = state
+        a, g = inputs()[:2]
         return kernel.precondition(a, g, core, used, v)
-
-
-def refresh_together(curvatures, inputs, damping):
-    """New states of several curvatures, all kernel matrices of one size inverted in one batch.
-
-    Args:
-        curvatures: list of `KernelCurvature`.
-        inputs: for each the rows `a` and `g`, or `a`, `g`, the rows' weights `Y` and their damping.
-        damping: scalar, for rows without weights.
-
-    Returns:
-        For each its new state.
-    """
-
-    def cores(matrices, *others):
-        *weights, dampings = others
-        core = kernel.interpolated_core(matrices, *others) if weights else kernel.damped_core(matrices, dampings)
-        failed = ops.all(core == 0, axis=(1, 2))
-        return [core, ops.where(failed, ops.ones_like(dampings), dampings)]
-
-    work = []
-    for curvature, (a, g, *weighted) in zip(curvatures, inputs, strict=True):
-        if not weighted:
-            weighted = [damping_of(a, g, damping, curvature.damping_mode)]
-        work.append([kernel.kernel_matrix(a, g), *weighted])
-    return together(cores, work)
 
 
 def damping_of(a, g, damping, mode):

@@ -3,6 +3,7 @@
 from keras import ops
 
 from keras_ngd import backend, sharding
+from keras_ngd.curvature.curvature import Curvature, Slot, where_chosen
 from keras_ngd.linalg import inverse
 from keras_ngd.linalg.together import together
 
@@ -76,7 +77,7 @@ def _decomposed(known, state, factors):
     ]
 
 
-class KroneckerCurvature:
+class KroneckerCurvature(Curvature):
     """Damped inverse Kronecker factors of `k` blocks of one shape, kept stacked.
 
     With `"cholesky"` and `"newton-schulz"` the state is `(A + dA I)^-1` and `(G + dG I)^-1` as of the last refresh, and
@@ -101,30 +102,21 @@ class KroneckerCurvature:
     def __init__(self, count, input_dim, output_dim, dtype, inverse_method, damping_mode):
         self.count, self.input_dim, self.output_dim, self.dtype = count, input_dim, output_dim, dtype
         self.inverse_method, self.damping_mode = inverse_method, damping_mode
-        self.variables = []
 
-    def build(self, add_variable):
-        """Creates the state with `add_variable(shape, initializer, dtype, name)`."""
+    @property
+    def slots(self):
         suffix = f"{self.input_dim}_{self.output_dim}"
-        self.variables = []
+        kinds = ("eigenvectors", "eigenvalues") if self.inverse_method == "eigen" else ("inverse",)
+        found = []
         for side, size in (("input", self.input_dim), ("output", self.output_dim)):
-            kinds = ("eigenvectors", "eigenvalues") if self.inverse_method == "eigen" else ("inverse",)
             for kind in kinds:
                 shape = (self.count, size) if kind == "eigenvalues" else (self.count, size, size)
                 initializer = "ones" if kind == "eigenvalues" else identities
-                self.variables.append(add_variable(shape, initializer, self.dtype, f"{side}_{kind}_{suffix}"))
-
-    @property
-    def bytes(self):
-        """Size of the state."""
-        sizes = self.input_dim**2 + self.output_dim**2
-        if self.inverse_method == "eigen":
-            sizes += self.input_dim + self.output_dim
-        return self.count * sizes * backend.itemsize(self.dtype)
+                found.append(Slot(f"{side}_{kind}_{suffix}", shape, initializer, self.dtype))
+        return tuple(found)
 
     @property
     def refresh_cost(self):
-        """What a refresh takes, in multiplications of a factorization up to a constant."""
         return self.count * (self.input_dim**3 + self.output_dim**3)
 
     @property
@@ -132,12 +124,27 @@ class KroneckerCurvature:
         """Whether all matrices of the state are."""
         return self.inverse_method != "eigen"
 
-    def refresh(self, a, g, damping, state):
-        """New state from the factors `a` and `g`, `[k, d, d]`, and the state in use."""
-        return refresh_together([self], [(a, g)], damping, [state])[0]
+    @classmethod
+    def refresh_all(cls, curvatures, inputs, damping, states, chosen=None):
+        """As `Curvature.refresh_all`; inputs are the factors `A` and `G`, `[k, d, d]`, of both of which one batch is made."""
+        method, sides = inversion_method(curvatures[0].inverse_method), []
+        for curvature, (a, g), state in zip(curvatures, inputs, states, strict=True):
+            if method == "eigen":
+                sides += [[a, *state[:2]], [g, *state[2:]]]
+            else:
+                dampings = factor_dampings(mean_eigenvalues(a), mean_eigenvalues(g), damping, curvature.damping_mode)
+                sides += [list(side) for side in zip((a, g), dampings, state, strict=True)]
 
-    def precondition(self, v, damping, state):
-        """`P` of the gradients `v`, `[k, input_dim, output_dim]`."""
+        def renewed(factors, *rest):
+            if method == "eigen":
+                return sharding.divided(_decomposed, list(rest), factors)
+            return [inverse.damped_inverse(factors, *rest, method)]
+
+        found = iter(together(renewed, sides))
+        new = [[*next(found), *next(found)] for _ in curvatures]
+        return new if chosen is None else [where_chosen(*each) for each in zip(chosen, new, states, strict=True)]
+
+    def precondition(self, v, damping, state, inputs):
         if self.inverse_method != "eigen":
             product, cut = backend.matmul(state[0], v), [sharding.spread_of(variable) for variable in self.variables]
             if self.output_dim <= self.input_dim or not cut or cut[1] is None or cut[1].axis is None:
@@ -154,34 +161,3 @@ class KroneckerCurvature:
             scale = (values_a + damping_a[:, None])[:, :, None] * (values_g + damping_g[:, None])[:, None, :]
         rotated = backend.matmul(backend.matmul(vectors_a, v, transpose_a=True), vectors_g) / scale
         return backend.matmul(backend.matmul(vectors_a, rotated), vectors_g, transpose_b=True)
-
-
-def refresh_together(curvatures, factors, damping, states):
-    """New states of several curvatures: all matrices of one size, of all layers and both factors, in one batch.
-
-    Args:
-        curvatures: list of `KroneckerCurvature`, all of one inverse method.
-        factors: for each, its `A` and `G`, `[k, d, d]`.
-        damping: scalar.
-        states: for each, its state.
-
-    Returns:
-        For each its new state; where a factor cannot be inverted, the old one.
-    """
-    if not curvatures:
-        return []
-    method, sides = inversion_method(curvatures[0].inverse_method), []
-    for curvature, (a, g), state in zip(curvatures, factors, states, strict=True):
-        if method == "eigen":
-            sides += [[a, *state[:2]], [g, *state[2:]]]
-        else:
-            dampings = factor_dampings(mean_eigenvalues(a), mean_eigenvalues(g), damping, curvature.damping_mode)
-            sides += [list(side) for side in zip((a, g), dampings, state, strict=True)]
-
-    def renewed(factors, *rest):
-        if method == "eigen":
-            return sharding.divided(_decomposed, list(rest), factors)
-        return [inverse.damped_inverse(factors, *rest, method)]
-
-    found = iter(together(renewed, sides))
-    return [[*next(found), *next(found)] for _ in curvatures]

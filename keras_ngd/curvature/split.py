@@ -2,13 +2,13 @@
 
 from keras import ops
 
-from keras_ngd import backend
+from keras_ngd.curvature.curvature import Curvature, Slot
 from keras_ngd.curvature.kronecker import factor_dampings, identities, inversion_method
 from keras_ngd.linalg import diagonal, inverse
 from keras_ngd.linalg.together import together
 
 
-class SplitCurvature:
+class SplitCurvature(Curvature):
     """Damped inverses of the diagonal blocks of the factors of `k` Fisher blocks of one shape.
 
     The state is, for each part of the input and then of the output dimension, `[k, count, size, size]`: the inverses of
@@ -36,27 +36,18 @@ class SplitCurvature:
         """All parts, the input's first."""
         return self.sides[0] + self.sides[1]
 
-    def build(self, add_variable):
-        """Creates the state with `add_variable(shape, initializer, dtype, name)`."""
+    @property
+    def slots(self):
         suffix = "_".join(str(diagonal.dimension(side)) for side in self.sides)
-        self.variables = [
-            add_variable((self.count, count, size, size), identities, self.dtype, f"{side}_inverse_{i}_{suffix}")
+        return tuple(
+            Slot(f"{side}_inverse_{i}_{suffix}", (self.count, count, size, size), identities, self.dtype)
             for side, parts in zip(("input", "output"), self.sides, strict=True)
             for i, (count, size) in enumerate(parts)
-        ]
-
-    @property
-    def bytes(self):
-        """Size of the state."""
-        return self.count * backend.itemsize(self.dtype) * sum(count * size * size for count, size in self.parts)
+        )
 
     @property
     def refresh_cost(self):
-        """What a refresh takes, in multiplications of a factorization up to a constant."""
         return self.count * sum(count * size**3 for count, size in self.parts)
-
-    # All matrices of the state are.
-    symmetric = True
 
     def divide(self, values):
         """A list by part as two: the input's and the output's."""
@@ -71,37 +62,25 @@ class SplitCurvature:
         means = [t / diagonal.dimension(s) for t, s in zip(self.traces(factors), self.sides, strict=True)]
         return factor_dampings(*means, damping, self.damping_mode)
 
-    def precondition(self, v, damping, state):
-        """`P` of the gradients `v`, `[k, input_dim, output_dim]`."""
+    @classmethod
+    def refresh_all(cls, curvatures, inputs, damping, states, chosen=None):
+        """As `Curvature.refresh_all`; inputs are the blocks of both factors, `[k, count, size, size]` by part."""
+        method, work = inversion_method(curvatures[0].inverse_method), []
+        if chosen is None:
+            chosen = [ops.ones((curvature.count,), "bool") for curvature in curvatures]
+        for curvature, blocks, state, renewed in zip(curvatures, inputs, states, chosen, strict=True):
+            of_sides = [
+                d for d, side in zip(curvature.dampings(blocks, damping), curvature.sides, strict=True) for _ in side
+            ]
+            for (count, size), block, side_damping, old in zip(curvature.parts, blocks, of_sides, state, strict=True):
+                matrices = [ops.reshape(t, (-1, size, size)) for t in (block, old)]
+                work.append([matrices[0], ops.repeat(side_damping, count), matrices[1], ops.repeat(renewed, count)])
+        found = iter(together(lambda *parts: [inverse.damped_inverse_of(*parts, method)], work))
+        return [
+            [ops.reshape(next(found)[0], (-1, count, size, size)) for count, size in curvature.parts]
+            for curvature in curvatures
+        ]
+
+    def precondition(self, v, damping, state, inputs):
         a, g = self.divide(state)
         return diagonal.multiply_right(diagonal.multiply(a, v, self.sides[0]), g, self.sides[1])
-
-
-def refresh_together(curvatures, factors, damping, states, chosen):
-    """New states of several curvatures: all blocks of one size, of all layers and both factors, in one batch.
-
-    Args:
-        curvatures: list of `SplitCurvature`, all of one inverse method.
-        factors: for each, its factors' blocks, `[k, count, size, size]` by part.
-        damping: scalar.
-        states: for each, its state.
-        chosen: for each, `[k]` booleans: whose inverses to renew.
-
-    Returns:
-        For each its new state; where not chosen, or where a block cannot be inverted, the old one.
-    """
-    if not curvatures:
-        return []
-    method, work = inversion_method(curvatures[0].inverse_method), []
-    for curvature, blocks, state, renewed in zip(curvatures, factors, states, chosen, strict=True):
-        of_sides = [
-            d for d, side in zip(curvature.dampings(blocks, damping), curvature.sides, strict=True) for _ in side
-        ]
-        for (count, size), block, side_damping, old in zip(curvature.parts, blocks, of_sides, state, strict=True):
-            matrices = [ops.reshape(t, (-1, size, size)) for t in (block, old)]
-            work.append([matrices[0], ops.repeat(side_damping, count), matrices[1], ops.repeat(renewed, count)])
-    found = iter(together(lambda *parts: [inverse.damped_inverse_of(*parts, method)], work))
-    return [
-        [ops.reshape(next(found)[0], (-1, count, size, size)) for count, size in curvature.parts]
-        for curvature in curvatures
-    ]

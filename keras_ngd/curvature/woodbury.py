@@ -3,18 +3,19 @@
 from keras import ops
 
 from keras_ngd import backend
+from keras_ngd.curvature.curvature import Curvature, Slot, where_chosen
 from keras_ngd.curvature.kronecker import factor_dampings, identities
 from keras_ngd.linalg import inverse
 from keras_ngd.linalg.together import together
 
 
-class WoodburyCurvature:
+class WoodburyCurvature(Curvature):
     """Damped inverse Kronecker factors of `k` blocks of one shape, those of rows by Woodbury's identity.
 
         P = (A + dA I)^-1 V (G + dG I)^-1,       (X^T X + d I)^-1 V = (V - X^T (X X^T + d I)^-1 X V) / d
 
-    A factor's state is the inverse of the smaller matrix, `X X^T + d I`, `[k, n, n]`, and `d`, `[k]`; the rows `X` stay
-    where they are and are given to every call. Of a factor that is given itself it is the damped inverse, as in
+    A factor's state is the inverse of the smaller matrix, `X X^T + d I`, `[k, n, n]`, and `d`, `[k]`; the rows `X` are
+    its inputs and stay where they are. Of a factor that is an input itself it is the damped inverse, as in
     `KroneckerCurvature`. Before the first refresh P = V; where a refresh fails, so does the factor's part in it.
 
     Args:
@@ -27,39 +28,29 @@ class WoodburyCurvature:
     def __init__(self, count, sides, dtype, damping_mode):
         self.count, self.sides, self.dtype, self.damping_mode = count, tuple(sides), dtype, damping_mode
 
-    def build(self, add_variable):
-        """Creates the state with `add_variable(shape, initializer, dtype, name)`."""
-        self.variables = []
+    @property
+    def slots(self):
+        found = []
         for name, (rows, size) in zip(("input", "output"), self.sides, strict=True):
             initializer = identities if rows == size else "zeros"
-            shape = (self.count, rows, rows)
-            self.variables.append(add_variable(shape, initializer, self.dtype, f"{name}_inverse_{rows}_{size}"))
-            self.variables.append(add_variable((self.count,), "ones", self.dtype, f"{name}_damping_{rows}_{size}"))
-
-    @property
-    def bytes(self):
-        """Size of the state."""
-        return self.count * backend.itemsize(self.dtype) * sum(rows**2 + 1 for rows, _ in self.sides)
+            found.append(Slot(f"{name}_inverse_{rows}_{size}", (self.count, rows, rows), initializer, self.dtype))
+            found.append(Slot(f"{name}_damping_{rows}_{size}", (self.count,), "ones", self.dtype))
+        return tuple(found)
 
     @property
     def refresh_cost(self):
-        """What a refresh takes, in multiplications of a factorization up to a constant."""
         return self.count * sum(rows**2 * (rows + (size if rows < size else 0)) for rows, size in self.sides)
 
-    # All matrices of the state are.
-    symmetric = True
-
-    def dampings(self, given, damping):
+    def dampings(self, inputs, damping):
         """`dA` and `dG`, each `[k]`."""
         means = []
-        for side, (rows, size) in zip(given, self.sides, strict=True):
+        for side, (rows, size) in zip(inputs, self.sides, strict=True):
             trace = ops.trace(side, axis1=1, axis2=2) if rows == size else ops.sum(side * side, axis=(1, 2))
             means.append(trace / size)
         return factor_dampings(*means, damping, self.damping_mode)
 
-    def precondition(self, v, damping, state):
-        """`P` of the gradients `v`, `[k, input_dim, output_dim]`; `state` is followed by what both sides are given by."""
-        inverse_a, damping_a, inverse_g, damping_g, x, y = state
+    def precondition(self, v, damping, state, inputs):
+        (inverse_a, damping_a, inverse_g, damping_g), (x, y) = state, inputs()
         if self.sides[0][0] == self.sides[0][1]:
             v = backend.matmul(inverse_a, v)
         else:
@@ -70,30 +61,23 @@ class WoodburyCurvature:
         inner = backend.matmul(backend.matmul(v, y, transpose_b=True), inverse_g)
         return (v - backend.matmul(inner, y)) / ops.reshape(damping_g, (-1, 1, 1))
 
-
-def refresh_together(curvatures, inputs, damping):
-    """New states of several curvatures: all matrices of one size, of all layers and both sides, in one batch.
-
-    Args:
-        curvatures: list of `WoodburyCurvature`.
-        inputs: for each what its input and its output side are given by.
-        damping: scalar.
-
-    Returns:
-        For each its new state.
-    """
-    work, sides = [], [side for curvature in curvatures for side in curvature.sides]
-    for curvature, given in zip(curvatures, inputs, strict=True):
-        for side, of_side, (rows, size) in zip(given, curvature.dampings(given, damping), curvature.sides, strict=True):
-            matrix = side if rows == size else backend.matmul(side, side, transpose_b=True)
-            work.append([matrix, of_side])
-    found = []
-    for (rows, size), (inverses, dampings, failed) in zip(sides, together(_inverses, work), strict=True):
-        if rows == size:
-            eye = ops.eye(rows, dtype=backend.dtype_name(inverses))
-            inverses = ops.where(ops.reshape(failed, (-1, 1, 1)), eye, inverses)
-        found += [inverses, dampings]
-    return [found[i : i + 4] for i in range(0, len(found), 4)]
+    @classmethod
+    def refresh_all(cls, curvatures, inputs, damping, states, chosen=None):
+        """As `Curvature.refresh_all`; inputs are the rows, or the factor, of the input and of the output side."""
+        work, sides = [], [side for curvature in curvatures for side in curvature.sides]
+        for curvature, of_curvature in zip(curvatures, inputs, strict=True):
+            dampings = curvature.dampings(of_curvature, damping)
+            for side, of_side, (rows, size) in zip(of_curvature, dampings, curvature.sides, strict=True):
+                matrix = side if rows == size else backend.matmul(side, side, transpose_b=True)
+                work.append([matrix, of_side])
+        found = []
+        for (rows, size), (inverses, dampings, failed) in zip(sides, together(_inverses, work), strict=True):
+            if rows == size:
+                eye = ops.eye(rows, dtype=backend.dtype_name(inverses))
+                inverses = ops.where(ops.reshape(failed, (-1, 1, 1)), eye, inverses)
+            found += [inverses, dampings]
+        new = [found[i : i + 4] for i in range(0, len(found), 4)]
+        return new if chosen is None else [where_chosen(*each) for each in zip(chosen, new, states, strict=True)]
 
 
 def _inverses(matrices, dampings):

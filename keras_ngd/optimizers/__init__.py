@@ -2,7 +2,8 @@
 
 from keras_ngd.optimizers.hylo import HyLo
 from keras_ngd.optimizers.kfac import KFAC
-from keras_ngd.optimizers.natural_gradient import PAPER_SETTINGS, NaturalGradient
+from keras_ngd.optimizers.natural_gradient import NaturalGradient
+from keras_ngd.optimizers.settings import PAPER_SETTINGS
 from keras_ngd.optimizers.skfac import SKFAC
 from keras_ngd.optimizers.sngd import SNGD
 from keras_ngd.optimizers.thor import THOR

@@ -5,7 +5,10 @@ from typing import Any
 
 from keras import ops
 
-from keras_ngd import backend, schedules
+from keras_ngd import backend
+from keras_ngd.optimizers import checks
+from keras_ngd.optimizers.loss_value import average_weight
+from keras_ngd.optimizers.state_layout import laid_out
 from keras_ngd.statistics.statistics import WITNESS
 
 # How far from 1 a witness may be, and how far from a whole number a number of calls (relative). Both
@@ -74,22 +77,31 @@ def numbers_of_calls(arrived, traced):
 
 
 class Arrivals:
-    """Mixin: takes in what the probes emitted, counts it, and tells with which weight the next batch enters the averages."""
+    """Takes in what the probes emitted, and tells with which weight the next batch enters the averages.
 
-    def add_counters(self):
-        super().add_counters()
-        self._updates = self._add_state((len(self.layout.blocks),), "zeros", "int", "layer_updates")
+    Args:
+        optimizer: whose step it is: its `factor_decay` is looked at.
+        blocks: of its layout.
+        add: its `StateLayout.add`.
 
-    def _take_in(self, grads, index):
-        """What arrived as the gradients of the statistics, as `Arrived`.
+    Attributes:
+        updates: variable `[blocks]`, how many batches have entered each layer's averages.
+    """
+
+    def __init__(self, optimizer, blocks, add):
+        self._optimizer, self._blocks = optimizer, blocks
+        self.updates = add((len(blocks),), "zeros", "int", "layer_updates")
+
+    def take_in(self, signals):
+        """What arrived among the gradients `signals`, as `Arrived`.
 
         Each call of a layer emits its averages, a 1 as `calls` and a `WITNESS` as `witness`, and gradients are sums over calls.
         So a factor that a training step multiplies all gradients with drops out, and what else it does to them shows.
         """
-        blocks = self.layout.blocks
+        blocks = self._blocks
 
         def arrived(name):
-            return ops.stack([grads[index(getattr(block.statistics, name))] for block in blocks])
+            return ops.stack([signals.of(getattr(block.statistics, name)) for block in blocks])
 
         calls, accepted, examples = arrived("calls"), arrived("accepted"), arrived("examples")
         witness = arrived("witness")
@@ -102,7 +114,7 @@ class Arrivals:
         not_finite = ~ops.isfinite(calls) | (intact & (accepted / divisor < 1 - WHOLE))
         mixed = self._mixed_passes(ops.where(intact, number, 1.0))
         taken = opened & intact & ~mixed & ~not_finite
-        emitted = [grads[index(v)] for block in blocks for v in block.statistics.averages]
+        emitted = [signals.of(v) for block in blocks for v in block.statistics.averages]
 
         def old():
             return [ops.convert_to_tensor(v) for block in blocks for v in block.statistics.averages]
@@ -121,7 +133,7 @@ class Arrivals:
         flat = iter(ops.cond(untouched, lambda: list(emitted), lambda: ops.cond(ops.any(taken), divided, old)))
         last = [ops.convert_to_tensor(block.statistics.calls) for block in blocks]
         return Arrived(
-            averages={b: self.laid_out(b, [next(flat) for _ in b.statistics.averages]) for b in blocks},
+            averages={b: laid_out(b, [next(flat) for _ in b.statistics.averages]) for b in blocks},
             calls={b: ops.where(present[i], number[i], last[i]) for i, b in enumerate(blocks)},
             opened=opened,
             refused=opened & not_finite,
@@ -134,51 +146,36 @@ class Arrivals:
     def _mixed_passes(self, number):
         """`[blocks]`: in whose statistics those of several passes were added that cannot be put together."""
         mixed = []
-        for i, block in enumerate(self.layout.blocks):
+        for i, block in enumerate(self._blocks):
             statistics = block.statistics
             if statistics.adds_up or statistics.looped:
                 mixed.append(ops.zeros((), "bool"))
                 continue
             limit = float(max(statistics.traced_calls, 1)) if statistics.several_calls else 1.0
-            backend.check_at_most(number[i], limit, self._several_calls_message(block))
+            backend.check_at_most(number[i], limit, checks.several_calls_message(self._optimizer, block))
             mixed.append(number[i] > limit)
         return ops.stack(mixed)
 
     def _changes_of(self, calls, number, traced, intact, opened):
         """What a training step of the user's did to the statistics that did no harm to them."""
-        adds_up = [block.statistics.adds_up and not block.statistics.looped for block in self.layout.blocks]
+        adds_up = [block.statistics.adds_up and not block.statistics.looped for block in self._blocks]
         accumulated = opened & intact & (number > traced) & ops.convert_to_tensor(adds_up, "bool")
         # Not 1e-3: a penalty is as small as that.
         scaled = intact & (ops.abs(calls / ops.where(number > 0, number, 1.0) - 1) > 1e-6)
         return {"scaled": ops.any(scaled), "accumulated": ops.any(accumulated)}
 
-    def _count_statistics(self, arrived, step, loss):
-        """Advances the counters of the statistics; whether any were recorded."""
-        opened, recorded = ops.any(arrived.opened), ops.any(arrived.recorded)
-        refused = ops.any(arrived.refused)
-        # A batch that reached no layer is none; one with statistics that nobody can tell is not tried again at once.
-        done = ops.any(arrived.opened & ~arrived.absent) & ~refused
-        self.average_loss(loss, recorded & ~refused)
-        due = step + schedules.interval_at(self.factor_interval, step, self.interval_growth)
-        self.assign(self._next_factors, ops.where(done, due, ops.convert_to_tensor(self._next_factors)))
-        self.assign_add(self._updates, ops.cast(arrived.recorded, step.dtype))
-        self.assign_add(self._factor_updates, ops.cast(recorded & ~refused, step.dtype))
-        self.assign_add(self._skipped_statistics, ops.cast(opened & refused, step.dtype))
-        self.count_changes(arrived.changes | {"distorted": ops.any(arrived.distorted)})
-        return recorded
+    def count(self, arrived):
+        """Counts the batch, for each layer whose averages it has entered."""
+        self._optimizer.assign_add(self.updates, ops.cast(arrived.recorded, self.updates.dtype))
 
-    def _next_gates(self, step):
-        """`[blocks]`, the weight with which the next batch enters each layer's averages; 0 where none is due."""
-        return ops.where(step + 1 >= ops.convert_to_tensor(self._next_factors), self._rates(), 0.0)
-
-    def _rates(self):
+    def rates(self):
         """`[blocks]`, the weight with which a batch enters each layer's averages now."""
-        decay = ops.convert_to_tensor(self.factor_decay, "float32")
-        updates = ops.cast(ops.convert_to_tensor(self._updates), "float32")
-        return (1 - decay) / (1 - ops.power(decay, updates + 1))
+        decay = ops.convert_to_tensor(self._optimizer.factor_decay, "float32")
+        return average_weight(decay, ops.convert_to_tensor(self.updates))
 
-    def _counts(self, block, number, arrived):
-        """Pairs of a weight of a block's statistics that is not an average, and its value for the next backward pass."""
+    def next_values(self, number, arrived):
+        """Pairs of a weight of the block `number`'s statistics, neither an average nor the gate, and its next value."""
+        block = self._blocks[number]
         statistics, present = block.statistics, arrived.examples[number] > 0
         calls = arrived.calls[block]
         examples = ops.where(present, arrived.examples[number] * calls, ops.convert_to_tensor(statistics.examples))
@@ -195,11 +192,11 @@ class Arrivals:
             values.append((control, ops.where(drawn, new, old)))
         return values
 
-    def _known_only(self, new, old):
-        """New states of the groups that are held, of layers that ever recorded anything; of others the old, initial ones."""
-        known = ops.convert_to_tensor(self._updates) > 0
-        number, chosen = {block: i for i, block in enumerate(self.layout.blocks)}, []
-        for group, after, before in zip(self.held.groups, new, old, strict=True):
+    def where_known(self, groups, new, old):
+        """New states of these groups, of layers that ever recorded anything; of others the old, initial ones."""
+        known = ops.convert_to_tensor(self.updates) > 0
+        number, chosen = {block: i for i, block in enumerate(self._blocks)}, []
+        for group, after, before in zip(groups, new, old, strict=True):
             of_group = ops.concatenate([ops.repeat(known[number[b]], b.rows.groups) for b in group.blocks])
             chosen.append(
                 [

@@ -42,9 +42,44 @@ class Group:
     def count(self):
         return sum(block.rows.groups for block in self.blocks)
 
+    def stacked(self, tensors):
+        """The tensors of a dict from blocks to lists of them, joined over the blocks of the group: a list."""
+        return [backend.joined(parts) for parts in zip(*(tensors[block] for block in self.blocks), strict=True)]
+
     def parts(self, stacked):
         """Pairs of every block and its part of what the curvature stacks."""
         return zip(self.blocks, backend.parts(stacked, [block.rows.groups for block in self.blocks]), strict=True)
+
+
+class Signals:
+    """What a step is given: a gradient for each variable, dense, sparse or None. Those of statistics are what probes emitted.
+
+    Args:
+        grads: list of the gradients.
+        variables: list of the variables.
+        key: function that gives a variable's identity.
+        is_overwritten: function that tells whether a variable is overwritten with its gradient.
+    """
+
+    def __init__(self, grads, variables, key, is_overwritten):
+        self.grads, self.variables, self.key, self.is_overwritten = grads, variables, key, is_overwritten
+        self._positions = {key(v): i for i, v in enumerate(variables)}
+
+    def index(self, variable):
+        """The position of a variable."""
+        return self._positions[self.key(variable)]
+
+    def of(self, variable):
+        """The gradient of a variable."""
+        return self.grads[self.index(variable)]
+
+    def of_block(self, block):
+        """The gradients of a block's kernel and bias, the latter None where there is none."""
+        return [None if v is None else self.of(v) for v in (block.kernel, block.bias)]
+
+    def with_gradients(self, grads):
+        """The same of other gradients."""
+        return Signals(grads, self.variables, self.key, self.is_overwritten)
 
 
 def find_blocks(variables, key):

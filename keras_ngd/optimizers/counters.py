@@ -1,4 +1,4 @@
-"""What an optimizer counts, and when the next updates are due."""
+"""What an optimizer counts, and what there is to say about it."""
 
 from keras import ops
 
@@ -11,60 +11,70 @@ _ADVICE = (
 )
 
 
-class Counters:
-    """Mixin: counters that are a part of the optimizer's state, and what is said about them."""
+class Count:
+    """A number that a part of an optimizer counts, as an attribute of the optimizer.
 
-    def add_counters(self):
-        """Creates them, all 0."""
-        self._next_factors = self._add_state((), "zeros", "int", "next_factor_step")
-        self._next_inverses = self._add_state((), "zeros", "int", "next_inverse_step")
-        self._factor_updates = self._add_state((), "zeros", "int", "factor_updates")
-        self._inverse_updates = self._add_state((), "zeros", "int", "inverse_updates")
-        self._skipped_statistics = self._add_state((), "zeros", "int", "skipped_statistics")
-        self._skipped_steps = self._add_state((), "zeros", "int", "skipped_steps")
-        self._changes = self._add_state((len(CHANGES),), "zeros", "int", "changed_statistics")
+    Args:
+        part: name of the optimizer's attribute that is the part; its `read(name)` gives the number.
+        doc: what it is.
+        initial: its value before the optimizer is built. Default 0.
+    """
+
+    def __init__(self, part, doc, initial=0):
+        self._part, self.__doc__, self._initial = part, doc, initial
+
+    def __set_name__(self, owner, name):
+        self._name = name
+
+    def __get__(self, optimizer, owner=None):
+        if optimizer is None:
+            return self
+        part = getattr(optimizer, self._part)
+        return self._initial if part is None else part.read(self._name)
+
+
+class Counters:
+    """Counters that are a part of an optimizer's state, all 0 at first.
+
+    Args:
+        optimizer: whose they are.
+        add: its `StateLayout.add`.
+    """
+
+    def __init__(self, optimizer, add):
+        self._optimizer = optimizer
+        self.factor_updates = add((), "zeros", "int", "factor_updates")
+        self.inverse_updates = add((), "zeros", "int", "inverse_updates")
+        self.skipped_statistics = add((), "zeros", "int", "skipped_statistics")
+        self.skipped_steps = add((), "zeros", "int", "skipped_steps")
+        self.changes = add((len(CHANGES),), "zeros", "int", "changed_statistics")
+
+    def count(self, name, happened):
+        """Adds 1 to a counter if `happened`, a scalar boolean."""
+        counter = getattr(self, name)
+        self._optimizer.assign_add(counter, ops.cast(happened, counter.dtype))
 
     def count_changes(self, happened):
         """Counts a step for each of `CHANGES` that is True in the dict `happened`, of scalars."""
         none = ops.zeros((), "bool")
         found = ops.stack([happened.get(name, none) for name in CHANGES])
-        self.assign_add(self._changes, ops.cast(found, self._changes.dtype))
+        self._optimizer.assign_add(self.changes, ops.cast(found, self.changes.dtype))
 
-    def _read(self, counter):
+    def read(self, name):
+        """A counter as an int; `"distorted_statistics"` is one of the changes."""
+        if name == "distorted_statistics":
+            return self.changed("distorted")
         # Not `int` of the variable: a strategy's has none.
-        return int(ops.convert_to_numpy(getattr(self, counter))) if self.built else 0
+        return int(ops.convert_to_numpy(getattr(self, name)))
 
-    def _read_change(self, name):
-        return int(ops.convert_to_numpy(self._changes)[CHANGES.index(name)]) if self.built else 0
+    def changed(self, name):
+        """How often one of `CHANGES` was counted, an int."""
+        return int(ops.convert_to_numpy(self.changes)[CHANGES.index(name)])
 
-    @property
-    def skipped_statistics(self):
-        """How many updates of the statistics were left out because some of them were not finite."""
-        return self._read("_skipped_statistics")
-
-    @property
-    def distorted_statistics(self):
-        """How many updates of the statistics left layers out because the training step had changed what arrived."""
-        return self._read_change("distorted")
-
-    @property
-    def skipped_steps(self):
-        """How many steps took a zero gradient because some gradient was not finite."""
-        return self._read("_skipped_steps")
-
-    @property
-    def factor_updates(self):
-        """How many batches have entered the statistics' averages."""
-        return self._read("_factor_updates")
-
-    @property
-    def inverse_updates(self):
-        """How often the inverses were refreshed."""
-        return self._read("_inverse_updates")
-
-    def notices(self):
-        found, name = super().notices(), type(self).__name__
-        counts = {change: self._read_change(change) for change in CHANGES}
+    def notices(self, losses_per_example):
+        """Pairs of a key and a message, of what the user should know of."""
+        found, name = [], type(self._optimizer).__name__
+        counts = {change: self.changed(change) for change in CHANGES}
         if counts["mixed"]:
             found.append(
                 (
@@ -91,7 +101,7 @@ class Counters:
                     f"penalty, had them in it. {_ADVICE}",
                 )
             )
-        if counts["accumulated"] and getattr(self, "losses_per_example", 1) in ("auto", None, 1):
+        if counts["accumulated"] and losses_per_example in ("auto", 1):
             found.append(
                 (
                     "accumulated",

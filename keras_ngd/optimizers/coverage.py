@@ -13,74 +13,62 @@ def _is_kernel(variable):
     return len(variable.shape) >= 2 and not getattr(variable, "overwrite_with_gradient", False)
 
 
-class Coverage:
-    """Mixin: what trains by the plain rule is what `capture` left out, and nothing else without a word.
+def count_not_captured(variables):
+    """How many kernels among a model's trainable variables `capture` has left out."""
+    captured = {id(v.keras_ngd_statistics.owner()._kernel) for v in variables if hasattr(v, "keras_ngd_statistics")}
+    return sum(_is_kernel(v) and id(v) not in captured for v in variables)
 
-    Args:
-        not_captured: how many kernels (trainable variables of two or more axes) `capture` left out. Written by `capture` and
-            saved, so that the optimizer of a loaded model knows.
-    """
 
-    def __init__(self, *args, not_captured=None, **kwargs):
-        super().__init__(*args, **kwargs)
-        self._not_captured = not_captured
-
-    def get_config(self):
-        config = super().get_config()
-        return config if not self._not_captured else {**config, "not_captured": self._not_captured}
-
-    def count_not_captured(self, variables):
-        """Takes note of how many kernels among a model's trainable variables `capture` has just left out."""
-        captured = {id(v.keras_ngd_statistics.owner()._kernel) for v in variables if hasattr(v, "keras_ngd_statistics")}
-        self._not_captured = sum(_is_kernel(v) and id(v) not in captured for v in variables)
-
-    def check_coverage(self, variables, blocks):
-        """Warns if more kernels are not captured than `capture` left out."""
-        captured = {self._var_key(block.kernel) for block in blocks}
-        kernels = [v for v in variables if _is_kernel(v)]
-        plain = [v for v in kernels if self._var_key(v) not in captured]
-        if len(plain) > (self._not_captured or 0):
-            known = (
-                "`keras_ngd.capture` was not called with this optimizer"
-                if self._not_captured is None
-                else f"`keras_ngd.capture` left out {self._not_captured}, when it was called with this optimizer"
-            )
-            warnings.warn(
-                f"{type(self).__name__} is to train {len(kernels)} kernels, {len(plain)} of which are not captured and follow "
-                f"the rule for the rest of the model: {_named(plain)}. {known}. If layers were unfrozen or added since, call "
-                "`keras_ngd.capture(model, optimizer)` with a new optimizer before `model.compile`.",
-                stacklevel=2,
-            )
-
-    def check_statistics_given(self, variables):
-        """Raises an error if kernels of captured layers are among the variables, without their statistics."""
-        model = None if self._model is None else self._model()
-        statistics = {} if model is None else {id(v): v.keras_ngd_statistics for v in _statistics_weights(model)}
-        kernels = {self._var_key(s.owner()._kernel) for s in statistics.values()}
-        found = [v for v in variables if self._var_key(v) in kernels]
-        if found:
-            raise ValueError(
-                f"{type(self).__name__} is given {len(variables)} variables, kernels of captured layers among them "
-                f"({_named(found)}), but none of the layers' statistics, which are weights too. Differentiate the loss with "
-                "respect to `model.trainable_variables`, all of them, and pass the gradients of all: "
-                "`optimizer.apply(gradients, model.trainable_variables)`. (Of layers, `layer.trainable_variables`.)"
-            )
-
-    def fail_on_changed_variables(self, count, variables=None):
-        """Raises the error for a step on other variables than the optimizer was built on."""
-        what = f"{type(self).__name__} was built on {len(self.built_on)} variables but is given {count}"
-        if variables is not None:
-            given = {self._var_key(v) for v in variables}
-            missing = [v for v in self.built_on if self._var_key(v) not in given]
-            new = [v for v in variables if self._var_key(v) not in self._trainable_variables_indices]
-            parts = [f"{len(vs)} {which}: {_named(vs)}" for vs, which in ((missing, "missing"), (new, "new")) if vs]
-            what += f" ({'; '.join(parts)})"
-        raise ValueError(
-            f"{what}. Either a step was asked for on a part of them: pass the gradients of all, those that are None as well, or "
-            "use an optimizer for each part, captured and built for it (`optimizer.build(variables)`). Or layers were frozen, "
-            "unfrozen, captured or released since: create a new optimizer, call `keras_ngd.capture(model, optimizer)` with it, "
-            "and compile again."
+def check_coverage(optimizer, variables, blocks):
+    """Warns if more kernels are not captured than `optimizer.not_captured`, which `capture` left out."""
+    left_out = optimizer.not_captured
+    captured = {optimizer._var_key(block.kernel) for block in blocks}
+    kernels = [v for v in variables if _is_kernel(v)]
+    plain = [v for v in kernels if optimizer._var_key(v) not in captured]
+    if len(plain) > (left_out or 0):
+        known = (
+            "`keras_ngd.capture` was not called with this optimizer"
+            if left_out is None
+            else f"`keras_ngd.capture` left out {left_out}, when it was called with this optimizer"
         )
+        warnings.warn(
+            f"{type(optimizer).__name__} is to train {len(kernels)} kernels, {len(plain)} of which are not captured and follow "
+            f"the rule for the rest of the model: {_named(plain)}. {known}. If layers were unfrozen or added since, call "
+            "`keras_ngd.capture(model, optimizer)` with a new optimizer before `model.compile`.",
+            stacklevel=2,
+        )
+
+
+def check_statistics_given(optimizer, variables):
+    """Raises an error if kernels of captured layers are among the variables, without their statistics."""
+    model = optimizer.captured_model
+    statistics = {} if model is None else {id(v): v.keras_ngd_statistics for v in _statistics_weights(model)}
+    kernels = {optimizer._var_key(s.owner()._kernel) for s in statistics.values()}
+    found = [v for v in variables if optimizer._var_key(v) in kernels]
+    if found:
+        raise ValueError(
+            f"{type(optimizer).__name__} is given {len(variables)} variables, kernels of captured layers among them "
+            f"({_named(found)}), but none of the layers' statistics, which are weights too. Differentiate the loss with "
+            "respect to `model.trainable_variables`, all of them, and pass the gradients of all: "
+            "`optimizer.apply(gradients, model.trainable_variables)`. (Of layers, `layer.trainable_variables`.)"
+        )
+
+
+def fail_on_changed_variables(optimizer, count, variables=None):
+    """Raises the error for a step on other variables than the optimizer was built on."""
+    what = f"{type(optimizer).__name__} was built on {len(optimizer.built_on)} variables but is given {count}"
+    if variables is not None:
+        given = {optimizer._var_key(v) for v in variables}
+        missing = [v for v in optimizer.built_on if optimizer._var_key(v) not in given]
+        new = [v for v in variables if optimizer._var_key(v) not in optimizer._trainable_variables_indices]
+        parts = [f"{len(vs)} {which}: {_named(vs)}" for vs, which in ((missing, "missing"), (new, "new")) if vs]
+        what += f" ({'; '.join(parts)})"
+    raise ValueError(
+        f"{what}. Either a step was asked for on a part of them: pass the gradients of all, those that are None as well, or "
+        "use an optimizer for each part, captured and built for it (`optimizer.build(variables)`). Or layers were frozen, "
+        "unfrozen, captured or released since: create a new optimizer, call `keras_ngd.capture(model, optimizer)` with it, "
+        "and compile again."
+    )
 
 
 def _statistics_weights(model):

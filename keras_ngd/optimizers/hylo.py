@@ -138,7 +138,7 @@ class HyLo(SNGD):
         if isinstance(self.rank, float):
             return max(round(self.rank * self.room), 1)
         # Of a smaller batch, all rows stand for themselves.
-        return min(max(round(self.rank * self.connected().batch_share), 1), self.room)
+        return min(max(round(self.rank * self.exchange.communicator.batch_share), 1), self.room)
 
     def make_statistics(self, layer):
         return LowRankStatistics(
@@ -166,18 +166,14 @@ class HyLo(SNGD):
     def weights_travel(self, block):
         return block.statistics.gate > (KIS + KID) / 2 if self.mode in ("switch", "random") else self.mode == "kid"
 
-    def state_of(self, group, inputs):
-        *state, a, g, _, _ = super().state_of(group, inputs)
-        return [*state, a, g]
-
     # The switch
 
-    def build_curvature(self, layout):
-        super().build_curvature(layout)
+    def build_own_state(self, layout):
+        super().build_own_state(layout)
         self._sums = []
         if self.mode not in ("switch", "random"):
             return
-        self._switch = self._add_state(
+        self._switch = self.state.add(
             (len(gradient_switch.STATE),),
             lambda shape, dtype=None: gradient_switch.initial_state(self._first_mode()),
             "float32",
@@ -207,7 +203,7 @@ class HyLo(SNGD):
     def _units_of_probe(self, ratio):
         """How many times larger rows' outer products are in the probe than those that the damping is added to."""
         # A worker compares the damping with the sum over its own examples' rows; all workers' is as much larger.
-        return self.connected().size * self.loss_scale**2 / ratio
+        return self.exchange.communicator.size * self.loss_scale**2 / ratio
 
     def _damping_for_probe(self, step, ratio):
         damping = schedules.value_at(self.damping, step)
@@ -250,7 +246,7 @@ class HyLo(SNGD):
             # The norms differ by rounding at most, but a worker in another mode than the others would wait for them.
             norm = ops.sqrt(sum(ops.sum(ops.square(ops.cast(s, "float32"))) for s in sums))
             new = gradient_switch.after_epoch(state, norm, following, self.eta, self.decay_ratio)
-            [new] = self._agreed([new])
+            [new] = self.exchange.agreed([new])
             return [new, *(ops.zeros_like(s) for s in sums)]
 
         new, *sums = ops.cond(ends, decided, lambda: [state, *sums])

@@ -4,9 +4,10 @@ import keras
 from keras import ops
 
 from keras_ngd.curvature import KroneckerCurvature
-from keras_ngd.curvature.kronecker import DAMPING_MODES, INVERSES, refresh_together
+from keras_ngd.curvature.kronecker import DAMPING_MODES, INVERSES
 from keras_ngd.optimizers.loss_ratio import check_losses_per_example
-from keras_ngd.optimizers.natural_gradient import NaturalGradient, settled_damping, stacked
+from keras_ngd.optimizers.natural_gradient import NaturalGradient
+from keras_ngd.optimizers.settings import settled_damping
 from keras_ngd.statistics import KroneckerStatistics
 
 
@@ -124,10 +125,6 @@ class KFAC(NaturalGradient):
 
     def make_curvature(self, group):
         return KroneckerCurvature(group.count, *group.blocks[0].shape, self.inverse, self.damping_mode)
-
-    def refresh(self, layout, inputs, damping, states, update):
-        curvatures = [group.curvature for group in layout.groups]
-        return refresh_together(curvatures, [stacked(group, inputs) for group in layout.groups], damping, states)
 
     def curvature_input(self, statistics, averages, calls):
         # G is made of squared gradients: a loss scale enters squared. What is averaged is its mean over the calls.

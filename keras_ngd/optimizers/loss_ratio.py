@@ -19,7 +19,7 @@ def check_losses_per_example(value):
 
 
 class LossRatio:
-    """Mixin: reads from the compiled loss how statistics, which take it for a mean over the examples, are to be scaled.
+    """Reads from the compiled loss how statistics, which take it for a mean over the examples, are to be scaled.
 
     With `c_j` the coefficient of each single loss value in the total, and `g_j` the gradient of that value,
 
@@ -33,91 +33,83 @@ class LossRatio:
     That is 1 for a mean over the examples, `T` for a mean over `T` values of each, `1 / B` for a sum, `1 / w` where all have the
     weight `w`. Both sums are averaged over batches with the weights that the statistics are.
 
-    The attribute `losses_per_example` is `"auto"`, or the number that statistics take for it; then there is no ratio.
+    Args:
+        optimizer: whose statistics they are: where its `losses_per_example` is not `"auto"`, it is the number that statistics
+            take for it, and there is no ratio. Its `fisher_scale` is looked at, too.
     """
 
-    losses_per_example = 1.0
-    _loss_sums = None
-    # Whether a compiled loss was ever heard of.
-    heard_losses = False
+    def __init__(self, optimizer):
+        self._optimizer = optimizer
+        # Whether a compiled loss was ever heard of.
+        self.heard_losses = False
+        self._heard, self._sums, self._blocks = compiled_loss.Heard(), None, ()
 
-    @property
-    def losses_in_statistics(self):
-        """The argument of that name of this optimizer's statistics."""
-        return 1 if self.losses_per_example == "auto" else self.losses_per_example
+    def build(self, blocks, add):
+        """Creates the averages of every block's `sum of c_j` and `B * sum of c_j^2`, and its ratio before the last batch."""
+        self._blocks = blocks
+        if self._optimizer.losses_per_example == "auto":
+            self._sums = add((3, len(blocks)), "ones", "float32", "loss_sums")
 
-    @property
-    def loss_ratio(self):
-        """What statistics are multiplied with: how many loss values each example has, as the compiled loss weighs them.
-
-        A number; of layers that see more examples than the batch has (windows of an image), theirs is as much smaller. 1 before
-        the first step, where `losses_per_example` was given, and in training without a compiled loss.
-        """
-        if self._loss_sums is None or not self.built:
+    def read(self):
+        """The largest ratio, a float; 1 where there is none."""
+        if self._sums is None:
             return 1.0
-        absolute, squares, _ = ops.convert_to_numpy(ops.convert_to_tensor(self._loss_sums))
+        absolute, squares, _ = ops.convert_to_numpy(ops.convert_to_tensor(self._sums))
         return float(np.max(absolute / squares))
 
-    def add_loss_ratio(self):
-        """Creates the averages of every block's `sum of c_j` and `B * sum of c_j^2`, and its ratio before the last batch."""
-        if self.losses_per_example == "auto":
-            self._loss_sums = self._add_state((3, len(self.layout.blocks)), "ones", "float32", "loss_sums")
-
-    @property
-    def _heard(self):
-        # Out of sight of Keras, which looks into what optimizers have as attributes.
-        if "_heard_of_losses" not in self.__dict__:
-            object.__setattr__(self, "_heard_of_losses", compiled_loss.Heard())
-        return self._heard_of_losses
-
-    def called(self, statistics, x):
-        """Told that a captured layer is called with `x`, before its statistics' weights are looked at."""
-        if self.losses_per_example != "auto":
+    def listen(self, model):
+        """Has the losses that a model (or None) is compiled with tell what they make of each loss value, in this trace."""
+        if self._optimizer.losses_per_example != "auto":
             return
         self._heard.forget()
-        for loss in compiled_loss.compiled_losses(None if self._model is None else self._model()):
+        for loss in compiled_loss.compiled_losses(model):
             compiled_loss.listen(loss, self._heard)
 
-    def loss_sums(self, arrived):
-        """`[1 + blocks]`, this batch's sums: the first is the same for all blocks. None where there is no ratio."""
-        if self.losses_per_example != "auto":
+    def of_batch(self, examples):
+        """`[1 + blocks]`, this batch's sums: the first is the same for all blocks. None where there is no ratio.
+
+        Args:
+            examples: `[blocks]`, how many each layer has seen.
+        """
+        if self._optimizer.losses_per_example != "auto":
             return None
-        blocks = self.layout.blocks
         told = self._heard.take()
         if told is None:
-            return ops.ones((1 + len(blocks),), "float32")
+            return ops.ones((1 + len(self._blocks),), "float32")
         self.heard_losses = True
         absolute, squares, whole = (ops.cast(ops.convert_to_tensor(t), "float32") for t in told)
-        return ops.concatenate([ops.reshape(absolute, (1,)), arrived.examples * squares + whole])
+        return ops.concatenate([ops.reshape(absolute, (1,)), examples * squares + whole])
 
-    def average_loss_sums(self, sums, arrived):
-        """Takes a batch's sums into the averages, of the layers that recorded it."""
+    def take_in(self, sums, recorded):
+        """Takes a batch's sums into the averages of the layers that recorded it, `[blocks]` booleans."""
         if sums is None:
             return
-        new = ops.stack([ops.broadcast_to(sums[:1], (len(self.layout.blocks),)), sums[1:]])
-        gates = ops.stack([ops.minimum(block.statistics.gate, 1.0) for block in self.layout.blocks])
+        new = ops.stack([ops.broadcast_to(sums[:1], (len(self._blocks),)), sums[1:]])
+        gates = ops.stack([ops.minimum(block.statistics.gate, 1.0) for block in self._blocks])
         # A batch whose weights are all zero says nothing.
-        recorded = arrived.recorded & ops.all(ops.isfinite(new) & (new > 0), axis=0)
-        state = ops.convert_to_tensor(self._loss_sums)
+        recorded = recorded & ops.all(ops.isfinite(new) & (new > 0), axis=0)
+        state = ops.convert_to_tensor(self._sums)
         old, before = state[:2], state[2]
         mixing = ops.where(recorded, gates, 0.0)
         new = (1 - mixing) * old + mixing * ops.where(recorded, new, old)
         before = ops.where(recorded, old[0] / old[1], before)
-        self.assign(self._loss_sums, ops.concatenate([new, before[None]]))
+        self._optimizer.assign(self._sums, ops.concatenate([new, before[None]]))
 
-    def ratio_of(self, statistics, dtype="float32", before=False):
-        """What a block's statistics are multiplied with, the ratio and the `fisher_factor` in one: a scalar tensor.
+    def of(self, statistics, factor, dtype="float32", before=False):
+        """What a block's statistics are multiplied with: the ratio and a further `factor`, in one scalar tensor.
 
         Args:
-            before: whether it is to be that which was known before the last batch was recorded, to its probes.
+            statistics: the block's.
+            factor: scalar.
+            dtype: of the result.
+            before: whether the ratio is to be that which was known before the last batch was recorded, to its probes.
         """
-        factor = self.fisher_factor
-        if self._loss_sums is None:
+        if self._sums is None:
             return ops.cast(factor, dtype)
-        number = next(i for i, block in enumerate(self.layout.blocks) if block.statistics is statistics)
-        absolute, squares, old = ops.unstack(ops.convert_to_tensor(self._loss_sums)[:, number], num=3)
+        number = next(i for i, block in enumerate(self._blocks) if block.statistics is statistics)
+        absolute, squares, old = ops.unstack(ops.convert_to_tensor(self._sums)[:, number], num=3)
         ratio = old if before else absolute / squares
-        if self.fisher_scale == "loss":
+        if self._optimizer.fisher_scale == "loss":
             # The loss that the Fisher matrix is divided by is a mean: without the coefficients' sum.
             ratio = ratio * absolute
         return ops.cast(factor * ratio, dtype)

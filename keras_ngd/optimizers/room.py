@@ -40,7 +40,7 @@ class Room:
         return self.batch_size is not None
 
     def _share(self, batch_size):
-        return math.ceil(batch_size * self.connected().batch_share - 1e-6)
+        return math.ceil(batch_size * self.exchange.communicator.batch_share - 1e-6)
 
     def start_room(self, batch_size):
         """Starts with what data or the model say about the size of all workers' batch, or with None."""
@@ -68,7 +68,7 @@ class Room:
 
     def _make_room(self):
         """Gives all layers room for what was seen. Returns pairs of variables that were and of those in their place."""
-        model = None if self._model is None else self._model()
+        model = self.captured_model
         if (
             model is None
             or self._seen is None

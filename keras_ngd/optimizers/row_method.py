@@ -9,7 +9,7 @@ from keras import ops, tree
 from keras_ngd import backend, schedules, sharding
 from keras_ngd.optimizers import joining
 from keras_ngd.optimizers.loss_ratio import check_losses_per_example
-from keras_ngd.optimizers.natural_gradient import NaturalGradient, stacked
+from keras_ngd.optimizers.natural_gradient import NaturalGradient
 from keras_ngd.optimizers.room import Room
 from keras_ngd.statistics.draws import LAYERS, Draws
 
@@ -73,6 +73,8 @@ class RowMethod(Room, NaturalGradient):
         )
         self.batch_size, self.losses_per_example = batch_size, losses_per_example
 
+    refreshes_what_was_recorded = True
+
     # What `capture` found in data or in the model.
     found_batch_size = None
 
@@ -108,20 +110,6 @@ class RowMethod(Room, NaturalGradient):
         size = int(leaves[0].shape[0]) if leaves else 0
         return size if size and (is_dataset(data) or size <= LARGEST_ARRAY) else None
 
-    def refresh_due(self, step, recorded):
-        return recorded
-
-    def state_of(self, group, inputs):
-        return [*super().state_of(group, inputs), *stacked(group, inputs(group.blocks))]
-
-    def refresh_together(self, curvatures, inputs, damping):
-        """New states of all groups' curvatures from what they take."""
-        raise NotImplementedError
-
-    def refresh(self, layout, inputs, damping, states, update):
-        curvatures = [group.curvature for group in layout.groups]
-        return self.refresh_together(curvatures, [stacked(group, inputs) for group in layout.groups], damping)
-
     # Several workers
 
     def joins(self, shapes):
@@ -130,7 +118,7 @@ class RowMethod(Room, NaturalGradient):
 
     def given_shapes(self, block):
         """The shapes of what a block's curvature takes, of all workers together."""
-        shapes, workers = [sharding.shape_of(v) for v in self.given_weights(block)], self.connected().size
+        shapes, workers = [sharding.shape_of(v) for v in self.given_weights(block)], self.exchange.communicator.size
         if workers == 1:
             return shapes
         return [joining.joined_shape(s, kind, workers) for s, kind in zip(shapes, self.joins(shapes), strict=True)]
@@ -144,13 +132,12 @@ class RowMethod(Room, NaturalGradient):
         return True
 
     def further_bytes(self, block):
-        if self.connected().size == 1:
+        if self.exchange.communicator.size == 1:
             return 0
         return backend.itemsize(block.shape[2]) * sum(math.prod(shape) for shape in self.given_shapes(block))
 
-    def build_curvature(self, layout):
-        super().build_curvature(layout)
-        if self._workers is None:
+    def build_own_state(self, layout):
+        if self.exchange.workers is None:
             return
         self._given = Given()
         for i, block in enumerate(layout.blocks):
@@ -166,13 +153,16 @@ class RowMethod(Room, NaturalGradient):
     def restored(self, renew):
         # The rows of all workers are not saved, and inverses of another number of workers' rows are of no use: the next batch
         # makes new ones of both.
-        if renew or self._workers is not None:
-            for block, gate in zip(self.layout.blocks, ops.unstack(self.gates(self._rates())), strict=True):
+        super().restored(renew)
+        if renew or self.exchange.workers is not None:
+            for block, gate in zip(self.layout.blocks, ops.unstack(self.gates(self.arrivals.rates())), strict=True):
                 block.statistics.gate.assign(gate)
                 for variable, value in self.control_values(block, self.iterations - 1):
                     variable.assign(value)
 
     def share_statistics(self, averages, calls, share, refused):
+        if self.exchange.workers is None:
+            return averages, {}
         given = {}
         for i, block in enumerate(self.layout.blocks):
             old = [ops.convert_to_tensor(v) for v in self._given.of_block[block]]
@@ -190,7 +180,7 @@ class RowMethod(Room, NaturalGradient):
         kinds = self.joins([t.shape for t in tensors])
         new = [
             joining.join(
-                self._workers.communicator, t, kind, share, self.weights_travel(block), f"keras_ngd_rows_{number}_{j}"
+                self.exchange.communicator, t, kind, share, self.weights_travel(block), f"keras_ngd_rows_{number}_{j}"
             )
             for j, (t, kind) in enumerate(zip(tensors, kinds, strict=True))
         ]
@@ -198,10 +188,10 @@ class RowMethod(Room, NaturalGradient):
 
     def worker_seed(self):
         """A seed for what each worker draws for itself."""
-        return (self.seed + 1009 * self.connected().rank) % LAYERS
+        return (self.seed + 1009 * self.exchange.communicator.rank) % LAYERS
 
     def separate_draws(self):
-        if self.connected().together:
+        if self.exchange.communicator.together:
             return  # Of replicas the draws are the same, and each draws for itself: see `Draws`.
         for number, block in enumerate(self.layout.blocks):
             if isinstance(block.statistics, Draws):

@@ -5,10 +5,9 @@ import keras
 from keras_ngd import schedules
 from keras_ngd.curvature import WoodburyCurvature
 from keras_ngd.curvature.kronecker import DAMPING_MODES
-from keras_ngd.curvature.woodbury import refresh_together
 from keras_ngd.optimizers import joining
-from keras_ngd.optimizers.natural_gradient import settled_damping
 from keras_ngd.optimizers.row_method import RowMethod
+from keras_ngd.optimizers.settings import settled_damping
 from keras_ngd.statistics import WoodburyStatistics
 from keras_ngd.statistics.woodbury import are_rows
 
@@ -128,7 +127,7 @@ class SKFAC(RowMethod):
         if rows == size:
             return joining.FACTOR
         # As on one worker, a factor with no fewer rows than columns is kept itself.
-        return joining.WEIGHTED_ROWS if rows * self.connected().size < size else joining.ROWS_OF_FACTOR
+        return joining.WEIGHTED_ROWS if rows * self.exchange.communicator.size < size else joining.ROWS_OF_FACTOR
 
     def start_statistics(self, statistics, number):
         super().start_statistics(statistics, number)
@@ -139,9 +138,6 @@ class SKFAC(RowMethod):
         if are_rows(g):
             return [a, self.scaled_rows(statistics, g)]
         return [a, g * self.ratio_of(statistics, g.dtype) / self.loss_scale**2]
-
-    def refresh_together(self, curvatures, inputs, damping):
-        return refresh_together(curvatures, inputs, damping)
 
     def get_config(self):
         return {

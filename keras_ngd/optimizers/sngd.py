@@ -3,9 +3,9 @@
 import keras
 
 from keras_ngd.curvature import KernelCurvature
-from keras_ngd.curvature.kernel import KERNEL_DAMPING_MODES, refresh_together
-from keras_ngd.optimizers.natural_gradient import settled_damping
+from keras_ngd.curvature.kernel import KERNEL_DAMPING_MODES
 from keras_ngd.optimizers.row_method import RowMethod
+from keras_ngd.optimizers.settings import settled_damping
 from keras_ngd.statistics import RowStatistics
 
 # Where no damping is given, in mean eigenvalues of each layer's kernel matrix. Measured: at 1, a Transformer classifier and a
@@ -100,9 +100,6 @@ class SNGD(RowMethod):
             block.shape[0] + block.shape[1],
             self.damping_mode,
         )
-
-    def refresh_together(self, curvatures, inputs, damping):
-        return refresh_together(curvatures, inputs, damping)
 
     def get_config(self):
         return {**super().get_config(), "damping_mode": self.damping_mode}

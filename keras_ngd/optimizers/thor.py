@@ -7,10 +7,8 @@ from keras import ops, tree
 
 from keras_ngd import schedules
 from keras_ngd.curvature import SplitCurvature
-from keras_ngd.curvature.split import refresh_together
 from keras_ngd.optimizers import trace_rule
 from keras_ngd.optimizers.kfac import KFAC
-from keras_ngd.optimizers.natural_gradient import stacked
 from keras_ngd.statistics import SplitStatistics
 
 DEFAULT_SPLIT = 128
@@ -165,16 +163,18 @@ class THOR(KFAC):
 
     # The trace rule
 
-    def build_curvature(self, layout):
-        super().build_curvature(layout)
+    def build_own_state(self, layout):
         layers = len(layout.blocks)
-        self._rule = self._add_state(
+        self._rule = self.state.add(
             (len(trace_rule.STATE), layers),
             lambda shape, dtype=None: trace_rule.initial_state(layers),
             "float32",
             "trace_rule",
         )
-        self._decided.append(self._rule)
+
+    @property
+    def decided_variables(self):
+        return [self._rule]
 
     def restored(self, renew):
         super().restored(renew)
@@ -184,24 +184,15 @@ class THOR(KFAC):
 
     def decide(self, inputs, damping, old):
         traces = self._traces(inputs(self.layout.blocks), damping)
-        [rule] = self._agreed([trace_rule.decide(old[0], traces, self.omega, self.stop_patience)])
+        [rule] = self.exchange.agreed([trace_rule.decide(old[0], traces, self.omega, self.stop_patience)])
         update = rule[trace_rule.STATE.index("decision")] == trace_rule.UPDATE
         return [rule], {block: update[i] for i, block in enumerate(self.layout.blocks)}
-
-    def refresh(self, layout, inputs, damping, states, update):
-        curvatures = [group.curvature for group in layout.groups]
-        factors = [stacked(group, inputs) for group in layout.groups]
-        chosen = [
-            ops.concatenate([ops.repeat(update[block], block.rows.groups) for block in group.blocks])
-            for group in layout.groups
-        ]
-        return refresh_together(curvatures, factors, damping, states, chosen)
 
     def _traces(self, inputs, damping):
         """`tr F` of every block of the layout."""
         found = {}
         for group in self.layout.groups:
-            trace_a, trace_g = group.curvature.traces(stacked(group, inputs))
+            trace_a, trace_g = group.curvature.traces(group.stacked(inputs))
             trace = trace_a * trace_g
             if self.trace_damping == "full":
                 trace = trace + ops.cast(damping, trace.dtype) * group.blocks[0].shape[0] * group.blocks[0].shape[1]

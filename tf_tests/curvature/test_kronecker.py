@@ -27,8 +27,8 @@ def curvature_and_step(curvature_arguments):
     curvature = KroneckerCurvature(*curvature_arguments)
 
     def step(a, g, v, damping, *state):
-        state = curvature.refresh(a, g, damping, list(state))
-        return curvature.precondition(v, damping, state), state
+        state = curvature.refresh([a, g], damping, list(state))
+        return curvature.precondition(v, damping, state, None), state
 
     return curvature, step
 
@@ -114,7 +114,7 @@ def test_before_the_first_refresh_gradients_pass_through():
     for inverse, mode in [("cholesky", "pi"), *(("eigen", mode) for mode in DAMPING_MODES)]:
         curvature = KroneckerCurvature(2, 7, 5, "float32", inverse, mode)
         state = first_state(curvature)
-        p = run(lambda v, d, *state: curvature.precondition(v, d, state), v, np.float32(DAMPING), *state)  # noqa: B023
+        p = run(lambda v, d, *state: curvature.precondition(v, d, state, None), v, np.float32(DAMPING), *state)  # noqa: B023
         # With eigenvalues that are all one, division by what the damping makes of them.
         scale = 1.0 if inverse != "eigen" else {"exact": 1 + DAMPING}.get(mode)
         scale = (1 + reference.dampings(np.eye(7), np.eye(5), DAMPING, mode)[0]) ** 2 if scale is None else scale
@@ -126,7 +126,7 @@ def test_eigen_follows_the_damping_between_refreshes():
     for mode in DAMPING_MODES:
         _, state = precondition(a, g, v, inverse="eigen", mode=mode)
         curvature, _ = curvature_and_step((2, 7, 5, "float32", "eigen", mode))
-        p = run(lambda v, d, *state: curvature.precondition(v, d, state), v, np.float32(8 * DAMPING), *state)  # noqa: B023
+        p = run(lambda v, d, *state: curvature.precondition(v, d, state, None), v, np.float32(8 * DAMPING), *state)  # noqa: B023
         close(p, dense(a, g, v, 8 * DAMPING, mode), 1e-4)
 
 

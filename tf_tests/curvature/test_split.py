@@ -7,7 +7,6 @@ import numpy as np
 import pytest
 
 from keras_ngd.curvature import KroneckerCurvature, SplitCurvature
-from keras_ngd.curvature.split import refresh_together
 from keras_ngd.linalg import diagonal, inverse
 from tf_tests.curvature.test_kronecker import DAMPING, draw
 from tf_tests.linalg.test_diagonal import block_diagonal
@@ -27,8 +26,10 @@ def step_of(shapes, parts, method, mode):
     ]
 
     def step(factors, gradients, damping, states, chosen):
-        states = refresh_together(curvatures, factors, damping, states, chosen)
-        return [c.precondition(v, damping, s) for c, v, s in zip(curvatures, gradients, states, strict=True)], states
+        states = SplitCurvature.refresh_all(curvatures, factors, damping, states, chosen)
+        return [
+            c.precondition(v, damping, s, None) for c, v, s in zip(curvatures, gradients, states, strict=True)
+        ], states
 
     return curvatures, step
 
@@ -110,7 +111,7 @@ def test_a_split_of_everything_is_kfac_to_the_last_bit():
     identity = [np.broadcast_to(np.eye(m.shape[-1], dtype="float32"), m.shape) for m in (a, g)]
 
     def step(a, g, v, *state):
-        return kfac.precondition(v, DAMPING, kfac.refresh(a, g, DAMPING, list(state)))
+        return kfac.precondition(v, DAMPING, kfac.refresh([a, g], DAMPING, list(state)), None)
 
     np.testing.assert_array_equal(precondition([(a, g, v)], [100])[0][0], run(step, a, g, v, *identity))
 

@@ -282,7 +282,9 @@ def shares(method):
         kronecker.inverse.damped_inverse = invert
     return {
         "inverted": {size: int(count) for size, count in inverted.items()},
-        "held": sum(array(v).nbytes for group in model.optimizer.held.groups for v in group.curvature.variables),
+        "held": sum(
+            array(v).nbytes for group in model.optimizer.local_layout.groups for v in group.curvature.variables
+        ),
         "received": model.optimizer.received_bytes(),
         "updates": (model.optimizer.factor_updates, model.optimizer.inverse_updates),
         "shapes": [block.shape[:2] for block in model.optimizer.layout.blocks],

@@ -207,14 +207,14 @@ def test_the_step_in_readme_leaves_statistics_alone():
         for found, side in zip(averages(layer), sides, strict=True):
             close(found, side, 1e-5)
     assert model.fit(x, y, batch_size=BATCH, epochs=5, verbose=0).history["total_loss"][-1] < before
-    assert not array(optimizer._changes).any()
+    assert not array(optimizer.counters.changes).any()
 
 
 def test_fit_gives_notices_when_it_ends():
     model = captured(mlp())
     x, y = regression(BATCH)
     fit(model, x, y)
-    model.optimizer._changes.assign([1, 0, 0, 0])
+    model.optimizer.counters.changes.assign([1, 0, 0, 0])
     with pytest.warns(UserWarning, match="could not be told"):
         fit(model, x, y)
 

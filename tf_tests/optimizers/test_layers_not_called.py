@@ -77,7 +77,7 @@ def test_averages_are_those_of_the_steps_that_called_the_layer():
     assert model.optimizer.factor_updates == len(taken)
     assert model.optimizer.skipped_statistics == model.optimizer.distorted_statistics == 0
     # The layer that is always called goes by all steps.
-    assert array(model.optimizer._updates).tolist() == [sum(taken), len(taken)]
+    assert array(model.optimizer.arrivals.updates).tolist() == [sum(taken), len(taken)]
     assert float(outputs.statistics.gate) < float(branch.statistics.gate) < 1
 
 

@@ -10,7 +10,7 @@ from keras import layers, ops
 
 import keras_ngd
 from keras_ngd.optimizers import compiled_loss
-from keras_ngd.optimizers.natural_gradient import PAPER_SETTINGS
+from keras_ngd.optimizers.settings import PAPER_SETTINGS
 from tf_tests import small
 
 BATCH, TIME = 8, 3

@@ -64,10 +64,10 @@ def test_the_loss_arrives():
     model = small.captured(small.mlp(), keras_ngd.KFAC(factor_decay=0.0))
     first = model.evaluate(x[:8], y[:8], verbose=0)
     small.fit(model, x[:8], y[:8])
-    np.testing.assert_allclose(float(small.array(model.optimizer._mean_loss)), first, rtol=1e-5)
+    np.testing.assert_allclose(float(small.array(model.optimizer.mean_loss.variable)), first, rtol=1e-5)
     second = model.evaluate(x[:8], y[:8], verbose=0)
     small.fit(model, x[:8], y[:8])
-    np.testing.assert_allclose(float(small.array(model.optimizer._mean_loss)), second, rtol=1e-5)
+    np.testing.assert_allclose(float(small.array(model.optimizer.mean_loss.variable)), second, rtol=1e-5)
 
 
 def first_step(**arguments):

@@ -1,4 +1,4 @@
-"""What the workers of a data-parallel training do together in a step."""
+"""The collectives of one training step: what each worker sends to which others."""
 
 import functools
 import math
@@ -76,14 +76,14 @@ class Workers:
         owners = place([cost(block) for block in layout.blocks], communicator.size)
         self.owners = dict(zip(layout.blocks, owners, strict=True))
         self.own = part([block for block in layout.blocks if self.owners[block] == self.rank])
-        self.everywhere = self.holding == communicator.size
-        self.held = layout if self.everywhere else part(self.held_by(self.rank))
+        self.all_have_all = self.holding == communicator.size
+        self.local_layout = layout if self.all_have_all else part(self.blocks_of(self.rank))
 
     def _holders(self, block):
         return holders_of(self.owners[block], self.holding, self.communicator.size)
 
-    def held_by(self, rank):
-        """The blocks that a worker holds the inverses of."""
+    def blocks_of(self, rank):
+        """The blocks whose inverses a worker has."""
         return [block for block in self.layout.blocks if rank in self._holders(block)]
 
     def owners_of(self, variables, key):
@@ -231,22 +231,22 @@ class Workers:
         return self.communicator.broadcast(tensors, 0, "decisions", "keras_ngd_decision")
 
     def refresh(self, renew, states, update):
-        """New states of the groups of what is held, each block's from its owner.
+        """New states of the groups of `local_layout`, each block's from its owner.
 
         Args:
             renew: function of a part of the layout and its groups' states: their new states.
-            states: for each group of `held` its state.
+            states: for each group of `local_layout` its state.
             update: for each block of the layout, whether it is renewed; None where all are.
         """
         if self.rank is None:
             return renew(self.layout, states)
-        old, mine = by_block(self.held, states), {}
+        old, mine = by_block(self.local_layout, states), {}
         if self.own.blocks:
             mine = by_block(self.own, renew(self.own, by_group(self.own, old)))
         if self.holding == 1:
-            return by_group(self.held, mine)
-        new = self._broadcast(old, mine, update) if self.everywhere else self._send_to_holders(old, mine, update)
-        return by_group(self.held, new)
+            return by_group(self.local_layout, mine)
+        new = self._broadcast(old, mine, update) if self.all_have_all else self._send_to_holders(old, mine, update)
+        return by_group(self.local_layout, new)
 
     def _broadcast(self, old, mine, update):
         """States of all blocks, of those that are renewed as their owners have them."""
@@ -272,14 +272,16 @@ class Workers:
         }
 
     def _send_to_holders(self, old, mine, update):
-        """States of the blocks that are held, of those that are renewed as their owners have them.
+        """States of the blocks of `local_layout`, of those that are renewed as their owners have them.
 
         In one exchange, of what is renewed.
         """
         communicator = self.communicator
         column = holders_of(self.rank, self.holding, communicator.size)
         mates = [rank for rank in column if rank != self.rank]
-        by_owner = {rank: [b for b in self.held.blocks if self.owners[b] == rank] for rank in range(communicator.size)}
+        by_owner = {
+            rank: [b for b in self.local_layout.blocks if self.owners[b] == rank] for rank in range(communicator.size)
+        }
         shapes = {block: [shape for shape, _ in self._packed_shapes(block, old)] for block in old}
         sizes = {block: sum(math.prod(shape) for shape in shapes[block]) for block in old}
 
@@ -331,10 +333,10 @@ class Workers:
         return received | _unflat(unpacked(_flat(received, symmetric), _flat(like, symmetric)), like, symmetric)
 
     def preconditioned(self, found, length):
-        """Preconditioned gradients of all blocks, where not all are held, from those of the blocks that are.
+        """Preconditioned gradients of all blocks from those of the blocks of `local_layout`, where these are not all.
 
         Args:
-            found: dict from each held block to its preconditioned gradient, `[groups, input_dim, output_dim]`.
+            found: dict from each of these blocks to its preconditioned gradient, `[groups, input_dim, output_dim]`.
             length: scalar, the sum of these blocks' `<P, V>`.
 
         Returns:
@@ -343,11 +345,12 @@ class Workers:
         rank, size = self.rank, self.communicator.size
         others = [other for other in row_of(rank, self.holding, size) if other != rank]
         theirs = {
-            other: [(block, (block.rows.groups, *block.shape[:2])) for block in self.held_by(other)] for other in others
+            other: [(block, (block.rows.groups, *block.shape[:2])) for block in self.blocks_of(other)]
+            for other in others
         }
         sizes = [1 + sum(math.prod(s) for _, s in theirs[r]) if r in theirs else 0 for r in range(size)]
         dtype = self.layout.blocks[0].shape[2]
-        mine = [*(found[block] for block in self.held.blocks), ops.reshape(ops.cast(length, dtype), (1,))]
+        mine = [*(found[block] for block in self.local_layout.blocks), ops.reshape(ops.cast(length, dtype), (1,))]
         received = self.communicator.exchange(mine, others, sizes, "preconditioned", "keras_ngd_preconditioned")
         found, lengths = dict(found), {rank: ops.cast(mine[-1][0], "float32")}
         for other, blocks in theirs.items():

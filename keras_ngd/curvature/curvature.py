@@ -1,0 +1,140 @@
+"""The contract of this package: what every approximation of Fisher blocks is."""
+
+import abc
+import math
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+from keras import ops
+
+from keras_ngd import backend
+
+# Of TensorFlow or JAX.
+Tensor = Any
+
+
+class Slot(NamedTuple):
+    """One tensor of a curvature's state.
+
+    Attributes:
+        name: of the variable that keeps it.
+        shape: of all blocks together; the first axis is that of the blocks.
+        initializer: as `keras.Variable` takes it. With the initial state P = V.
+        dtype: name of its dtype.
+    """
+
+    name: str
+    shape: tuple[int, ...]
+    initializer: Any
+    dtype: str
+
+
+class Curvature(abc.ABC):
+    """The curvature of `k` Fisher blocks of one shape, stacked on the first axis of every tensor.
+
+    It knows neither layers nor workers: all methods are functions of tensors with static shapes, which XLA compiles. What it
+    is refreshed with, its `inputs`, is a list of tensors whose meaning is the subclass's: the factors `[k, d, d]`, or rows
+    `[k, n, d]`.
+
+    Attributes:
+        count: `k`.
+        dtype: of the state.
+        variables: those that keep the state, in the order of `slots`; empty before `build`.
+        symmetric: whether all matrices of the state are, so that workers send one triangle of each.
+    """
+
+    count: int
+    dtype: str
+    variables: Sequence[Any] = ()
+    symmetric: bool = True
+
+    @property
+    @abc.abstractmethod
+    def slots(self) -> tuple[Slot, ...]:
+        """The tensors of the state."""
+
+    @property
+    @abc.abstractmethod
+    def refresh_cost(self) -> float:
+        """What a refresh takes, in multiplications of a factorization up to a constant."""
+
+    @classmethod
+    @abc.abstractmethod
+    def refresh_all(
+        cls,
+        curvatures: Sequence["Curvature"],
+        inputs: Sequence[Sequence[Tensor]],
+        damping: Tensor,
+        states: Sequence[Sequence[Tensor]],
+        chosen: Sequence[Tensor] | None = None,
+    ) -> list[list[Tensor]]:
+        """New states of several curvatures of this class and of equal settings: all matrices of one size in one batch.
+
+        Args:
+            curvatures: which.
+            inputs: for each its inputs.
+            damping: scalar.
+            states: for each its state, as of the last refresh.
+            chosen: for each `[k]` booleans, which blocks are renewed. Default None: all.
+
+        Returns:
+            For each its new state. Blocks that are not chosen or cannot be inverted keep the old one, or, where the class has
+            no use for that, are identities.
+        """
+
+    @abc.abstractmethod
+    def precondition(
+        self, v: Tensor, damping: Tensor, state: Sequence[Tensor], inputs: Callable[[], Sequence[Tensor]]
+    ) -> Tensor:
+        """`P` of the gradients `v`, both `[k, input_dim, output_dim]`.
+
+        Args:
+            v: the gradients.
+            damping: scalar, of this step.
+            state: as of the last refresh.
+            inputs: function of no arguments that gives what the last refresh was made of, for those that need it still.
+        """
+
+    def build(self, add_variable: Callable[..., Any]) -> None:
+        """Creates the variables of the state with `add_variable(shape, initializer, dtype, name)`."""
+        self.variables = [add_variable(slot.shape, slot.initializer, slot.dtype, slot.name) for slot in self.slots]
+
+    @property
+    def bytes(self) -> int:
+        """Size of the state."""
+        return sum(math.prod(slot.shape) * backend.itemsize(slot.dtype) for slot in self.slots)
+
+    def refresh(self, inputs: Sequence[Tensor], damping: Tensor, state: Sequence[Tensor]) -> list[Tensor]:
+        """The new state of this curvature alone; see `refresh_all`."""
+        return self.refresh_all([self], [inputs], damping, [state])[0]
+
+
+def refreshed(
+    curvatures: Sequence[Curvature],
+    inputs: Sequence[Sequence[Tensor]],
+    damping: Tensor,
+    states: Sequence[Sequence[Tensor]],
+    chosen: Sequence[Tensor] | None = None,
+) -> list[list[Tensor]]:
+    """New states of curvatures of any classes, those of one class together; arguments as for `Curvature.refresh_all`."""
+    found: list[list[Tensor]] = [[] for _ in curvatures]
+    for kind in dict.fromkeys(map(type, curvatures)):
+        members = [i for i, curvature in enumerate(curvatures) if type(curvature) is kind]
+        new = kind.refresh_all(
+            [curvatures[i] for i in members],
+            [inputs[i] for i in members],
+            damping,
+            [states[i] for i in members],
+            None if chosen is None else [chosen[i] for i in members],
+        )
+        for i, state in zip(members, new, strict=True):
+            found[i] = state
+    return found
+
+
+def where_chosen(chosen: Tensor | None, new: Sequence[Tensor], old: Sequence[Tensor]) -> list[Tensor]:
+    """A state that is new where `chosen`, `[k]` or None for everywhere, and old elsewhere."""
+    if chosen is None:
+        return list(new)
+    shapes = [(-1,) + (1,) * (len(t.shape) - 1) for t in new]
+    return [ops.where(ops.reshape(chosen, s), n, o) for s, n, o in zip(shapes, new, old, strict=True)]

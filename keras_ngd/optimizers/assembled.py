@@ -1,0 +1,265 @@
+"""An optimizer's arguments, the parts that it is assembled of, and what these show of themselves."""
+
+import sys
+import warnings
+import weakref
+
+from keras import ops
+
+from keras_ngd import schedules, sharding
+from keras_ngd.optimizers import checks, coverage
+from keras_ngd.optimizers.blocks import Layout
+from keras_ngd.optimizers.bound import checked_clips
+from keras_ngd.optimizers.checkpoint import StrictCheckpoint
+from keras_ngd.optimizers.counters import Count
+from keras_ngd.optimizers.exchange import Exchange
+from keras_ngd.optimizers.loss_ratio import LossRatio
+from keras_ngd.optimizers.loss_value import LossCarrier
+from keras_ngd.optimizers.method import Method
+from keras_ngd.optimizers.notices import Notices
+from keras_ngd.optimizers.overwriting import OverwritingSGD
+from keras_ngd.optimizers.rest import checked_rest
+from keras_ngd.optimizers.settings import check_fisher_scale
+from keras_ngd.optimizers.state_layout import StateLayout
+
+
+class AssembledOptimizer(Method, OverwritingSGD):
+    """What all methods share but the flow of a step, which is `NaturalGradient`'s.
+
+    Args:
+        learning_rate: float, `LearningRateSchedule` or callable, as for every Keras optimizer.
+        damping: positive float or `LearningRateSchedule` (of the step).
+        momentum: float in [0, 1). Default 0.9.
+        factor_decay: float in [0, 1): how much of the statistics' average is kept at an update. The average is free of
+            start-up bias: after t updates its weights are proportional to `factor_decay ** age` and sum to 1.
+        factor_interval: int or schedule: steps between updates of the statistics.
+        inverse_interval: int or schedule: steps between refreshes of the inverses.
+        interval_growth: positive float or None. An interval given as an int is at most this share of the steps so far, and at
+            least 1: what a network is like changes fastest in its first steps. None: the interval itself from the first step
+            on. Default 0.1.
+        loss_clip: positive float, or None for none: bound on what a step promises to take off the loss, as a share of the
+            loss and for a learning rate of 1. Default `"auto"`: 1.0, or None where `kl_clip` is given.
+        kl_clip: positive float, or None for none: bound on the squared length of a step in the Fisher metric. Default None.
+        fisher_scale: `"loss"`: the Fisher matrix is divided by the loss (its running average), so that steps do not depend on the
+            loss's units. The empirical Fisher matrix is a square of gradients: it falls with the square of the residuals, the
+            loss's curvature does not. Of squared errors the quotient is the Gauss-Newton matrix, up to a constant. None: the
+            empirical Fisher matrix itself. Default `"loss"`.
+        rest: `"adam"` or `"sgd"`: the update rule of variables that no curvature describes. Default `"adam"`.
+        rest_learning_rate: float or `LearningRateSchedule`: its learning rate. Default None: a tenth of `learning_rate` for
+            `"adam"`, `learning_rate` itself for `"sgd"`.
+        communicator: `"auto"` (default): Horovod where `horovod.tensorflow.init()` has started several processes;
+            `"horovod"`, `"local"`, or a `keras_ngd.distributed.Communicator`.
+        gradient_worker_fraction: share of several workers that hold each layer's inverses; its product with their number must
+            divide it, and 0 stands for one of them. Others get the layer's preconditioned gradient instead, at every step. With
+            less than 1 (the default) inverses are not saved: training that goes on begins with a refresh.
+        reduce_scatter: whether statistics and the gradients of captured layers are summed up on their layers' owners alone, as in
+            SP-NGD; for `gradient_worker_fraction=0`. Default False: on all workers. What is saved then needs the callback
+            `keras_ngd.callbacks.GatherStatistics` on all workers.
+        shard_state: whether each device of the active `keras.distribution` (JAX) keeps and inverts a part of the statistics
+            and inverses, in place of all of them. Default False.
+        not_captured: how many kernels (trainable variables of two or more axes) `capture` left out. Written by `capture` and
+            saved, so that the optimizer of a loaded model knows. Default None.
+        **kwargs: all other arguments of `keras.optimizers.SGD`: `nesterov`, `weight_decay` (decoupled), `clipnorm`,
+            `clipvalue`, `global_clipnorm` (these clip the preconditioned gradient), `use_ema`, `ema_momentum`,
+            `ema_overwrite_frequency`, `loss_scale_factor`, `name`.
+    """
+
+    def __init__(
+        self,
+        learning_rate,
+        damping,
+        momentum=0.9,
+        factor_decay=0.95,
+        factor_interval=10,
+        inverse_interval=100,
+        kl_clip=None,
+        loss_clip="auto",
+        fisher_scale="loss",
+        interval_growth=0.1,
+        rest="adam",
+        rest_learning_rate=None,
+        communicator="auto",
+        gradient_worker_fraction=1.0,
+        reduce_scatter=False,
+        shard_state=False,
+        not_captured=None,
+        **kwargs,
+    ):
+        checks.check_own_arguments(type(self).__name__, factor_decay, kwargs)
+        loss_clip, kl_clip = checked_clips(loss_clip, kl_clip)
+        check_fisher_scale(fisher_scale)
+        if interval_growth is not None:
+            interval_growth = schedules.check_positive_number("interval_growth", interval_growth)
+        rest, rest_learning_rate = checked_rest(rest, rest_learning_rate)
+        damping = schedules.check_positive("damping", schedules.deserialize(damping))
+        factor_interval = schedules.check_interval("factor_interval", schedules.deserialize(factor_interval))
+        inverse_interval = schedules.check_interval("inverse_interval", schedules.deserialize(inverse_interval))
+        checks.check_division(communicator, gradient_worker_fraction, reduce_scatter, shard_state)
+        super().__init__(learning_rate=learning_rate, momentum=momentum, **kwargs)
+        self.damping, self.factor_decay = damping, float(factor_decay)
+        self.kl_clip, self.loss_clip, self.fisher_scale = kl_clip, loss_clip, fisher_scale
+        self.factor_interval, self.inverse_interval = factor_interval, inverse_interval
+        self.interval_growth = interval_growth
+        self.rest, self.rest_learning_rate = rest, rest_learning_rate
+        self.communicator, self.gradient_worker_fraction = communicator, float(gradient_worker_fraction)
+        self.reduce_scatter, self.shard_state, self.not_captured = reduce_scatter, shard_state, not_captured
+        self.layout, self._model = Layout(), None
+        self.exchange, self.checkpoint = Exchange(self), StrictCheckpoint(self)
+        self.loss_carrier, self.ratio = LossCarrier(), LossRatio(self)
+        self.state = StateLayout(self.add_variable, shard_state)
+        self._notices = Notices(self.name)
+        self.clock = self.counters = self.arrivals = self.mean_loss = self.bound = self.rest_rule = None
+
+    def __setattr__(self, name, value):
+        # Keras's LossScaleOptimizer announces itself to the optimizer it wraps by resetting this attribute. MultiOptimizer sets
+        # it too, to the scale that it applies itself.
+        if name == "loss_scale_factor" and name in self.__dict__:
+            checks.check_loss_scale(self)
+        super().__setattr__(name, value)
+
+    # Capture
+
+    def note_capture(self, model):
+        """Told that a model was captured for this optimizer."""
+        self._model = weakref.ref(model)
+        self.not_captured = coverage.count_not_captured(model.trainable_variables)
+
+    @property
+    def captured_model(self):
+        """The model that was captured for this optimizer, or None."""
+        return None if self._model is None else self._model()
+
+    def new_statistics(self, layer):
+        """What `make_statistics` gives, told where it is to lie."""
+        statistics = self.make_statistics(layer)
+        statistics.shard_state = self.shard_state
+        return statistics
+
+    def called(self, statistics, x):
+        """Told that a captured layer is called with `x`, before its statistics' weights are looked at."""
+        self.ratio.listen(self.captured_model)
+
+    # The loss
+
+    @property
+    def loss_scale(self):
+        """What the losses were multiplied with whose gradients arrive."""
+        return self.loss_scale_factor or 1.0
+
+    @property
+    def losses_in_statistics(self):
+        """The argument `losses_per_example` of this optimizer's statistics."""
+        return 1 if self.losses_per_example == "auto" else self.losses_per_example
+
+    def scale_loss(self, loss):
+        """The loss that is to be differentiated, as every Keras trainer asks for it; its value travels along.
+
+        In a loop of one's own: `loss = optimizer.scale_loss(loss)` before it is differentiated, inside the tape.
+        """
+        return super().scale_loss(self.loss_carrier.put_into(loss))
+
+    @property
+    def fisher_factor(self):
+        """What the empirical Fisher matrix is to be multiplied with, a scalar."""
+        return ops.ones((), "float32") if self.fisher_scale is None else self.mean_loss.inverse()
+
+    def ratio_of(self, statistics, dtype="float32", before=False):
+        """What a block's statistics are multiplied with, the ratio and the `fisher_factor` in one; see `LossRatio.of`."""
+        return self.ratio.of(statistics, self.fisher_factor, dtype, before)
+
+    # Workers
+
+    @property
+    def gradients_are_reduced(self):
+        return self.exchange.workers is not None
+
+    def received_bytes(self):
+        """What this worker has received from others in training steps, in bytes, by stage; `{}` on one worker.
+
+        Stages are `initial state`, `gradients`, `statistics`, `inverses`, `preconditioned`, `decisions` and `saving`.
+        """
+        return self.exchange.received_bytes()
+
+    def gather_statistics(self):
+        """Gives all workers the statistics of all layers; to be called on all, outside a step (`callbacks.GatherStatistics`).
+
+        With `reduce_scatter=True` only a layer's owner has them, and nobody could save them all.
+        """
+        self.exchange.gather_statistics()
+
+    # What is counted, and said of it
+
+    skipped_statistics = Count("counters", "How many updates of the statistics were left out: some were not finite.")
+    distorted_statistics = Count(
+        "counters", "How many updates left layers out: the training step had changed what arrived."
+    )
+    skipped_steps = Count("counters", "How many steps took a zero gradient because some gradient was not finite.")
+    factor_updates = Count("counters", "How many batches have entered the statistics' averages.")
+    inverse_updates = Count("counters", "How often the inverses were refreshed.")
+    clipped_steps = Count("bound", "How many steps a clip has shortened.")
+    mean_step_scale = Count(
+        "bound", "The mean over all steps of what clips multiplied a step with; 1 if they never did.", 1.0
+    )
+
+    @property
+    def loss_ratio(self):
+        """What statistics are multiplied with: how many loss values each example has, as the compiled loss weighs them.
+
+        A number; of layers that see more examples than the batch has (windows of an image), theirs is as much smaller. 1 before
+        the first step, where `losses_per_example` was given, and in training without a compiled loss.
+        """
+        return self.ratio.read()
+
+    def give_notices(self):
+        """Warns of what was not said before. `fit` calls it when it ends; a loop of your own may, at any time."""
+        if self.built and self.bound is not None:
+            self._notices.give([*self.counters.notices(self.losses_per_example), *self.bound.notices()])
+
+    def finalize_variable_values(self, var_list):
+        """Called by Keras's trainers on the host when a `fit` ends."""
+        super().finalize_variable_values(var_list)
+        # On JAX Keras calls this on the way of an error, too, when variables have no values; the error is what is to be seen.
+        if sys.exc_info()[0] is None:
+            self.give_notices()
+
+    # Saving
+
+    def save_own_variables(self, store):
+        self.checkpoint.save(store)
+
+    def load_own_variables(self, store):
+        """Restores the optimizer's variables from a checkpoint; see `StrictCheckpoint.load`."""
+        self.checkpoint.load(store)
+
+    def restored(self, renew):
+        if self.gradient_worker_fraction < 1:
+            self.clock.refresh_at_once()
+        # What was saved is complete.
+        self.exchange.gathered = True
+
+    @classmethod
+    def from_config(cls, config, custom_objects=None):
+        if config.get("shard_state") and sharding.distribution() is None:
+            warnings.warn(
+                f"The state of this {cls.__name__} was sharded over several devices. There is no `keras.distribution` of several "
+                "devices now, so it is whole again: `shard_state=False`.",
+                stacklevel=2,
+            )
+            config = {**config, "shard_state": False}
+        optimizer = super().from_config(config, custom_objects)
+        optimizer.checkpoint.from_config = True
+        return optimizer
+
+    def get_config(self):
+        config = super().get_config()
+        config.pop("gradient_accumulation_steps", None)
+        for name in ("damping", "factor_interval", "inverse_interval", "rest_learning_rate"):
+            config[name] = schedules.serialize(getattr(self, name))
+        for name in ("factor_decay", "kl_clip", "loss_clip", "fisher_scale", "interval_growth", "rest"):
+            config[name] = getattr(self, name)
+        if self.gradient_worker_fraction != 1:
+            config["gradient_worker_fraction"] = self.gradient_worker_fraction
+        config |= {name: True for name in ("reduce_scatter", "shard_state") if getattr(self, name)}
+        if isinstance(self.communicator, str) and self.communicator != "auto":
+            config["communicator"] = self.communicator
+        return config | ({"not_captured": self.not_captured} if self.not_captured else {})

@@ -1,0 +1,131 @@
+"""The contract between the flow of a step and the methods: what `NaturalGradient` asks of KFAC, THOR, SKFAC, SNGD and HyLo."""
+
+import abc
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from keras_ngd.curvature import Curvature
+from keras_ngd.optimizers.blocks import Block, Group, Layout
+from keras_ngd.statistics import Statistics
+
+# Of TensorFlow or JAX.
+Tensor = Any
+
+# What the curvatures of some blocks are refreshed with: function of a list of blocks to a dict from these to lists of tensors.
+Inputs = Callable[[Sequence[Block]], dict[Block, list[Tensor]]]
+
+
+class Method(abc.ABC):
+    """What a method consists of: statistics and curvatures that it makes, and what it decides from them.
+
+    The three abstract methods are what every method has. The others have defaults that suit one whose layers all record and
+    refresh in the same steps, as KFAC's do.
+
+    Attributes:
+        one_clock: whether all layers record in the same steps. Default True.
+        refreshes_what_was_recorded: whether inverses are made of each batch that was recorded, and of no other. Default False.
+        whole_factors: whether the state of a layer grows with the squares of its sizes. Default False.
+        losses_per_example: how many loss values each example contributes to the mean, a number, or `"auto"`.
+    """
+
+    one_clock: bool = True
+    refreshes_what_was_recorded: bool = False
+    whole_factors: bool = False
+    losses_per_example: float | str = 1.0
+
+    @abc.abstractmethod
+    def make_statistics(self, layer: Any) -> Statistics:
+        """New, unattached statistics of the kind that the method needs of a captured layer."""
+
+    @abc.abstractmethod
+    def make_curvature(self, group: Group) -> Curvature:
+        """A new curvature for a group of blocks of one shape."""
+
+    @abc.abstractmethod
+    def curvature_input(self, statistics: Statistics, averages: Sequence[Tensor], calls: Tensor) -> list[Tensor]:
+        """A block's averages as its curvature takes them: summed over the layer's calls, without the loss scale, in the units of
+        the loss (`NaturalGradient.ratio_of`).
+
+        Args:
+            statistics: the block's.
+            averages: their averages, each of them whole.
+            calls: scalar, how often the layer was called.
+        """
+
+    # Before the first step
+
+    def measure(self, model: Any, data: Any) -> None:
+        """Settles what is to be measured on a model about to be captured, and on a batch of its inputs (or None)."""
+
+    def further_bytes(self, block: Block) -> int:
+        """Size of what a block needs besides its statistics' averages and its curvature."""
+        return 0
+
+    def build_own_state(self, layout: Layout) -> None:
+        """Creates further variables, once the curvatures have theirs."""
+
+    def start_statistics(self, statistics: Statistics, number: int) -> None:
+        """Opens the gate of the layer `number` for the first batch."""
+        statistics.gate.assign(1.0)
+
+    def separate_draws(self) -> None:
+        """Makes every worker draw random numbers of its own, if there are any to be drawn in the probes."""
+
+    # Loading
+
+    def can_renew(self, variable: Any) -> bool:
+        """Whether training can go on without a variable's value, if it is of another shape than here."""
+        return False
+
+    def restored(self, renew: bool) -> None:
+        """Told that a state was restored; `renew` if some values that `can_renew` were left out."""
+
+    # In every step
+
+    def share_statistics(
+        self, averages: dict[Block, list[Tensor]], calls: dict[Block, Tensor], share: Tensor, refused: Tensor
+    ) -> tuple[dict[Block, list[Tensor]], dict[Block, list[Tensor]]]:
+        """Brings the statistics of several workers together.
+
+        Args:
+            averages: for each block what this worker's probes emitted.
+            calls: for each block how often its layer was called.
+            share: scalar, this worker's share of all examples; None where it is alone.
+            refused: `[blocks]`, whose statistics are not to be had of some worker.
+
+        Returns:
+            For each block what its statistics go on with; and what its curvature takes, where that is not made of these by
+            `curvature_input`.
+        """
+        raise NotImplementedError
+
+    @property
+    def decided_variables(self) -> list[Any]:
+        """Variables that a refresh renews besides the curvatures'; see `decide`."""
+        return []
+
+    def decide(
+        self, inputs: Inputs, damping: Tensor, old: Sequence[Tensor]
+    ) -> tuple[Sequence[Tensor], dict[Block, Tensor] | None]:
+        """What is to be renewed at a refresh. Default: everything.
+
+        Args:
+            inputs: see `Inputs`.
+            damping: scalar.
+            old: values of `decided_variables`.
+
+        Returns:
+            The new values of these variables, and for each block whether it is to be renewed (a dict), or None for all.
+        """
+        return old, None
+
+    def watch(self, gradients: dict[Block, list[Tensor]], finite: Tensor, step: Tensor) -> None:
+        """Sees the plain gradients of every block's kernel and bias, and whether all gradients are finite."""
+
+    def gates(self, gates: Tensor) -> Tensor:
+        """`[blocks]`, the gates of the layout's blocks for the next batch, from those that the intervals ask for."""
+        return gates
+
+    def control_values(self, block: Block, step: Tensor) -> list[tuple[Any, Tensor]]:
+        """Pairs of a control of a block's statistics and its value for the next step."""
+        return []

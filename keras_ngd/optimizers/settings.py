@@ -1,0 +1,30 @@
+"""Settings that methods share."""
+
+FISHER_SCALES = ("loss", None)
+
+# The methods as their papers have them: nothing is relative to the loss, and all variables follow one rule.
+PAPER_SETTINGS = {
+    "kl_clip": 1e-3,
+    "loss_clip": None,
+    "fisher_scale": None,
+    "interval_growth": None,
+    "rest": "sgd",
+}
+
+
+def check_fisher_scale(fisher_scale):
+    """Raises a `ValueError` if it is none."""
+    if fisher_scale not in FISHER_SCALES:
+        raise ValueError(f"`fisher_scale` must be one of {FISHER_SCALES}. Received: fisher_scale={fisher_scale!r}")
+
+
+def settled_damping(damping, mode, absolute, default=1.0):
+    """The damping and its mode: relative, and `default`, where no damping is given, and else `absolute` where no mode is."""
+    if damping is None:
+        if mode not in (None, "relative"):
+            raise ValueError(
+                f"`damping_mode={mode!r}` is in units of the curvature and needs a `damping`, such as 0.01. Received: "
+                "damping=None"
+            )
+        return default, "relative"
+    return damping, absolute if mode is None else mode

@@ -1,0 +1,82 @@
+"""Where an optimizer's state lies on the devices of a `keras.distribution`: whole on each, or a part of it on each."""
+
+from keras_ngd import sharding
+
+
+def check_shard_state(shard_state, gradient_worker_fraction):
+    """Raises a `ValueError` if the argument `shard_state` is not possible here."""
+    if not isinstance(shard_state, bool):
+        raise ValueError(f"`shard_state` must be True or False. Received: shard_state={shard_state!r}")
+    if shard_state and sharding.distribution() is None:
+        raise ValueError(
+            "`shard_state=True` is for several devices, but no `keras.distribution` of several devices is active on the JAX "
+            "backend. Call `keras.distribution.set_distribution(keras.distribution.DataParallel())` before you make the "
+            "optimizer and the model, or leave `shard_state` out."
+        )
+    if shard_state and gradient_worker_fraction != 1:
+        raise ValueError(
+            "`gradient_worker_fraction` is for workers of Horovod, `shard_state` for devices of a `keras.distribution`: set "
+            f"one of them. Received: gradient_worker_fraction={gradient_worker_fraction!r}, shard_state=True"
+        )
+
+
+class StateLayout:
+    """Adds an optimizer's variables where they are to lie.
+
+    Args:
+        add_variable: the optimizer's method of that name.
+        shard_state: whether each device has a part of the curvatures, in place of all of them.
+    """
+
+    def __init__(self, add_variable, shard_state):
+        self._add_variable, self.shard_state = add_variable, shard_state
+
+    def add(self, shape, initializer, dtype, name, shard=False):
+        """A new variable of the optimizer that is whole on every device, or `shard`ed."""
+
+        def add_variable(shape, initializer):
+            return self._add_variable(shape, initializer=initializer, dtype=dtype, name=name)
+
+        spread = sharding.spread(shape, shard)
+        return add_variable(shape, initializer) if spread is None else sharding.add(add_variable, initializer, spread)
+
+    def add_curvature(self, shape, initializer, dtype, name):
+        """A new variable of a curvature's state."""
+        return self.add(shape, initializer, dtype, name, self.shard_state)
+
+    def refreshing(self, groups):
+        """The context in which the inverses of these groups are made, by all devices or by each its part."""
+        # Under Horovod a worker may hold no inverses at all.
+        variables = [v for group in groups for v in group.curvature.variables] if self.shard_state else []
+        return sharding.dividing(sharding.spread_of(variables[0]).mesh if variables else None)
+
+
+def whole_averages(block, averages):
+    """A block's averages from a dict by block, each of them whole, as its curvature takes them."""
+    return [sharding.whole(v, t) for v, t in zip(block.statistics.averages, averages[block], strict=True)]
+
+
+def laid_out(block, averages):
+    """New values of the averages of a block's statistics, a list, where these lie."""
+    spreads = [sharding.spread_of(v) for v in block.statistics.averages]
+    return [t if s is None else s.laid_out(t) for t, s in zip(averages, spreads, strict=True)]
+
+
+def on_all_devices(group, gradients):
+    """A group's gradients on all devices, before and after each has multiplied them with its part of the inverses."""
+    spreads = [sharding.spread_of(v) for v in group.curvature.variables]
+    if any(s is not None and s.axis is not None for s in spreads):
+        return spreads[0].everywhere(gradients)
+    return gradients
+
+
+def whole_state(group, values=None):
+    """The state of a group's curvature, each tensor of it whole; that of its variables unless `values` are given."""
+    if values is None:
+        return [sharding.whole(v) for v in group.curvature.variables]
+    return [sharding.whole(v, t) for v, t in zip(group.curvature.variables, values, strict=True)]
+
+
+def stored_state(group, state):
+    """A group's state as the curvature's variables keep it."""
+    return [sharding.stored(v, t) for v, t in zip(group.curvature.variables, state, strict=True)]
