@@ -11,6 +11,7 @@ from keras_ngd.optimizers import checks, coverage
 from keras_ngd.optimizers.blocks import Layout
 from keras_ngd.optimizers.bound import checked_clips
 from keras_ngd.optimizers.checkpoint import StrictCheckpoint
+from keras_ngd.optimizers.compiled_metrics import make_outside_of_traces
 from keras_ngd.optimizers.counters import Count
 from keras_ngd.optimizers.exchange import Exchange
 from keras_ngd.optimizers.loss_ratio import LossRatio
@@ -137,7 +138,9 @@ class AssembledOptimizer(Method, OverwritingSGD):
 
     def called(self, statistics, x):
         """Told that a captured layer is called with `x`, before its statistics' weights are looked at."""
-        self.ratio.listen(self.captured_model)
+        model = self.captured_model
+        self.ratio.listen(model)
+        make_outside_of_traces(model)
 
     # The loss
 
