@@ -114,6 +114,7 @@ def run_example(name, data_dir, tmp_path, *arguments):
     return done.stdout
 
 
+@pytest.mark.skipif(keras.backend.backend() == "jax", reason="one backend shows that it runs")
 @pytest.mark.slow
 def test_cifar_resnet_runs(data_dir, tmp_path):
     small = ["--width=2", "--epochs=1", "--batch_size=512", "--first_interval=2", "--split=9"]

@@ -125,9 +125,8 @@ class AssembledOptimizer(Method, OverwritingSGD):
         self._model = weakref.ref(model)
         self.not_captured = coverage.count_not_captured(model.trainable_variables)
 
-    @property
     def captured_model(self):
-        """The model that was captured for this optimizer, or None."""
+        """The model that was captured for this optimizer, or None. Not a property: Keras saves and loads what those return."""
         return None if self._model is None else self._model()
 
     def new_statistics(self, layer):
@@ -138,7 +137,7 @@ class AssembledOptimizer(Method, OverwritingSGD):
 
     def called(self, statistics, x):
         """Told that a captured layer is called with `x`, before its statistics' weights are looked at."""
-        model = self.captured_model
+        model = self.captured_model()
         self.ratio.listen(model)
         make_outside_of_traces(model)
 

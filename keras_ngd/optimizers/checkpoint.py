@@ -37,7 +37,7 @@ class StrictCheckpoint:
         """Whether the optimizer was made with a model that is loaded, and has not been used."""
         optimizer = self._optimizer
         unused = not optimizer.built or int(sharding.to_numpy(optimizer.iterations)) == 0
-        return self.from_config and optimizer.captured_model is None and unused
+        return self.from_config and optimizer.captured_model() is None and unused
 
     def until_trained(self, function):
         """The value of a function; where it raises an error and a model is being loaded, None, and the error is kept."""

@@ -41,7 +41,7 @@ def check_coverage(optimizer, variables, blocks):
 
 def check_statistics_given(optimizer, variables):
     """Raises an error if kernels of captured layers are among the variables, without their statistics."""
-    model = optimizer.captured_model
+    model = optimizer.captured_model()
     statistics = {} if model is None else {id(v): v.keras_ngd_statistics for v in _statistics_weights(model)}
     kernels = {optimizer._var_key(s.owner()._kernel) for s in statistics.values()}
     found = [v for v in variables if optimizer._var_key(v) in kernels]

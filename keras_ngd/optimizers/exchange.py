@@ -99,7 +99,7 @@ class Exchange:
 
     def _other_variables(self, variables):
         """The captured model's weights besides these, if the model is known; not its random seeds, which are to differ."""
-        model, key = self._optimizer.captured_model, self._optimizer._var_key
+        model, key = self._optimizer.captured_model(), self._optimizer._var_key
         known = {key(v) for v in variables}
         return [] if model is None else [v for v in model.weights if key(v) not in known]
 

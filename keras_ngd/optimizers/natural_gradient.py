@@ -230,7 +230,7 @@ class NaturalGradient(AssembledOptimizer):
             p = state_layout.on_all_devices(group, p)
             lengths.append(ops.cast(ops.sum(p * v), "float32"))
             found |= dict(group.parts(p))
-        found, length = self.exchange.all_preconditioned(found, sum(lengths, ops.zeros(())))
+        found, length = self.exchange.all_preconditioned(found, sum(lengths, ops.zeros((), "float32")))
         preconditioned = {}
         for block in self.layout.blocks:
             kernel, bias = block.rows.kernel_and_bias(found[block])

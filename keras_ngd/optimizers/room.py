@@ -68,7 +68,7 @@ class Room:
 
     def _make_room(self):
         """Gives all layers room for what was seen. Returns pairs of variables that were and of those in their place."""
-        model = self.captured_model
+        model = self.captured_model()
         if (
             model is None
             or self._seen is None
