@@ -76,7 +76,7 @@ def capture(model, optimizer, skip=None, data=None):
             layer, layers compute in float16 without a static loss scale, or the model or the optimizer was made before the
             active `keras.distribution` was set.
     """
-    backend.name()
+    backend.check_served()
     if not isinstance(model, keras.Model):
         raise TypeError(f"`model` must be a keras.Model. Received: {model!r}")
     if isinstance(optimizer, (str, dict)):

@@ -7,11 +7,7 @@ from keras_ngd import backend
 
 def several():
     """Whether a `tf.distribute` strategy of several replicas is active."""
-    if backend.name() != "tensorflow":
-        return False
-    import tensorflow as tf
-
-    return tf.distribute.get_strategy().num_replicas_in_sync > 1
+    return backend.replicas_in_sync() > 1
 
 
 def scope_of(model, optimizer):
@@ -20,7 +16,7 @@ def scope_of(model, optimizer):
     Raises:
         ValueError: if an optimizer was made in the scope of another `tf.distribute` strategy.
     """
-    if backend.name() != "tensorflow":
+    if not backend.has_strategies():
         return contextlib.nullcontext()
     strategy, other = getattr(model, "_distribute_strategy", None), optimizer._distribution_strategy
     if (other.num_replicas_in_sync > 1) if strategy is None else (other is not strategy):
@@ -34,11 +30,7 @@ def scope_of(model, optimizer):
 
 def context():
     """TensorFlow's context of the replica that is being traced or run; None outside of one, and where there is only one."""
-    if not several():
-        return None
-    import tensorflow as tf
-
-    return None if tf.distribute.in_cross_replica_context() else tf.distribute.get_replica_context()
+    return backend.replica_context() if several() else None
 
 
 def count():
@@ -48,12 +40,7 @@ def count():
 
 def number():
     """Of the replica that is being traced or run; None outside of one, and where all are traced as one."""
-    if (inside := context()) is None:
-        return None
-    import tensorflow as tf
-
-    found = tf.get_static_value(inside.replica_id_in_sync_group)
-    return None if found is None else int(found)
+    return None if (inside := context()) is None else backend.replica_number(inside)
 
 
 def identity():
@@ -78,10 +65,5 @@ def surroundings():
 
 def trace_of(value):
     """An object and a number that are the same for all uses of one variable's `value` in a trace, and differ between traces."""
-    if backend.name() == "jax":
-        return value, None
-    if not hasattr(value, "graph"):
-        # Nothing is traced: each reading of a variable is a tensor of its own.
-        return backend, number()
     # Replicas of a strategy are traced one after the other into the same graph.
-    return value.graph, number()
+    return backend.trace_of(value), number()

@@ -3,6 +3,8 @@
 Under a distribution of Keras's JAX backend a training step is one program on all devices. Which values travel between them, and
 when, the compiler decides from where a program's inputs and outputs lie; so what belongs to one branch of a condition
 is told to lie there already as it lies outside, or it would be sent at every step.
+
+Of the JAX backend alone: on TensorFlow there is no distribution, and nothing here does anything.
 """
 
 import contextlib
@@ -18,13 +20,13 @@ from keras_ngd import backend
 
 def distribution():
     """The `keras.distribution` over several devices that is active on the JAX backend, or None."""
-    found = keras.distribution.distribution() if backend.name() == "jax" else None
+    found = keras.distribution.distribution() if backend.serves_distributions() else None
     return found if found is not None and found.device_mesh.devices.size > 1 else None
 
 
 def check(variables):
     """Raises a `ValueError` if variables are not where the active distribution has them, or if it does not divide batches."""
-    if backend.name() != "jax":
+    if not backend.serves_distributions():
         return
     active = distribution()
     mesh = None if active is None else active.device_mesh.backend_mesh

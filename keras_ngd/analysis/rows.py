@@ -102,8 +102,7 @@ class RowProbe:
         copy = captured_copy(self._model, x, self._optimizer)
         # After one step from zero the momentum is the negative gradient exactly; the difference of weights would be rounded.
         plain = keras.optimizers.SGD(1.0, momentum=0.5)
-        # JAX is very slow without it; for a few steps TensorFlow compiles longer than it computes.
-        copy.compile(plain, **self._loss, jit_compile=backend.name() == "jax", auto_scale_loss=False)
+        copy.compile(plain, **self._loss, jit_compile=backend.quicker_compiled(), auto_scale_loss=False)
         plain.build(copy.trainable_variables)
         pairs = zip(copy.trainable_variables, plain.momentums, strict=True)
         self._momenta = {id(variable): momentum for variable, momentum in pairs if momentum is not None}

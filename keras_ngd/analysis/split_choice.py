@@ -2,7 +2,6 @@
 
 from dataclasses import dataclass
 
-import keras
 import numpy as np
 from keras import ops
 
@@ -197,5 +196,4 @@ def split_dimension(model, data, candidates=CANDIDATES, tolerance=TOLERANCE, pro
     if progress:
         candidates = tqdm(candidates, unit="size", desc="inversion time")
     seconds = tuple(inversion_seconds(c) for c in candidates)
-    device = f"{keras.backend.backend()} on {keras.distribution.list_devices()[0]}"
-    return SplitChoice(tuple(candidates), losses, seconds, tolerance, device)
+    return SplitChoice(tuple(candidates), losses, seconds, tolerance, backend.device_name())

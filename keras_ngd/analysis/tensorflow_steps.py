@@ -1,4 +1,4 @@
-"""TensorFlow's training step as it is handed to XLA."""
+"""TensorFlow's training step as it is handed to XLA. Of that backend alone."""
 
 import keras
 from keras import tree

@@ -16,6 +16,7 @@ import keras
 from absl import app, flags
 
 import keras_ngd
+from keras_ngd import backend
 from keras_ngd.analysis.measuring import application
 from keras_ngd.analysis.tpu_steps import tpu_compile, tpu_devices
 from keras_ngd.analysis.tpu_tables import tpu_table
@@ -70,10 +71,8 @@ def make_optimizer(method, examples):
 def main(_):
     devices = {topology: tpu_devices(topology) for topology in FLAGS.topology}
     if "JAX_PLATFORMS" not in os.environ:
-        import jax
-
         # Weights are made where the compiler is, not on an accelerator that happens to be there.
-        jax.config.update("jax_platforms", "cpu")
+        backend.compute_on_cpu()
     model, reports = make_model(), []
     model.compile(loss=keras.losses.SparseCategoricalCrossentropy(from_logits=True), metrics=["accuracy"])
     for topology in FLAGS.topology:

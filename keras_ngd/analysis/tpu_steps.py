@@ -1,4 +1,4 @@
-"""Training steps compiled for TPUs on a machine that has none."""
+"""Training steps compiled for TPUs on a machine that has none. Of the JAX backend alone."""
 
 import dataclasses
 import importlib.util

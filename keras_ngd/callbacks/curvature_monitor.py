@@ -1,7 +1,6 @@
 """What THOR's trace rule sees and decides, recorded and drawn."""
 
 import csv
-import importlib.util
 import os
 
 import keras
@@ -9,6 +8,7 @@ import numpy as np
 from keras import ops
 
 from keras_ngd import schedules, sharding
+from keras_ngd.callbacks.summaries import ScalarWriter
 from keras_ngd.optimizers import THOR
 from keras_ngd.optimizers.trace_rule import DECISIONS
 
@@ -84,13 +84,7 @@ class CurvatureMonitor(keras.callbacks.Callback):
             os.makedirs(os.path.dirname(os.path.abspath(self.csv_path)), exist_ok=True)
             self._write_rows([], "w")
         if self.log_dir is not None:
-            import tensorflow as tf
-
-            if importlib.util.find_spec("tensorboard") is None:
-                raise ImportError(
-                    f"`log_dir` needs TensorBoard: `pip install tensorboard`. Received: log_dir={self.log_dir!r}"
-                )
-            self._writer = tf.summary.create_file_writer(str(self.log_dir))
+            self._writer = ScalarWriter(self.log_dir)
 
     def on_epoch_begin(self, epoch, logs=None):
         self._epoch = epoch
@@ -172,13 +166,8 @@ class CurvatureMonitor(keras.callbacks.Callback):
             yield entry["layer"], "decision", DECISIONS.index(entry["decision"])
 
     def _write_summaries(self, entries, step):
-        import tensorflow as tf
-
-        with self._writer.as_default(step=step):
-            for layer, name, value in self._scalars(entries):
-                if np.isfinite(value):
-                    tf.summary.scalar(f"{name}/{layer}", value)
-        self._writer.flush()
+        scalars = {f"{name}/{layer}": value for layer, name, value in self._scalars(entries) if np.isfinite(value)}
+        self._writer.write(scalars, step)
 
 
 def plot_change_rate(source, path, layers=None, omega=None):

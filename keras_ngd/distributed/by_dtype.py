@@ -1,4 +1,4 @@
-"""Summing lists of tensors of several dtypes."""
+"""Summing lists of tensors of several dtypes, on TensorFlow: for the collectives, which only that backend has."""
 
 import tensorflow as tf
 

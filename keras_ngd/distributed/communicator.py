@@ -106,7 +106,7 @@ def resolve(communicator, optimizer=None):
             the running backend, and where there is a strategy but it cannot be used or something else is asked for.
     """
     check(communicator)
-    if optimizer is not None and backend.name() == "tensorflow":
+    if optimizer is not None and backend.has_strategies():
         from keras_ngd.distributed import replicas
 
         strategy = replicas.strategy_of(optimizer)
@@ -123,10 +123,9 @@ def resolve(communicator, optimizer=None):
         return Communicator()
     if communicator == "auto" and not backend.several_processes():
         return Communicator()
-    if backend.name() != "tensorflow":
+    if not backend.serves_horovod():
         raise ValueError(
-            f"Horovod serves the TensorFlow backend, but KERAS_BACKEND={backend.name()!r}. Received: "
-            f"communicator={communicator!r}"
+            f"Horovod serves the TensorFlow backend, but {backend.setting()}. Received: communicator={communicator!r}"
         )
     from keras_ngd.distributed.horovod import Horovod
 

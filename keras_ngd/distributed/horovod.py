@@ -1,4 +1,7 @@
-"""Horovod's collectives, of `horovod.tensorflow` alone: its Keras wrappers hook what Keras 3 never calls."""
+"""Horovod's collectives, of `horovod.tensorflow` alone: its Keras wrappers hook what Keras 3 never calls.
+
+Of the TensorFlow backend alone, and the only module that imports Horovod.
+"""
 
 import tensorflow as tf
 

@@ -1,4 +1,4 @@
-"""TensorFlow's strategy for several machines, as Keras's `fit` needs it."""
+"""TensorFlow's strategy for several machines, as Keras's `fit` needs it. Of that backend alone."""
 
 import tensorflow as tf
 

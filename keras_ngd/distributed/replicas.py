@@ -1,4 +1,4 @@
-"""The replicas of a `tf.distribute` strategy: one program on many devices."""
+"""The replicas of a `tf.distribute` strategy: one program on many devices. Of the TensorFlow backend alone."""
 
 import warnings
 import zlib

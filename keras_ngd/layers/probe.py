@@ -11,7 +11,7 @@ import weakref
 from keras import ops
 
 from keras_ngd import backend
-from keras_ngd.layers import surroundings
+from keras_ngd.backend import surroundings
 
 
 def probe(s, x, rows, statistics, weights=None):

@@ -48,10 +48,10 @@ def cholesky_inverse(matrices):
 def _whole_size(size):
     """Up to which size factorizations are left whole.
 
-    LAPACK's are good at some hundred rows. XLA's own, which TensorFlow compiles, walk through a matrix column by column
-    and cost several times as much at a hundred rows; splitting further costs compile time.
+    LAPACK's are good at some hundred rows. XLA's own walk through a matrix column by column and cost several times as much at a
+    hundred rows; splitting further costs compile time.
     """
-    if backend.name() == "tensorflow" and backend.under_xla():
+    if backend.factorizes_by_column():
         return 64 if size <= 512 else 128
     return 640
 

@@ -6,7 +6,7 @@ import pytest
 from keras import layers, ops
 
 import keras_ngd
-from keras_ngd.layers import surroundings
+from keras_ngd.backend import surroundings
 from tf_tests.optimizers.test_custom_steps import METHODS, OPTIMIZERS
 from tf_tests.reference import kronecker, rows
 from tf_tests.reference.running import close

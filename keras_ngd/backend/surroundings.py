@@ -2,7 +2,7 @@
 
 import sys
 
-from keras_ngd import backend
+from keras_ngd.backend.running import name
 
 LOOPS, MAPS, VECTORIZED = "loop", "map", "vectorized map"
 
@@ -31,8 +31,8 @@ _MAKERS = {
 
 def around():
     """The kinds of loops and maps that are being traced or run here, the outermost first."""
-    makers, found, frame = _MAKERS[backend.name()], [], sys._getframe(1)
-    names = {name for functions in makers.values() for name in functions}
+    makers, found, frame = _MAKERS[name()], [], sys._getframe(1)
+    names = {function for functions in makers.values() for function in functions}
     while frame is not None:
         if frame.f_code.co_name in names:
             path = frame.f_code.co_filename.replace("\\", "/").split("/")
@@ -50,7 +50,7 @@ def between(call, backward):
 
 def unvectorized(tensor, message):
     """The tensor as it is; a `ValueError` with `message` where JAX maps over it by vectorizing."""
-    if backend.name() != "jax":
+    if name() != "jax":
         return tensor
     import jax
 

@@ -1,0 +1,147 @@
+"""Products, factorizations and random numbers, the same on both backends where `keras.ops` is not."""
+
+import itertools
+
+import keras
+from keras import ops
+
+from keras_ngd.backend.running import name
+
+
+def matmul(a, b, transpose_a=False, transpose_b=False):
+    """Matrix product over the last two axes, in the full precision of the operands' dtype.
+
+    Accelerators round float32 operands of a product unless told otherwise, which the iterations and differences in
+    this package do not survive. The transposes are flags because TensorFlow would materialise them.
+    """
+    if name() == "tensorflow":
+        import tensorflow as tf
+
+        return tf.linalg.matmul(a, b, transpose_a=transpose_a, transpose_b=transpose_b)
+    import jax.numpy as jnp
+
+    a = jnp.swapaxes(a, -1, -2) if transpose_a else a
+    b = jnp.swapaxes(b, -1, -2) if transpose_b else b
+    return jnp.matmul(a, b, precision="highest")
+
+
+def cholesky(matrices):
+    """Lower Cholesky factors; NaN where a matrix is not positive definite.
+
+    (`keras.ops.cholesky` stops the program there on TensorFlow, unless XLA compiles it.)
+    """
+    if name() == "tensorflow":
+        import tensorflow as tf
+
+        return tf.linalg.cholesky(matrices)
+    import jax.numpy as jnp
+
+    return _one_by_one_on_cpus(jnp.linalg.cholesky, matrices)
+
+
+def eigh(matrices):
+    """Eigenvalues, ascending, and eigenvectors of symmetric matrices."""
+    if name() == "tensorflow":
+        return ops.linalg.eigh(matrices)
+    import jax.numpy as jnp
+
+    return _one_by_one_on_cpus(lambda matrix: tuple(jnp.linalg.eigh(matrix)), matrices)
+
+
+def _one_by_one_on_cpus(function, matrices):
+    """JAX's `function` of a matrix or of matrices `[k, d, d]`; of one after the other where a CPU computes it.
+
+    There a call for a batch shares its work out among the threads that run the program, and waits in one of them: as many
+    such calls at a time as there are threads wait for ever.
+    """
+    import jax
+
+    if matrices.ndim == 2:
+        return function(matrices)
+    return jax.lax.platform_dependent(matrices, cpu=lambda batch: jax.lax.map(function, batch), default=function)
+
+
+def triangular_inverse(lower):
+    """Inverses of the lower triangular matrices `[k, d, d]`."""
+    if name() == "tensorflow":
+        import tensorflow as tf
+
+        return tf.linalg.triangular_solve(
+            lower, tf.eye(lower.shape[-1], dtype=lower.dtype)[None] + tf.zeros_like(lower)
+        )
+    import jax
+
+    identity = jax.numpy.eye(lower.shape[-1], dtype=lower.dtype)
+
+    def inverse(matrix):
+        return jax.scipy.linalg.solve_triangular(matrix, identity, lower=True)
+
+    # On the CPU JAX calls LAPACK for one matrix but has XLA write out a batch's solution, which takes minutes to compile.
+    return inverse(lower) if lower.ndim == 2 else jax.lax.map(inverse, lower)
+
+
+def joined(tensors):
+    """Tensors one after the other; one alone as it is."""
+    return tensors[0] if len(tensors) == 1 else ops.concatenate(tensors)
+
+
+def parts(stacked, counts):
+    """A tensor's parts, so many long, as a list. (`keras.ops.split` computes its places in the graph on TensorFlow.)"""
+    if len(counts) == 1:
+        return [stacked]
+    if name() == "tensorflow":
+        import tensorflow as tf
+
+        return tf.split(stacked, counts)
+    return ops.split(stacked, list(itertools.accumulate(counts))[:-1])
+
+
+def filter_gradient(inputs, upstream, kernel_size):
+    """TensorFlow's gradient of a `valid`, stride-1, two-dimensional convolution with respect to its kernel.
+
+    Args:
+        inputs: `[n, h + kernel_size[0] - 1, w + kernel_size[1] - 1, c_in]`.
+        upstream: `[n, h, w, c_out]`, the gradient of the convolution's output.
+        kernel_size: two ints.
+
+    Returns:
+        `[kernel_size[0], kernel_size[1], c_in, c_out]` with
+        `result[u, v] = sum over n, y, x of inputs[n, y + u, x + v, :] upstream[n, y, x, :]^T`.
+    """
+    import tensorflow as tf
+
+    shape = (*kernel_size, inputs.shape[-1], upstream.shape[-1])
+    return tf.raw_ops.Conv2DBackpropFilter(
+        input=inputs, filter_sizes=shape, out_backprop=upstream, strides=[1, 1, 1, 1], padding="VALID"
+    )
+
+
+def uniform(shape, seed, dtype):
+    """Uniform random numbers in (0, 1), the same whenever they are drawn with the same seed.
+
+    (On TensorFlow, other ones where XLA compiles them.)
+
+    Args:
+        shape: static shape.
+        seed: `[2]`, int32.
+        dtype: of the result.
+    """
+    smallest = 1e-7
+    if name() == "tensorflow":
+        import tensorflow as tf
+
+        return tf.random.stateless_uniform(shape, seed, smallest, 1.0, dtype, alg="philox")
+    import jax
+
+    key = jax.random.fold_in(jax.random.fold_in(jax.random.key(0), seed[0]), seed[1])
+    return jax.random.uniform(key, shape, dtype, smallest, 1.0)
+
+
+def dtype_name(tensor):
+    """A tensor's dtype as a string."""
+    return keras.backend.standardize_dtype(tensor.dtype)
+
+
+def itemsize(dtype):
+    """Bytes of one number of what is kept of the curvature: of float64, or of float32."""
+    return 8 if dtype == "float64" else 4

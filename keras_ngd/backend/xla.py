@@ -1,0 +1,65 @@
+"""XLA: what it compiles, and what is written in one way for it and in another for TensorFlow's runtime."""
+
+from keras import ops
+
+from keras_ngd.backend.running import name
+
+
+def under_xla():
+    """Whether the computation being traced will be compiled by XLA as a whole."""
+    if name() == "jax":
+        return True
+    import tensorflow as tf
+    from tensorflow.python.ops import control_flow_util
+
+    if tf.executing_eagerly():
+        return False
+    return control_flow_util.GraphOrParentsInXlaContext(tf.compat.v1.get_default_graph())
+
+
+def compiled(function):
+    """`function` of tensors of static shapes, compiled by XLA even where what is around it is not."""
+    if name() == "tensorflow":
+        import tensorflow as tf
+
+        return tf.function(function, autograph=False, jit_compile=True)
+    import jax
+
+    return jax.jit(function)
+
+
+def zero_unless(ok, function):
+    """The tensors of `function()` where the scalar `ok` holds, zeros of their shapes elsewhere.
+
+    XLA fuses a `where` into what consumes it but copies through a conditional; TensorFlow's runtime is the other way
+    round.
+    """
+    if under_xla():
+        return [ops.where(ok, t, ops.zeros_like(t)) for t in function()]
+    if name() == "tensorflow":
+        import tensorflow as tf
+
+        if tf.executing_eagerly():
+            tensors = function()
+            return tensors if bool(ok) else [tf.zeros_like(t) for t in tensors]
+    shapes = []
+
+    def passed():
+        tensors = function()
+        shapes.extend((tensor.shape, tensor.dtype) for tensor in tensors)
+        return tensors
+
+    def blocked():
+        return [ops.zeros(shape, dtype) for shape, dtype in shapes]
+
+    return ops.cond(ok, passed, blocked)
+
+
+def factorizes_by_column():
+    """Whether what is being traced factorizes matrices by XLA's own routine: TensorFlow's does, JAX calls LAPACK on CPUs."""
+    return name() == "tensorflow" and under_xla()
+
+
+def quicker_compiled():
+    """Whether even a few steps take less time if XLA compiles them: JAX is very slow without, TensorFlow compiles longer."""
+    return name() == "jax"
