@@ -7,7 +7,7 @@ import warnings
 
 import keras
 
-from keras_ngd import backend, layers, replica, sharding
+from keras_ngd import backend, keras_private, layers, replica, sharding
 from keras_ngd.layers.captured import Captured
 from keras_ngd.optimizers.blocks import Block, Group
 from keras_ngd.optimizers.natural_gradient import NaturalGradient
@@ -155,7 +155,7 @@ def release(model):
     if model.compiled and isinstance(model.optimizer, NaturalGradient):
         with replica.scope_of(model, model.optimizer):
             # The arguments of the last `compile`, which Keras keeps for saving. A model's own `compile` may take others.
-            arguments = {**model._compile_config.config, "optimizer": plain_sgd(model.optimizer)}
+            arguments = {**keras_private.compile_arguments(model), "optimizer": plain_sgd(model.optimizer)}
             keras.Model.compile(model, auto_scale_loss=False, **arguments)
             # An optimizer that is saved before it is built is loaded without its step.
             model.optimizer.build(model.trainable_variables)
@@ -194,17 +194,13 @@ def _layers_with_weights(layer, wrapper=None, seen=None):
     seen = set() if seen is None else seen
     if wrapper is None and isinstance(layer, WRAPPERS):
         wrapper = layer
-    for sub in layer._layers:
+    for sub in keras_private.sub_layers(layer):
         if id(sub) in seen or isinstance(sub, (Statistics, keras.Metric)):
             continue
         seen.add(id(sub))
-        if _own_weights(sub) or isinstance(sub, tuple(CAPTURED_KINDS)):
+        if keras_private.own_weights(sub) or isinstance(sub, tuple(CAPTURED_KINDS)):
             yield sub, wrapper
         yield from _layers_with_weights(sub, wrapper, seen)
-
-
-def _own_weights(layer):
-    return layer._trainable_variables + layer._non_trainable_variables
 
 
 def _path(layer):
@@ -243,7 +239,7 @@ def _owners(found):
     """The layers that own each variable, by the variable's identity."""
     owners = {}
     for layer, _ in found:
-        for variable in _own_weights(layer):
+        for variable in keras_private.own_weights(layer):
             owners.setdefault(id(variable), []).append(layer)
     return owners
 
@@ -263,11 +259,11 @@ def _reason_against(layer, wrapper, owners):
         return "LoRA is enabled: its kernel is not what is trained"
     if not layer.trainable and getattr(layer, "statistics", None) is not None:
         return OF_ANOTHER
-    if not layer.trainable or not layer._kernel.trainable:
+    if not layer.trainable or not keras_private.kernel_of(layer).trainable:
         return "not trainable: unfreeze it, then capture again"
     if layer.use_bias and not layer.bias.trainable:
         return "its bias is not trainable, its kernel is"
-    sharing = [other for other in owners[id(layer._kernel)] if other is not layer]
+    sharing = [other for other in owners[id(keras_private.kernel_of(layer))] if other is not layer]
     if sharing:
         return f"shares its kernel with {sharing[0].path!r}"
     return ""
@@ -286,7 +282,7 @@ def _check_float16(optimizer, captured):
 
 
 def _describe(layer, optimizer):
-    block = Block(layer.path, layer._kernel, layer.bias, layer.statistics)
+    block = Block(layer.path, keras_private.kernel_of(layer), layer.bias, layer.statistics)
     averages = layer.statistics.averages
     shapes = [sharding.shape_of(v) for v in averages]
     size = backend.itemsize(averages[0].dtype) * sum(map(math.prod, shapes))
@@ -298,6 +294,6 @@ def _describe(layer, optimizer):
 
 def _forget_compiled_functions(model):
     """Functions traced before have the plain layers in them."""
-    for sub in model._flatten_layers():
+    for sub in keras_private.flatten_layers(model):
         if isinstance(sub, keras.Model):
             sub.train_function = sub.test_function = sub.predict_function = None

@@ -2,7 +2,7 @@
 
 import contextlib
 
-from keras_ngd import backend
+from keras_ngd import backend, keras_private
 
 
 def several():
@@ -18,7 +18,7 @@ def scope_of(model, optimizer):
     """
     if not backend.has_strategies():
         return contextlib.nullcontext()
-    strategy, other = getattr(model, "_distribute_strategy", None), optimizer._distribution_strategy
+    strategy, other = keras_private.strategy_of_model(model), keras_private.strategy_of_optimizer(optimizer)
     if (other.num_replicas_in_sync > 1) if strategy is None else (other is not strategy):
         names = ["no strategy" if strategy is None else type(strategy).__name__, type(other).__name__]
         raise ValueError(

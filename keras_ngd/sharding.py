@@ -15,7 +15,7 @@ import keras
 import numpy as np
 from keras import ops
 
-from keras_ngd import backend
+from keras_ngd import backend, keras_private
 
 
 def distribution():
@@ -45,7 +45,7 @@ def check(variables):
 
 
 def _mesh_of(variable):
-    layout = getattr(variable, "_layout", None)
+    layout = keras_private.layout_of(variable)
     if isinstance(layout, keras.distribution.TensorLayout):
         layout = layout.backend_layout
     mesh = getattr(layout, "mesh", None)
@@ -160,7 +160,7 @@ def add(add_variable, initializer, found):
     with _without_distribution():
         variable = add_variable(found.stored_shape, initial)
     variable.keras_ngd_spread = found
-    variable._layout = found.layout
+    keras_private.set_layout(variable, found.layout)
     variable.assign(variable.value)
     return variable
 

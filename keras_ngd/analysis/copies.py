@@ -2,6 +2,7 @@
 
 import keras
 
+from keras_ngd import keras_private
 from keras_ngd.capture import capture, release
 
 
@@ -44,7 +45,6 @@ def plain_copy(model, optimizer):
 
 
 def _compile_like(copy, model, optimizer):
-    # What `compile` was given: Keras has no public way to ask that takes functions and objects of one's own.
-    arguments = model._compile_config.config
+    arguments = keras_private.compile_arguments(model)
     kept = {name: arguments[name] for name in ("loss", "loss_weights", "metrics", "weighted_metrics")}
     copy.compile(optimizer=optimizer, **kept, jit_compile=True)

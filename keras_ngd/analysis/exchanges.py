@@ -3,7 +3,7 @@
 import math
 from dataclasses import dataclass
 
-from keras_ngd import schedules
+from keras_ngd import keras_private, schedules
 from keras_ngd.capture import layers_to_capture
 from keras_ngd.linalg.packing import packed_size
 
@@ -34,7 +34,7 @@ def layer_shapes(model):
 
 
 def _shapes_of(layer):
-    *inputs, filters = layer._kernel.shape
+    *inputs, filters = keras_private.kernel_of(layer).shape
     groups = getattr(layer, "groups", 1)
     return groups * [(math.prod(inputs) + int(layer.use_bias), filters // groups, _positions(layer))]
 

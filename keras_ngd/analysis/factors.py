@@ -4,6 +4,7 @@ import keras
 import numpy as np
 from keras import ops, tree
 
+from keras_ngd import keras_private
 from keras_ngd.analysis.copies import captured_copy
 from keras_ngd.layers.captured import Captured
 from keras_ngd.optimizers import KFAC
@@ -39,7 +40,7 @@ def input_factors(model, data):
     targets = [tree.map_structure(lambda t: np.zeros(t.shape, "float32"), copy(batch)) for batch in batches]
     losses = tree.map_structure(lambda _: lambda target, output: ops.mean(output, axis=-1), targets[0])
     copy.compile(optimizer=keras.optimizers.SGD(0.0), loss=losses)
-    layers = [la for la in copy._flatten_layers() if isinstance(la, Captured) and la.statistics is not None]
+    layers = [la for la in keras_private.flatten_layers(copy) if isinstance(la, Captured) and la.statistics is not None]
     sums = None
     for batch, target in zip(batches, targets, strict=True):
         # A plain optimizer overwrites the averages with the batch's own values.

@@ -6,7 +6,7 @@ import keras
 import numpy as np
 from keras import ops, tree
 
-from keras_ngd import backend
+from keras_ngd import backend, keras_private
 from keras_ngd.analysis.copies import captured_copy
 from keras_ngd.optimizers import PAPER_SETTINGS, SNGD
 from keras_ngd.optimizers.blocks import find_blocks
@@ -60,7 +60,7 @@ class RowProbe:
         self._loss = {"loss": loss}
         if loss is None:
             # Keras keeps the weights of several outputs' losses nowhere else.
-            compiled = getattr(getattr(model, "_compile_config", None), "config", {})
+            compiled = keras_private.compile_arguments(model)
             self._loss = {key: compiled.get(key) for key in ("loss", "loss_weights")}
         if self._loss["loss"] is None:
             raise ValueError(

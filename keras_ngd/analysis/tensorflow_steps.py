@@ -3,7 +3,7 @@
 import keras
 from keras import tree
 
-from keras_ngd import backend
+from keras_ngd import backend, keras_private
 
 
 def tensorflow_step_hlo(model, x, y):
@@ -35,7 +35,7 @@ def tensorflow_step_hlo(model, x, y):
     import tensorflow as tf
 
     batch = tree.map_structure(tf.convert_to_tensor, (x, y))
-    model._symbolic_build(data_batch=batch)
+    keras_private.build_for_training(model, batch)
 
     @tf.function(jit_compile=True, autograph=False)
     def step(x, y):

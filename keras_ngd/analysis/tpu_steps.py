@@ -9,7 +9,7 @@ import time
 import keras
 from keras import tree
 
-from keras_ngd import backend, schedules
+from keras_ngd import backend, keras_private, schedules
 from keras_ngd.analysis import hlo
 from keras_ngd.analysis.copies import captured_copy, plain_copy
 from keras_ngd.analysis.tpu_tables import number
@@ -286,7 +286,7 @@ def batch_specs(model, data, examples):
             )
         specs = tree.map_structure(lambda a: spec(a.shape, a.dtype), tuple(data))
         return (*specs, None)[:3]
-    inputs, outputs = getattr(model, "_inputs_struct", None), getattr(model, "_outputs_struct", None)
+    inputs, outputs = keras_private.inputs_and_outputs(model)
     if inputs is None or len(tree.flatten(outputs)) != 1:
         raise ValueError(
             f"Model {model.name!r} does not say what its inputs and its one output are. Give a batch: `data=(x, y)`."
@@ -350,8 +350,7 @@ def lowered_step(model, data, devices):
     def spec(value, sharding):
         return None if value is None else jax.ShapeDtypeStruct(value.shape, value.dtype, sharding=sharding)
 
-    # What `fit` does before its first step: the variables of the optimizer, the loss and the metrics.
-    model._symbolic_build(data_batch=data)
+    keras_private.build_for_training(model, data)
     variables = (
         model.trainable_variables,
         model.non_trainable_variables,

@@ -4,7 +4,6 @@ Everything else in the package is written with `keras.ops`, so this is the only 
 are of one backend by their nature say so, and are listed in `tf_tests/test_imports.py`.
 """
 
-from keras_ngd.backend.calls import call_context, mask_of
 from keras_ngd.backend.devices import (
     compiled_for,
     compiling_for,
@@ -54,7 +53,6 @@ from keras_ngd.backend.xla import compiled, factorizes_by_column, quicker_compil
 
 __all__ = [
     "BACKENDS",
-    "call_context",
     "check_at_most",
     "check_served",
     "cholesky",
@@ -76,7 +74,6 @@ __all__ = [
     "itemsize",
     "joined",
     "makes_variables",
-    "mask_of",
     "matmul",
     "name",
     "of_known_shape",

@@ -4,6 +4,7 @@ import contextlib
 
 from keras import ops
 
+from keras_ngd import keras_private
 from keras_ngd.backend.running import name, runs
 
 # What stands for a trace where nothing is traced.
@@ -76,9 +77,7 @@ def outside_trace():
 
 def makes_variables():
     """Whether a variable made now, in a layer's call, is seen by the trainer that differentiates what the layer computes."""
-    from keras.src.backend import in_stateless_scope
-
-    return name() == "tensorflow" and not in_stateless_scope()
+    return name() == "tensorflow" and not keras_private.is_stateless()
 
 
 def unconverted(function):

@@ -5,7 +5,7 @@ import zlib
 
 import tensorflow as tf
 
-from keras_ngd import replica
+from keras_ngd import keras_private, replica
 from keras_ngd.distributed.by_dtype import summed
 from keras_ngd.distributed.communicator import Communicator
 from keras_ngd.distributed.multi_worker import MultiWorkerMirroredStrategy
@@ -20,7 +20,7 @@ def strategy_of(optimizer):
     Raises:
         ValueError: for a strategy whose replicas do not step together.
     """
-    strategy = optimizer._distribution_strategy
+    strategy = keras_private.strategy_of_optimizer(optimizer)
     if isinstance(
         strategy, (tf.distribute.experimental.ParameterServerStrategy, tf.distribute.ParameterServerStrategy)
     ):

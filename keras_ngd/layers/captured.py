@@ -2,6 +2,8 @@
 
 import keras
 
+from keras_ngd import keras_private
+
 
 class Captured:
     """Mixin in front of a Keras layer whose pre-activation passes through a probe.
@@ -31,23 +33,17 @@ class Captured:
         """Makes the built layer record `statistics` from the next trace on."""
         self.detach_statistics()
         dtype = "float64" if self.variable_dtype == "float64" else "float32"
-        self._tracker.unlock()
-        try:
+        with keras_private.unlocked(self):
             statistics.attach(self, self._rows(), dtype)
             self.statistics = statistics
-        finally:
-            self._tracker.lock()
 
     def detach_statistics(self):
         """Drops the layer's statistics, if it has any."""
         statistics = getattr(self, "statistics", None)
         if statistics is not None:
-            self._tracker.unlock()
-            try:
-                self._layers.remove(statistics)
+            with keras_private.unlocked(self):
+                keras_private.forget_sub_layer(self, statistics)
                 self.statistics = None
-            finally:
-                self._tracker.lock()
 
     def _rows(self):
         """The layer's `Rows`."""

@@ -3,6 +3,7 @@
 import keras
 from keras import ops
 
+from keras_ngd import keras_private
 from keras_ngd.layers.captured import Captured
 from keras_ngd.layers.probe import probe
 from keras_ngd.layers.rows import ConvolutionRows
@@ -13,7 +14,7 @@ class CapturedConvolution(Captured):
 
     def _rows(self):
         return ConvolutionRows(
-            self._kernel.shape,
+            keras_private.kernel_of(self).shape,
             self.groups,
             self.use_bias,
             self.strides,
@@ -47,7 +48,7 @@ class Conv1D(CapturedConvolution, keras.layers.Conv1D):
         if self.padding != "causal":
             return self.convolution_op(inputs, self.kernel)
         return ops.conv(
-            ops.pad(inputs, self._compute_causal_padding()),
+            ops.pad(inputs, keras_private.causal_padding(self)),
             self.kernel,
             strides=list(self.strides),
             padding="valid",

@@ -3,7 +3,7 @@
 import keras
 from keras import ops
 
-from keras_ngd import backend
+from keras_ngd import keras_private
 from keras_ngd.layers.captured import Captured
 from keras_ngd.layers.probe import probe
 from keras_ngd.layers.rows import DenseRows
@@ -21,7 +21,7 @@ class Dense(Captured, keras.layers.Dense):
     plain = keras.layers.Dense
 
     def _rows(self):
-        return DenseRows(*self._kernel.shape, self.use_bias)
+        return DenseRows(*keras_private.kernel_of(self).shape, self.use_bias)
 
     def call(self, inputs, training=None):
         if self.statistics is None:
@@ -29,5 +29,5 @@ class Dense(Captured, keras.layers.Dense):
         x = ops.matmul(inputs, self.kernel)
         if self.bias is not None:
             x = ops.add(x, self.bias)
-        x = probe(x, inputs, self.statistics.rows, self.statistics, backend.mask_of(inputs))
+        x = probe(x, inputs, self.statistics.rows, self.statistics, keras_private.mask_of(inputs))
         return x if self.activation is None else self.activation(x)

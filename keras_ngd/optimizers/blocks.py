@@ -4,7 +4,7 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
 
-from keras_ngd import backend
+from keras_ngd import backend, keras_private
 
 
 @dataclass(frozen=True, eq=False)
@@ -96,7 +96,7 @@ def find_blocks(variables, key):
             continue
         seen.add(id(statistics))
         layer = statistics.owner()
-        block = Block(layer.path, layer._kernel, layer.bias if layer.use_bias else None, statistics)
+        block = Block(layer.path, keras_private.kernel_of(layer), layer.bias if layer.use_bias else None, statistics)
         for part in (block.kernel, block.bias):
             if part is not None and key(part) not in known:
                 raise ValueError(

@@ -4,8 +4,8 @@
 objects, one for each output that has one. Here each is replaced in this list by one that tells, whenever it is called, with what
 coefficients the single loss values enter the total. Nothing else about the loss changes.
 
-This is the only module that knows of Keras's `_compile_loss` and its `_flat_losses`, and of how `Loss.__call__` reduces values;
-`tf_tests/optimizers/test_loss_ratio.py` fails where any of them is no longer what it is here.
+This is the only module that knows how `Loss.__call__` reduces values; `tf_tests/optimizers/test_loss_ratio.py` fails where
+that is done otherwise.
 """
 
 import math
@@ -13,7 +13,7 @@ import weakref
 
 from keras import ops
 
-from keras_ngd import backend, replica
+from keras_ngd import backend, keras_private, replica
 
 MEANS = ("sum_over_batch_size", "mean", "mean_with_sample_weight")
 
@@ -53,8 +53,8 @@ class Heard:
 
 def compiled_losses(model):
     """The compiled losses that may be called after a captured layer of `model` was: its own, and that of what it is inside of."""
-    found = {id(m): m for m in (model, getattr(backend.call_context(), "entry_layer", None)) if m is not None}
-    losses = [getattr(m, "_compile_loss", None) for m in found.values()]
+    found = {id(m): m for m in (model, getattr(keras_private.call_context(), "entry_layer", None)) if m is not None}
+    losses = [keras_private.compiled_loss(m) for m in found.values()]
     return [loss for loss in losses if loss is not None]
 
 
@@ -76,9 +76,9 @@ def listen(compile_loss, heard):
 
 
 def _replace(compile_loss, listeners):
-    compile_loss._flat_losses = [
-        entry._replace(loss=Telling(entry.loss, entry.loss_weights, listeners)) for entry in compile_loss._flat_losses
-    ]
+    entries = keras_private.flat_losses(compile_loss)
+    told = [entry._replace(loss=Telling(entry.loss, entry.loss_weights, listeners)) for entry in entries]
+    keras_private.replace_flat_losses(compile_loss, told)
 
 
 class Telling:
@@ -115,7 +115,7 @@ class Telling:
                 loss.call = own
         # A loss whose `__call__` is its own need not have one `call`: its value is taken for a mean.
         values = seen[0] if len(seen) == 1 else ops.zeros(())
-        masks = [m for m in (backend.mask_of(y_pred), backend.mask_of(values)) if m is not None]
+        masks = [m for m in map(keras_private.mask_of, (y_pred, values)) if m is not None]
         sums = coefficients(values, sample_weight, masks, getattr(loss, "reduction", None))
         if self._weight is not None:
             weight = ops.abs(ops.stop_gradient(ops.convert_to_tensor(self._weight, "float32")))
@@ -137,18 +137,16 @@ def coefficients(values, sample_weight, masks, reduction):
         masks: list of the masks on the prediction and on the values, which hide where any does.
         reduction: one of Keras's.
     """
-    from keras.src.losses.loss import apply_mask, squeeze_or_expand_to_same_rank
-
     weight = None if sample_weight is None else ops.convert_to_tensor(sample_weight, "float32")
     if masks:
         mask = masks[0] if len(masks) == 1 else masks[0] & masks[1]
-        weight = apply_mask(weight, ops.cast(mask, "float32"), "float32", reduction)
+        weight = keras_private.masked_weight(weight, ops.cast(mask, "float32"), reduction)
     if weight is None:
         absolute = squares = count = _size(values)
         whole = len(values.shape) == 0
     else:
         weight = ops.stop_gradient(weight)
-        ones, weight = squeeze_or_expand_to_same_rank(ops.ones_like(values, "float32"), weight)
+        ones, weight = keras_private.same_rank(ops.ones_like(values, "float32"), weight)
         each = ops.abs(ones * weight)
         absolute, squares, count = ops.sum(each), ops.sum(ops.square(each)), _size(each)
         whole = len(each.shape) == 0

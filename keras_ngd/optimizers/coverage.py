@@ -2,6 +2,8 @@
 
 import warnings
 
+from keras_ngd import keras_private
+
 
 def _named(variables):
     """The paths of a few variables, for a message."""
@@ -15,7 +17,8 @@ def _is_kernel(variable):
 
 def count_not_captured(variables):
     """How many kernels among a model's trainable variables `capture` has left out."""
-    captured = {id(v.keras_ngd_statistics.owner()._kernel) for v in variables if hasattr(v, "keras_ngd_statistics")}
+    owners = [v.keras_ngd_statistics.owner() for v in variables if hasattr(v, "keras_ngd_statistics")]
+    captured = {id(keras_private.kernel_of(owner)) for owner in owners}
     return sum(_is_kernel(v) and id(v) not in captured for v in variables)
 
 
@@ -43,7 +46,7 @@ def check_statistics_given(optimizer, variables):
     """Raises an error if kernels of captured layers are among the variables, without their statistics."""
     model = optimizer.captured_model()
     statistics = {} if model is None else {id(v): v.keras_ngd_statistics for v in _statistics_weights(model)}
-    kernels = {optimizer._var_key(s.owner()._kernel) for s in statistics.values()}
+    kernels = {optimizer._var_key(keras_private.kernel_of(s.owner())) for s in statistics.values()}
     found = [v for v in variables if optimizer._var_key(v) in kernels]
     if found:
         raise ValueError(

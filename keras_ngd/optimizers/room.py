@@ -3,7 +3,7 @@
 import math
 import weakref
 
-from keras_ngd import backend, replica
+from keras_ngd import backend, keras_private, replica
 from keras_ngd.statistics import RowStatistics
 
 # Where neither data, nor the model, nor the first trace says how large a batch is.
@@ -58,7 +58,7 @@ class Room:
         if self._first() is not statistics or not isinstance(examples, int) or not examples:
             return
         if backend.makes_variables():
-            if replica.context() is not None or getattr(backend.call_context(), "training", None) is False:
+            if replica.context() is not None or getattr(keras_private.call_context(), "training", None) is False:
                 return
             self._seen = examples
             with backend.outside_trace():
@@ -76,7 +76,9 @@ class Room:
         ):
             return []
         self._found_room, pairs = self._seen, []
-        found = [s for s in model._flatten_layers() if isinstance(s, RowStatistics) and s.is_watched_by(self)]
+        found = [
+            s for s in keras_private.flatten_layers(model) if isinstance(s, RowStatistics) and s.is_watched_by(self)
+        ]
         for number, statistics in enumerate(found):
             new, before = self.make_statistics(statistics.owner()), list(statistics.weights)
             statistics.resize([getattr(new, name) for name in new.sizes])

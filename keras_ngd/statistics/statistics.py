@@ -8,7 +8,7 @@ import keras
 import numpy as np
 from keras import ops
 
-from keras_ngd import backend, replica, sharding
+from keras_ngd import backend, keras_private, replica, sharding
 
 # What a call emits as `witness`: more than gradients are usually clipped to one by one, so that this shows, but no more than
 # the length of a batch, which is in the norm of all of them too.
@@ -95,7 +95,7 @@ class Statistics(keras.layers.Layer):
         self.rows, self.loss, self._loss_read = None, None, None
         self.reached = False
         self.traced_calls, self._trace = 0, None
-        self.looped, self._called = False, False
+        self.looped, self._called_anew = False, False
         # Why the layer's calls can emit nothing, if they cannot.
         self.vectorized = None
         self._watcher = None
@@ -125,15 +125,12 @@ class Statistics(keras.layers.Layer):
         """Makes all weights anew, after arguments that their shapes depend on were changed."""
         owner, dtype = self.owner(), backend.dtype_name(self._averages[0])
         for variable in list(self.weights):
-            self._untrack_variable(variable)
+            keras_private.forget_weight(self, variable)
         with contextlib.ExitStack() as scopes:
             for name in owner.path.split("/"):
                 scopes.enter_context(keras.name_scope(name))
-            self._tracker.unlock()
-            try:
-                self.attach(owner, self.rows, dtype)
-            finally:
-                self._tracker.lock()
+            scopes.enter_context(keras_private.unlocked(self))
+            self.attach(owner, self.rows, dtype)
 
     def _add(self, name, shape, initializer, dtype):
         def add_weight(shape, initializer):
@@ -165,7 +162,7 @@ class Statistics(keras.layers.Layer):
     def called(self, x):
         """Told by the probe that the layer is called with `x`, before the weights are looked at."""
         # A call after a backward pass begins another pass.
-        self._called = True
+        self._called_anew = True
         watcher = None if self._watcher is None else self._watcher()
         if watcher is not None:
             watcher.called(self, x)
@@ -226,8 +223,8 @@ class Statistics(keras.layers.Layer):
         self.reached = True
         before, self._trace = self._trace, replica.trace_of(values[-1] if as_read is None else as_read)
         same = before is not None and before[0] is self._trace[0] and before[1] == self._trace[1]
-        begins = self._called or not same
-        self.traced_calls, self._called = (1 if begins else self.traced_calls + 1), False
+        begins = self._called_anew or not same
+        self.traced_calls, self._called_anew = (1 if begins else self.traced_calls + 1), False
         self.looped = looped or (self.looped and not begins)
         self.check(rows, x)
         spreads = tuple(sharding.spread_of(v) for v in self._averages)
