@@ -1,7 +1,8 @@
 """Natural-gradient training for any Keras model, through plain `compile` and `fit`."""
 
 from keras_ngd import analysis, callbacks, distributed, layers, schedules
-from keras_ngd.capture import capture, release, trainable_weights
+from keras_ngd.capture import capture
+from keras_ngd.capturing import release, trainable_weights
 from keras_ngd.optimizers import KFAC, PAPER_SETTINGS, SKFAC, SNGD, THOR, HyLo
 from keras_ngd.report import CaptureReport, LayerReport
 

@@ -87,6 +87,15 @@ def build_for_training(model, batch):
     model._symbolic_build(data_batch=batch)
 
 
+def write_back_state(model):
+    """Gives a model's variables the values they have in a `fit` that is under way: `jax_state_sync` of JAX's trainer.
+
+    That has them elsewhere in between. On TensorFlow variables are what is trained.
+    """
+    if hasattr(model, "jax_state_sync"):
+        model.jax_state_sync()
+
+
 def strategy_of_model(model):
     """The `tf.distribute` strategy in whose scope a model was made on TensorFlow, or None: `_distribute_strategy`."""
     return getattr(model, "_distribute_strategy", None)

@@ -127,3 +127,11 @@ def policy(name):
         yield
     finally:
         keras.config.set_dtype_policy(before)
+
+
+def trained(optimizer=None, epochs=1, seed=0, **kwargs):
+    """A captured model after training, always from the same weights."""
+    keras.utils.set_random_seed(seed)
+    model = captured(mlp(), optimizer, **kwargs)
+    fit(model, *regression(), epochs=epochs)
+    return model

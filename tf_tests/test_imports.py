@@ -1,10 +1,10 @@
-"""Tests that modules import what they may: of the backends, read from their sources."""
+"""Tests that modules import what they may, of the backends and of each other, read from their sources."""
 
 import ast
 
 import pytest
 
-from tf_tests.sources import calls, imports, modules
+from tf_tests.sources import ROOT, calls, imports, modules
 
 # Modules that are of one backend by their nature: their docstrings say so.
 OF_TENSORFLOW = {
@@ -14,7 +14,7 @@ OF_TENSORFLOW = {
     "distributed/multi_worker.py",
     "distributed/replicas.py",
 }
-OF_JAX = {"analysis/tpu_steps.py", "sharding.py"}
+OF_JAX = {"analysis/tpu_steps.py", "sharding/division.py", "sharding/layout.py"}
 IN_BACKEND = {name for name in modules() if name.startswith("backend/")}
 
 # Who may import a package, and who does.
@@ -54,3 +54,137 @@ def test_modules_of_one_backend_say_so(name):
     docstring = ast.get_docstring(modules()[name])
     assert ("TensorFlow" if name in OF_TENSORFLOW else "JAX") in docstring
     assert "alone" in docstring or "that backend" in docstring
+
+
+# Directions. Each part of the library, a package or a module of its own, and what else of ours it may import: nothing that comes
+# after it, so that there are no cycles. BUILD says the same.
+MAY_IMPORT = {
+    "keras_private": (),
+    "backend": ("keras_private",),
+    "schedules": (),
+    "report": (),
+    "replica": ("backend", "keras_private"),
+    "sharding": ("backend", "keras_private"),
+    "linalg": ("backend", "sharding"),
+    "curvature": ("backend", "linalg", "sharding"),
+    "layers": ("backend", "keras_private", "linalg"),
+    "statistics": ("backend", "keras_private", "linalg", "replica", "schedules", "sharding"),
+    "distributed": ("backend", "keras_private", "replica", "schedules"),
+    "optimizers": (
+        "backend",
+        "curvature",
+        "distributed",
+        "keras_private",
+        "linalg",
+        "replica",
+        "schedules",
+        "sharding",
+        "statistics",
+    ),
+    "capturing": (
+        "backend",
+        "keras_private",
+        "layers",
+        "optimizers",
+        "replica",
+        "report",
+        "sharding",
+        "statistics",
+    ),
+    "callbacks": ("distributed", "keras_private", "optimizers", "schedules", "sharding"),
+    "analysis": (
+        "backend",
+        "capturing",
+        "curvature",
+        "distributed",
+        "keras_private",
+        "layers",
+        "linalg",
+        "optimizers",
+        "schedules",
+        "statistics",
+    ),
+    "capture": ("analysis", "capturing"),
+    "__init__": (
+        "analysis",
+        "callbacks",
+        "capture",
+        "capturing",
+        "distributed",
+        "layers",
+        "optimizers",
+        "report",
+        "schedules",
+    ),
+}
+
+
+def part_of(name):
+    """The part of the library that a file belongs to."""
+    return name.split("/")[0].removesuffix(".py")
+
+
+def parts_imported(tree):
+    """The parts of the library that a module imports, by statements anywhere in it and by `import_module`."""
+    names = imports(tree)
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Call) and ast.unparse(node.func).endswith("import_module"):
+            names += [
+                c.value for c in ast.walk(node.args[0]) if isinstance(c, ast.Constant) and isinstance(c.value, str)
+            ]
+    names = [name.split(".") for name in names]
+    return {(name[1] if len(name) > 1 else "__init__") for name in names if name[0] == "keras_ngd"}
+
+
+def all_imported():
+    found = {part: set() for part in MAY_IMPORT}
+    for name, tree in modules().items():
+        found[part_of(name)] |= parts_imported(tree) - {part_of(name)}
+    return found
+
+
+def test_every_part_has_its_place():
+    assert {part_of(name) for name in modules()} == set(MAY_IMPORT)
+
+
+@pytest.mark.parametrize("name", modules())
+def test_imports_go_one_way(name):
+    others = parts_imported(modules()[name]) - {part_of(name), *MAY_IMPORT[part_of(name)]}
+    assert not others, f"{part_of(name)} may not import {others}"
+
+
+def test_what_may_be_imported_comes_before():
+    parts = list(MAY_IMPORT)
+    for i, part in enumerate(parts):
+        assert set(MAY_IMPORT[part]) <= set(parts[:i]), part
+
+
+def test_what_may_be_imported_is():
+    assert {part: set(may) for part, may in MAY_IMPORT.items()} == all_imported()
+
+
+def test_there_are_no_cycles():
+    graph, found = all_imported(), []
+
+    def visit(part, path):
+        if part in path:
+            pytest.fail(f"a cycle: {' -> '.join([*path[path.index(part) :], part])}")
+        if part not in found:
+            for other in sorted(graph[part]):
+                visit(other, [*path, part])
+            found.append(part)
+
+    for part in graph:
+        visit(part, [])
+
+
+def test_build_says_the_same():
+    targets = {}
+    for node in ast.walk(ast.parse((ROOT.parent / "BUILD").read_text())):
+        if isinstance(node, ast.Call) and ast.unparse(node.func) == "py_library":
+            arguments = {keyword.arg: keyword.value for keyword in node.keywords}
+            deps = ast.literal_eval(arguments["deps"]) if "deps" in arguments else []
+            targets[ast.literal_eval(arguments["name"])] = sorted(dep.removeprefix(":") for dep in deps)
+    for part, may in MAY_IMPORT.items():
+        # The package as a whole, for those who import it.
+        assert targets["keras_ngd" if part == "__init__" else part] == sorted(may), part

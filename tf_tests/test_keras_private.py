@@ -129,6 +129,20 @@ def build_for_training():
     assert model.metrics_variables
 
 
+def write_back_state():
+    steps = []
+
+    class Reading(keras.callbacks.Callback):
+        def on_train_batch_end(self, batch, logs=None):
+            keras_private.write_back_state(self.model)
+            steps.append(int(ops.convert_to_numpy(self.model.optimizer.iterations)))
+
+    model = small()
+    model.compile(keras.optimizers.SGD(0.1), "mse", jit_compile=JIT)
+    model.fit(np.ones((6, 3)), np.ones((6, 1)), batch_size=2, verbose=0, callbacks=[Reading()])
+    assert steps == [1, 2, 3]
+
+
 def strategy_of_model():
     if not TENSORFLOW:
         assert keras_private.strategy_of_model(small()) is None

@@ -2,8 +2,8 @@
 
 import keras
 
-from keras_ngd import keras_private
-from keras_ngd.capture import capture, release
+from keras_ngd import analysis, keras_private
+from keras_ngd.capturing import capture, release
 
 
 def captured_copy(model, inputs, optimizer, data=None, compiled=False):
@@ -27,7 +27,7 @@ def captured_copy(model, inputs, optimizer, data=None, compiled=False):
     if not copy.built:
         copy(inputs)
     copy.set_weights(model.get_weights())
-    capture(copy, optimizer, data=data)
+    capture(copy, optimizer, None, data, analysis)
     if compiled:
         _compile_like(copy, model, optimizer)
     return copy

@@ -4,7 +4,7 @@ import math
 from dataclasses import dataclass
 
 from keras_ngd import keras_private, schedules
-from keras_ngd.capture import layers_to_capture
+from keras_ngd.capturing import layers_to_capture
 from keras_ngd.linalg.packing import packed_size
 
 METHODS = ("sgd", "kfac", "kfac-mem-opt", "sp-ngd", "thor", "skfac", "sngd", "hylo-kid", "hylo-kis")

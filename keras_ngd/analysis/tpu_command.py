@@ -15,8 +15,7 @@ import pathlib
 import keras
 from absl import app, flags
 
-import keras_ngd
-from keras_ngd import backend
+from keras_ngd import backend, optimizers
 from keras_ngd.analysis.measuring import application
 from keras_ngd.analysis.tpu_steps import tpu_compile, tpu_devices
 from keras_ngd.analysis.tpu_tables import tpu_table
@@ -59,11 +58,13 @@ def make_optimizer(method, examples):
         raise app.UsageError(f"--method must be of {', '.join(METHODS)}. Received: {method}")
     name, _, mode = method.partition("-")
     made = {
-        "kfac": functools.partial(keras_ngd.KFAC, inverse=FLAGS.inverse),
-        "thor": functools.partial(keras_ngd.THOR, inverse=FLAGS.inverse, split=FLAGS.split),
-        "skfac": functools.partial(keras_ngd.SKFAC, batch_size=examples),
-        "sngd": functools.partial(keras_ngd.SNGD, batch_size=examples),
-        "hylo": functools.partial(keras_ngd.HyLo, batch_size=examples, rank=FLAGS.rank, mode=mode, steps_per_epoch=100),
+        "kfac": functools.partial(optimizers.KFAC, inverse=FLAGS.inverse),
+        "thor": functools.partial(optimizers.THOR, inverse=FLAGS.inverse, split=FLAGS.split),
+        "skfac": functools.partial(optimizers.SKFAC, batch_size=examples),
+        "sngd": functools.partial(optimizers.SNGD, batch_size=examples),
+        "hylo": functools.partial(
+            optimizers.HyLo, batch_size=examples, rank=FLAGS.rank, mode=mode, steps_per_epoch=100
+        ),
     }
     return made[name](name=method.replace("-", "_"))
 

@@ -7,7 +7,7 @@ import keras
 import numpy as np
 from keras import ops
 
-from keras_ngd import schedules, sharding
+from keras_ngd import keras_private, schedules, sharding
 from keras_ngd.callbacks.summaries import ScalarWriter
 from keras_ngd.optimizers import THOR
 from keras_ngd.optimizers.trace_rule import DECISIONS
@@ -118,9 +118,7 @@ class CurvatureMonitor(keras.callbacks.Callback):
             table.writerows(entries)
 
     def _record(self):
-        if hasattr(self.model, "jax_state_sync"):
-            # During `fit` on JAX the variables' values are elsewhere.
-            self.model.jax_state_sync()
+        keras_private.write_back_state(self.model)
         optimizer = self.model.optimizer
         step = int(ops.convert_to_numpy(optimizer.iterations))
         if self.records and self.records[-1]["step"] == step:

@@ -126,8 +126,8 @@ class HyLo(SNGD):
         self.decay_ratio, self.steps_per_epoch = float(decay_ratio), steps_per_epoch
         self.seed = schedules.check_seed("seed", seed)
 
-    def measure(self, model, data):
-        super().measure(model, data)
+    def measure(self, model, data, analysis):
+        super().measure(model, data, analysis)
         _check_rank(self.rank, self.batch_size or self.found_batch_size)
         if self.mode in ("switch", "random") and self.steps_per_epoch is None:
             self.steps_per_epoch = steps_in(data) or None

@@ -54,8 +54,11 @@ class Method(abc.ABC):
 
     # Before the first step
 
-    def measure(self, model: Any, data: Any) -> None:
-        """Settles what is to be measured on a model about to be captured, and on a batch of its inputs (or None)."""
+    def measure(self, model: Any, data: Any, analysis: Any) -> None:
+        """Settles what is to be measured on a model about to be captured, and on a batch of its inputs (or None).
+
+        `keras_ngd.analysis` stands above the optimizers, so it is handed down.
+        """
 
     def further_bytes(self, block: Block) -> int:
         """Size of what a block needs besides its statistics' averages and its curvature."""

@@ -95,7 +95,7 @@ class RowMethod(Room, NaturalGradient):
                     f"{type(self).__name__} has one `interval`, not `{name}`: an inverse belongs to the rows it was made of."
                 )
 
-    def measure(self, model, data):
+    def measure(self, model, data, analysis):
         found = None if data is None else self._batch_of(data)
         if found is None:
             sizes = {tensor.shape[0] for tensor in tree.flatten(getattr(model, "inputs", None) or [])}

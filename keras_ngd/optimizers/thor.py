@@ -119,7 +119,7 @@ class THOR(KFAC):
 
     # Splits
 
-    def measure(self, model, data):
+    def measure(self, model, data, analysis):
         if self.split != "auto":
             return
         if data is None:
@@ -129,10 +129,7 @@ class THOR(KFAC):
             )
         # A whole data set in one array is no batch.
         data = tree.map_structure(lambda leaf: leaf[:LARGEST_BATCH] if getattr(leaf, "shape", ()) else leaf, data)
-        # Late: the analysis captures models with optimizers.
-        from keras_ngd.analysis import split_dimension
-
-        self.split = split_dimension(model, data).split
+        self.split = analysis.split_dimension(model, data).split
 
     def split_of(self, layer):
         """The size of a layer's blocks, or None where they are whole."""

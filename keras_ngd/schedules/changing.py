@@ -1,86 +1,13 @@
-"""Values that may change during training: learning rates, dampings and update intervals."""
+"""Values that may change during training: what they are at a step, and schedules of our own."""
 
 import fractions
 import math
-import numbers
 
 import keras
 from keras import ops
 from keras.optimizers.schedules import LearningRateSchedule
 
-
-def is_number(value):
-    """Whether a value is a real number, of Python or of NumPy."""
-    return isinstance(value, numbers.Real) and not isinstance(value, bool)
-
-
-def is_count(value):
-    """Whether a value is an integer of at least 1, of Python or of NumPy."""
-    return isinstance(value, numbers.Integral) and not isinstance(value, bool) and value >= 1
-
-
-def check_positive(name, value):
-    """Returns a damping as a float or a `LearningRateSchedule`; a `ValueError` names what is wrong."""
-    if isinstance(value, LearningRateSchedule):
-        return value
-    if not is_number(value) or not 0 < value < float("inf"):
-        raise ValueError(
-            f"`{name}` must be a positive float or a `keras.optimizers.schedules.LearningRateSchedule`. "
-            f"Received: {name}={value!r}"
-        )
-    return float(value)
-
-
-def check_interval(name, value):
-    """Returns an interval as an int or a `LearningRateSchedule`; a `ValueError` names what is wrong."""
-    if isinstance(value, LearningRateSchedule):
-        for step in (0, 1, *(10**k for k in range(1, 7))):
-            interval = float(ops.convert_to_numpy(value(step)))
-            if not interval >= 0.5:
-                raise ValueError(
-                    f"`{name}` must be a schedule of intervals of at least 1 step. Received: {name}={value!r}, which is "
-                    f"{interval} at step {step}"
-                )
-        return value
-    if not is_count(value):
-        raise ValueError(
-            f"`{name}` must be an int of at least 1, in training steps, or a "
-            f"`keras.optimizers.schedules.LearningRateSchedule` of such values. Received: {name}={value!r}"
-        )
-    return int(value)
-
-
-def check_positive_number(name, value):
-    """Returns a float above 0; a `ValueError` names what is wrong."""
-    if not is_number(value) or not 0 < value < float("inf"):
-        raise ValueError(f"`{name}` must be a number above 0. Received: {name}={value!r}")
-    return float(value)
-
-
-def check_count(name, value):
-    """Returns an int of at least 1; a `ValueError` names what is wrong."""
-    if not is_count(value):
-        raise ValueError(f"`{name}` must be an int of at least 1. Received: {name}={value!r}")
-    return int(value)
-
-
-def check_seed(name, value):
-    """Returns an int in [0, 2**12); a `ValueError` names what is wrong."""
-    # With a layer's number of 12 bits beside it, it must be exact as a float32.
-    if not (is_count(value) or (isinstance(value, numbers.Integral) and value == 0)) or value >= 2**12:
-        raise ValueError(f"`{name}` must be an int in [0, 2**12). Received: {name}={value!r}")
-    return int(value)
-
-
-def check_split(name, value):
-    """Returns a block size as an int, or None; a `ValueError` names what is wrong."""
-    if value is None:
-        return None
-    if not is_count(value):
-        raise ValueError(
-            f"`{name}` must be an int of at least 1, the size of the blocks, or None. Received: {name}={value!r}"
-        )
-    return int(value)
+from keras_ngd.schedules.arguments import check_count, is_number
 
 
 def value_at(value, step):
@@ -229,49 +156,3 @@ class WarmupPolynomialDecay(LearningRateSchedule):
             "power": self.power,
             "name": self.name,
         }
-
-
-# THOR, Table 3: learning rates (initial, target, epochs of warm-up, epochs of decay, power), and dampings (initial, factor
-# in 10 epochs).
-_IMAGENET = {
-    "imagenet-256": (None, 0.045, None, 70, 6, 0.03, 0.87),
-    "imagenet-256-stop": (None, 0.050, None, 70, 6, 0.03, 0.87),
-    "imagenet-256-nt": (None, 0.045, None, 72, 6, 0.03, 0.87),
-    "imagenet-4096": (0.005, 0.45, 5, 55, 6, 0.3, 0.2),
-    "imagenet-8192": (0.01, 0.8, 5, 48, 6, 0.6, 0.3),
-}
-THOR_PRESETS = ("cifar10", *_IMAGENET)
-
-
-def thor_schedules(preset, steps_per_epoch):
-    """The learning rate and damping schedules of the THOR paper, as Keras schedules.
-
-    `"cifar10"` is eq. 13: both fall tenfold every 30 epochs, from 0.1 and 0.3. The others are ResNet-50's on ImageNet by
-    batch size (eq. 14 to 16, Table 3), `-stop` and `-nt` those of the paper's variants.
-
-    ```python
-    keras_ngd.THOR(**keras_ngd.schedules.thor_schedules("cifar10", steps_per_epoch=391), split=72)
-    ```
-
-    Args:
-        preset: one of `THOR_PRESETS`.
-        steps_per_epoch: int of at least 1.
-
-    Returns:
-        A dict with `learning_rate` and `damping`.
-    """
-    if preset not in THOR_PRESETS:
-        raise ValueError(f"`preset` must be one of {THOR_PRESETS}. Received: preset={preset!r}")
-    steps = check_count("steps_per_epoch", steps_per_epoch)
-    decay = keras.optimizers.schedules.ExponentialDecay
-    if preset == "cifar10":
-        return {
-            "learning_rate": decay(0.1, 30 * steps, 0.1, staircase=True),
-            "damping": decay(0.3, 30 * steps, 0.1, staircase=True),
-        }
-    initial, target, warmup, end, power, damping, rho = _IMAGENET[preset]
-    if warmup is None:
-        rate = keras.optimizers.schedules.PolynomialDecay(target, end * steps, end_learning_rate=0.0, power=power)
-    else:
-        rate = WarmupPolynomialDecay(initial, target, warmup * steps, end * steps, power)
-    return {"learning_rate": rate, "damping": decay(damping, 10 * steps, rho)}

@@ -1,0 +1,103 @@
+"""What of a model is captured, and why the rest is not."""
+
+import fnmatch
+
+import keras
+
+from keras_ngd import keras_private, layers
+from keras_ngd.capturing.walk import layers_with_weights, path_of
+
+OF_ANOTHER = "not trainable here, and captured already: left as it is"
+
+
+def layers_to_capture(model):
+    """The layers of a built model that `capture` would capture."""
+    return [layer for layer, reason in decide(list(layers_with_weights(model))) if not reason]
+
+
+def decide(found, skipped=lambda layer: ""):
+    """Pairs of each layer that was found and the reason why it is not captured, an empty string if it is."""
+    owners = _owners(found)
+    return [(layer, skipped(layer) or _reason_against(layer, wrapper, owners)) for layer, wrapper in found]
+
+
+def _owners(found):
+    """The layers that own each variable, by the variable's identity."""
+    owners = {}
+    for layer, _ in found:
+        for variable in keras_private.own_weights(layer):
+            owners.setdefault(id(variable), []).append(layer)
+    return owners
+
+
+def _reason_against(layer, wrapper, owners):
+    """Why a layer is not captured, or an empty string."""
+    if type(layer) not in layers.CAPTURED_KINDS and type(layer) not in layers.CAPTURED_KINDS.values():
+        for kind in layers.CAPTURED_KINDS:
+            if isinstance(layer, kind):
+                return f"a subclass of {kind.__name__}: its call may compute something else"
+        return "not a captured kind"
+    if wrapper is not None:
+        return f"inside {type(wrapper).__name__} {wrapper.name!r}, which calls it in its own way"
+    if getattr(layer, "quantization_mode", None) is not None:
+        return "quantized"
+    if layer.lora_enabled:
+        return "LoRA is enabled: its kernel is not what is trained"
+    if not layer.trainable and getattr(layer, "statistics", None) is not None:
+        return OF_ANOTHER
+    if not layer.trainable or not keras_private.kernel_of(layer).trainable:
+        return "not trainable: unfreeze it, then capture again"
+    if layer.use_bias and not layer.bias.trainable:
+        return "its bias is not trainable, its kernel is"
+    sharing = [other for other in owners[id(keras_private.kernel_of(layer))] if other is not layer]
+    if sharing:
+        return f"shares its kernel with {sharing[0].path!r}"
+    return ""
+
+
+def skipper(skip, candidates):
+    """A function of the layer that says that it is left out, or an empty string, from what `skip` is.
+
+    Raises:
+        TypeError: if `skip` is of the wrong kind.
+        ValueError: if it names none of the candidates.
+    """
+    if callable(skip) and not isinstance(skip, keras.layers.Layer):
+        return lambda layer: "left out by `skip`" if skip(layer) else ""
+    skip = () if skip is None else skip
+    patterns = list(skip) if isinstance(skip, (list, tuple, set, frozenset)) else [skip]
+
+    def matches(layer, pattern):
+        return fnmatch.fnmatchcase(layer.name, pattern) or fnmatch.fnmatchcase(path_of(layer), pattern)
+
+    for pattern in patterns:
+        if not isinstance(pattern, str):
+            raise TypeError(f"`skip` takes names, patterns or a function of the layer. Received: {pattern!r}")
+        if not any(matches(layer, pattern) for layer in candidates):
+            names = ", ".join(map(path_of, candidates))
+            raise ValueError(f"`skip` names {pattern!r}, which matches no layer with weights. There are: {names}")
+    return lambda layer: "left out by `skip`" if any(matches(layer, p) for p in patterns) else ""
+
+
+def check_built(model, needed):
+    """Raises a `ValueError` if a model or one of the layers that are needed has no weights yet."""
+    unbuilt = [layer.name for layer in needed if not layer.built]
+    if not model.built or unbuilt:
+        what = f"its layer {unbuilt[0]!r} has" if model.built else "it has"
+        raise ValueError(
+            f"Model {model.name!r} is not built ({what} no weights yet), so its layers' shapes are unknown. Call it on a batch "
+            "of data, or `model.build(input_shape)`, before `capture`."
+        )
+
+
+def check_float16(optimizer, captured):
+    """Raises a `ValueError` if layers compute in float16 whose loss scale the optimizer is not told."""
+    if optimizer.loss_scale_factor is not None:
+        return
+    for layer in captured:
+        if layer.compute_dtype == "float16":
+            raise ValueError(
+                f"Layer {layer.path!r} computes in float16, where Keras scales the loss dynamically; the statistics would carry "
+                "the square of a scale the optimizer is not told. Use the `mixed_bfloat16` policy, or "
+                "keras_ngd.KFAC(..., loss_scale_factor=1024.0) with model.compile(..., auto_scale_loss=False)."
+            )

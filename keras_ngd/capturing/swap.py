@@ -1,0 +1,143 @@
+"""Turning a model's layers into captured layers and back."""
+
+import contextlib
+import math
+import warnings
+
+import keras
+
+from keras_ngd import backend, keras_private, layers, replica, sharding
+from keras_ngd.capturing import policy
+from keras_ngd.capturing.walk import layers_with_weights, path_of
+from keras_ngd.layers.captured import Captured
+from keras_ngd.optimizers.blocks import Block, Group
+from keras_ngd.optimizers.natural_gradient import NaturalGradient
+from keras_ngd.optimizers.plain import plain_sgd
+from keras_ngd.report import CaptureReport, LayerReport
+
+
+def capture(model, optimizer, skip, data, analysis):
+    """Captures a model, as `keras_ngd.capture` says.
+
+    Args:
+        model, optimizer, skip, data: as for `keras_ngd.capture`.
+        analysis: what methods measure with before layers are captured for them: `keras_ngd.analysis`, which stands above.
+    """
+    backend.check_served()
+    if not isinstance(model, keras.Model):
+        raise TypeError(f"`model` must be a keras.Model. Received: {model!r}")
+    if isinstance(optimizer, (str, dict)):
+        optimizer = keras.optimizers.get(optimizer)
+    if not isinstance(optimizer, NaturalGradient):
+        raise TypeError(
+            f"`optimizer` must be a keras_ngd optimizer, such as keras_ngd.KFAC(...). Received: {optimizer!r}"
+        )
+    if optimizer.built:
+        raise ValueError(
+            f"Optimizer {optimizer.name!r} is already in use: its variables are those of the model before this capture. Capture "
+            "with a new optimizer."
+        )
+    with replica.scope_of(model, optimizer):
+        return _capture(model, optimizer, skip, data, analysis)
+
+
+def _capture(model, optimizer, skip, data, analysis):
+    sharding.check([*model.weights, *optimizer.variables])
+    for tensor in keras.tree.flatten(getattr(model, "inputs", None) or []):
+        sharding.check_batch(tensor.shape[0])
+    found = list(layers_with_weights(model))
+    skipped = policy.skipper(skip, [layer for layer, _ in found])
+    policy.check_built(model, [layer for layer, _ in found if not skipped(layer)])
+    decisions = policy.decide(found, skipped)
+    if all(reason for _, reason in decisions):
+        report = CaptureReport([LayerReport(path_of(la), type(la).__name__, reason=reason) for la, reason in decisions])
+        raise ValueError(
+            f"No layer of model {model.name!r} can be captured, so {optimizer.name} would be plain SGD:\n{report}"
+        )
+    policy.check_float16(optimizer, [layer for layer, reason in decisions if not reason])
+    optimizer.exchange.connect()
+    optimizer.measure(model, data, analysis)
+    entries = []
+    for layer, reason in decisions:
+        if reason:
+            if reason != policy.OF_ANOTHER:
+                _release_layer(layer)
+            entries.append(LayerReport(path_of(layer), type(layer).__name__, reason=reason))
+        else:
+            layer.__class__ = layers.CAPTURED_KINDS.get(type(layer), type(layer))
+            with contextlib.ExitStack() as scopes:
+                for name in layer.path.split("/"):
+                    scopes.enter_context(keras.name_scope(name))
+                statistics = optimizer.new_statistics(layer)
+                if not any(entry.captured for entry in entries):
+                    optimizer.loss_carrier.carried_by(statistics)
+                layer.attach_statistics(statistics)
+            # Eager training records its first batch before it builds the optimizer, which starts all again in its order.
+            optimizer.start_statistics(layer.statistics, sum(entry.captured for entry in entries))
+            layer.statistics.watched_by(optimizer)
+            entries.append(_describe(layer, optimizer))
+    optimizer.note_capture(model)
+    _forget_compiled_functions(model)
+    report = CaptureReport(entries, optimizer)
+    for message in report.warnings:
+        warnings.warn(message, stacklevel=4)
+    return report
+
+
+def _describe(layer, optimizer):
+    block = Block(layer.path, keras_private.kernel_of(layer), layer.bias, layer.statistics)
+    averages = layer.statistics.averages
+    shapes = [sharding.shape_of(v) for v in averages]
+    size = backend.itemsize(averages[0].dtype) * sum(map(math.prod, shapes))
+    shapes = tuple(s[1:] if s[0] == 1 else s for s in shapes if len(s) > 2)
+    kind = type(layer).plain.__name__
+    size += optimizer.make_curvature(Group([block])).bytes + optimizer.further_bytes(block)
+    return LayerReport(layer.path, kind, shapes, size)
+
+
+def release(model):
+    """Turns captured layers back into plain Keras layers, in place; weights and results stay.
+
+    So do layers written as `keras_ngd.layers` in the first place. A model compiled with one of our optimizers is compiled anew
+    with `keras.optimizers.SGD` of the same learning rate, momentum and other arguments of SGD's, at the same step, and all else
+    as it was: what is saved from a released model loads without this package. Second-order state and momenta are lost.
+
+    Raises:
+        TypeError: if `model` is of the wrong kind.
+    """
+    if not isinstance(model, keras.Model):
+        raise TypeError(f"`model` must be a keras.Model. Received: {model!r}")
+    for layer, _ in list(layers_with_weights(model)):
+        _release_layer(layer)
+    _forget_compiled_functions(model)
+    if model.compiled and isinstance(model.optimizer, NaturalGradient):
+        with replica.scope_of(model, model.optimizer):
+            # The arguments of the last `compile`, which Keras keeps for saving. A model's own `compile` may take others.
+            arguments = {**keras_private.compile_arguments(model), "optimizer": plain_sgd(model.optimizer)}
+            keras.Model.compile(model, auto_scale_loss=False, **arguments)
+            # An optimizer that is saved before it is built is loaded without its step.
+            model.optimizer.build(model.trainable_variables)
+
+
+def _release_layer(layer):
+    if not isinstance(layer, Captured):
+        return
+    layer.detach_statistics()
+    if type(layer) in layers.CAPTURED_KINDS.values():
+        layer.__class__ = type(layer).plain
+
+
+def _forget_compiled_functions(model):
+    """Functions traced before have the plain layers in them."""
+    for sub in keras_private.flatten_layers(model):
+        if isinstance(sub, keras.Model):
+            sub.train_function = sub.test_function = sub.predict_function = None
+
+
+def trainable_weights(model):
+    """A model's trainable weights without the statistics of captured layers, in their order.
+
+    What a custom training step is to clip, penalise or count: `model.trainable_variables` has the statistics as well, whose
+    "gradients" are their new values.
+    """
+    return [v for v in model.trainable_variables if not hasattr(v, "keras_ngd_statistics")]
