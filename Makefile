@@ -68,7 +68,7 @@ $(BIN)/pip:
 	$(PYTHON) -m venv $(VENV)
 
 $(DEMO): setup.py pyproject.toml constraints.txt | $(BIN)/pip
-	$(INSTALL) --editable ".[datasets,plots]"
+	$(INSTALL) --editable ".[tensorflow,datasets,plots]"
 	@touch $@
 
 $(TEST): setup.py pyproject.toml constraints.txt | $(DEMO)

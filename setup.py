@@ -9,11 +9,17 @@ ROOT = Path(__file__).parent
 VERSION = re.search(r'^__version__ = "(.+)"$', (ROOT / "keras_ngd" / "__init__.py").read_text(), re.MULTILINE)[1]
 
 # The digits and other embedded data sets come from scikit-learn, through tensorflow-datasets.
-# tensorflow-datasets needs importlib_resources for builders inside packages, but does not ask for it.
+# tensorflow-datasets needs TensorFlow, and importlib_resources for builders inside packages, but asks for neither.
 DATASETS = ["tensorflow-datasets", "scikit-learn", "importlib_resources"]
 PLOTS = ["matplotlib"]
+
+# The backends: one of them is needed, and either will do.
+TENSORFLOW = ["tensorflow>=2.21"]
 JAX = ["jax"]
-BENCHMARKS = [*DATASETS, *PLOTS, *JAX, "scipy", "tqdm"]
+
+# TensorFlow writes what TensorBoard reads, on both backends.
+TENSORBOARD = [*TENSORFLOW, "tensorboard"]
+BENCHMARKS = [*TENSORFLOW, *JAX, *DATASETS, *PLOTS, "scipy", "tqdm"]
 
 setup(
     name="keras_ngd",
@@ -24,16 +30,17 @@ setup(
     license="Apache-2.0",
     python_requires=">=3.11",
     packages=find_packages(include=["keras_ngd", "keras_ngd.*"]),
-    install_requires=["keras>=3.15", "tensorflow>=2.21", "absl-py", "numpy"],
+    install_requires=["keras>=3.15", "absl-py", "numpy"],
     extras_require={
-        "datasets": DATASETS,
-        "plots": PLOTS,
-        "tensorboard": ["tensorboard"],
+        "tensorflow": TENSORFLOW,
         "jax": JAX,
-        "horovod": ["horovod>=0.28"],
+        "datasets": [*TENSORFLOW, *DATASETS],
+        "plots": PLOTS,
+        "tensorboard": TENSORBOARD,
+        "horovod": [*TENSORFLOW, "horovod>=0.28"],
         "tpu": [*JAX, "libtpu"],
         "benchmarks": BENCHMARKS,
-        "test": [*BENCHMARKS, "hypothesis", "psutil", "pytest", "pytest-xdist", "ruff", "tensorboard"],
+        "test": [*BENCHMARKS, *TENSORBOARD, "hypothesis", "psutil", "pytest", "pytest-xdist", "ruff"],
     },
     classifiers=[
         "Development Status :: 3 - Alpha",
