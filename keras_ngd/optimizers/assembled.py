@@ -8,6 +8,7 @@ from keras import ops
 
 from keras_ngd import schedules, sharding
 from keras_ngd.optimizers import checks, coverage
+from keras_ngd.optimizers.arguments import documented
 from keras_ngd.optimizers.blocks import Layout
 from keras_ngd.optimizers.bound import checked_clips
 from keras_ngd.optimizers.checkpoint import StrictCheckpoint
@@ -24,45 +25,14 @@ from keras_ngd.optimizers.settings import check_fisher_scale
 from keras_ngd.optimizers.state_layout import StateLayout
 
 
+@documented()
 class AssembledOptimizer(Method, OverwritingSGD):
     """What all methods share but the flow of a step, which is `NaturalGradient`'s.
 
     Args:
         learning_rate: float, `LearningRateSchedule` or callable, as for every Keras optimizer.
         damping: positive float or `LearningRateSchedule` (of the step).
-        momentum: float in [0, 1). Default 0.9.
-        factor_decay: float in [0, 1): how much of the statistics' average is kept at an update. The average is free of
-            start-up bias: after t updates its weights are proportional to `factor_decay ** age` and sum to 1.
-        factor_interval: int or schedule: steps between updates of the statistics.
-        inverse_interval: int or schedule: steps between refreshes of the inverses.
-        interval_growth: positive float or None. An interval given as an int is at most this share of the steps so far, and at
-            least 1: what a network is like changes fastest in its first steps. None: the interval itself from the first step
-            on. Default 0.1.
-        loss_clip: positive float, or None for none: bound on what a step promises to take off the loss, as a share of the
-            loss and for a learning rate of 1. Default `"auto"`: 1.0, or None where `kl_clip` is given.
-        kl_clip: positive float, or None for none: bound on the squared length of a step in the Fisher metric. Default None.
-        fisher_scale: `"loss"`: the Fisher matrix is divided by the loss (its running average), so that steps do not depend on the
-            loss's units. The empirical Fisher matrix is a square of gradients: it falls with the square of the residuals, the
-            loss's curvature does not. Of squared errors the quotient is the Gauss-Newton matrix, up to a constant. None: the
-            empirical Fisher matrix itself. Default `"loss"`.
-        rest: `"adam"` or `"sgd"`: the update rule of variables that no curvature describes. Default `"adam"`.
-        rest_learning_rate: float or `LearningRateSchedule`: its learning rate. Default None: a tenth of `learning_rate` for
-            `"adam"`, `learning_rate` itself for `"sgd"`.
-        communicator: `"auto"` (default): Horovod where `horovod.tensorflow.init()` has started several processes;
-            `"horovod"`, `"local"`, or a `keras_ngd.distributed.Communicator`.
-        gradient_worker_fraction: share of several workers that hold each layer's inverses; its product with their number must
-            divide it, and 0 stands for one of them. Others get the layer's preconditioned gradient instead, at every step. With
-            less than 1 (the default) inverses are not saved: training that goes on begins with a refresh.
-        reduce_scatter: whether statistics and the gradients of captured layers are summed up on their layers' owners alone, as in
-            SP-NGD; for `gradient_worker_fraction=0`. Default False: on all workers. What is saved then needs the callback
-            `keras_ngd.callbacks.GatherStatistics` on all workers.
-        shard_state: whether each device of the active `keras.distribution` (JAX) keeps and inverts a part of the statistics
-            and inverses, in place of all of them. Default False.
-        not_captured: how many kernels (trainable variables of two or more axes) `capture` left out. Written by `capture` and
-            saved, so that the optimizer of a loaded model knows. Default None.
-        **kwargs: all other arguments of `keras.optimizers.SGD`: `nesterov`, `weight_decay` (decoupled), `clipnorm`,
-            `clipvalue`, `global_clipnorm` (these clip the preconditioned gradient), `use_ema`, `ema_momentum`,
-            `ema_overwrite_frequency`, `loss_scale_factor`, `name`.
+        {{shared_arguments}}
     """
 
     def __init__(

@@ -9,6 +9,7 @@ from keras import ops
 from keras_ngd import backend, schedules
 from keras_ngd.linalg.sampling import SAMPLINGS
 from keras_ngd.optimizers import gradient_switch, joining
+from keras_ngd.optimizers.arguments import NOT_OF_ROWS, documented
 from keras_ngd.optimizers.row_method import steps_in
 from keras_ngd.optimizers.sngd import SNGD
 from keras_ngd.statistics import LowRankStatistics
@@ -22,6 +23,7 @@ DEFAULT_PERIOD = 100
 
 
 @keras.saving.register_keras_serializable("keras_ngd")
+@documented("factor_decay", *NOT_OF_ROWS)
 class HyLo(SNGD):
     """SNGD with a few rows in place of a batch's, chosen anew at every update by one of two means.
 
@@ -48,11 +50,6 @@ class HyLo(SNGD):
             chosen rows is divided by it alone, so that far smaller ones take steps far too long. `damping_mode` says in which
             units. Default None: 0.3, relative.
         damping_mode: `"relative"` or `"absolute"`, as for `keras_ngd.SNGD`.
-        momentum: float in [0, 1). Default 0.9.
-        interval: int or schedule: steps between updates. Default 10.
-        batch_size: int, the largest batch that will be seen; smaller ones are exact, larger ones an error. Default None: room
-            is made for the first batch, or for 128 examples where TensorFlow does not know its size (batches that do not divide
-            the data), and of larger batches the leading examples are recorded, with the weight of all.
         rank: how many rows: an int up to the batch size, or a float in (0, 1], a fraction of it, or of the room where there is
             more. Default 0.1, the paper's.
         mode: `"switch"` (default), `"kid"`, `"kis"`, or `"random"`: one or the other by a coin for each epoch (the paper's
@@ -65,10 +62,8 @@ class HyLo(SNGD):
         decay_ratio: a learning rate of at most this share of the last epoch's counts as decayed. Default 0.9.
         steps_per_epoch: int, how often `"switch"` and `"random"` decide. Default None: the length of `capture`'s `data`, if it
             is a data set that has one; else they decide every 100 steps.
-        losses_per_example: as for `keras_ngd.KFAC`. Default `"auto"`.
-        kl_clip: as for `keras_ngd.KFAC`. Default None.
         seed: int in [0, 2**12), of samples and coins. Default 0.
-        **kwargs: as for `keras_ngd.KFAC`.
+        {{shared_arguments}}
 
     Reference:
         - [Mu et al., 2022](https://doi.org/10.1109/SC41404.2022.00053)

@@ -5,6 +5,7 @@ from keras import ops
 
 from keras_ngd.curvature import KroneckerCurvature
 from keras_ngd.curvature.kronecker import DAMPING_MODES, INVERSES
+from keras_ngd.optimizers.arguments import documented
 from keras_ngd.optimizers.loss_ratio import check_losses_per_example
 from keras_ngd.optimizers.natural_gradient import NaturalGradient
 from keras_ngd.optimizers.settings import settled_damping
@@ -12,6 +13,7 @@ from keras_ngd.statistics import KroneckerStatistics
 
 
 @keras.saving.register_keras_serializable("keras_ngd")
+@documented()
 class KFAC(NaturalGradient):
     """Kronecker-factored approximate curvature, on top of Keras's SGD with momentum.
 
@@ -36,11 +38,6 @@ class KFAC(NaturalGradient):
         learning_rate: float, `LearningRateSchedule` or callable. Default 0.02.
         damping: positive float or `LearningRateSchedule`: what is added to the curvature; `damping_mode` says in which units.
             Default None: 1.0, relative.
-        momentum: float in [0, 1). Default 0.9.
-        factor_decay: float in [0, 1): how much of the factors' running average an update keeps. The average has no
-            start-up bias. Default 0.95.
-        factor_interval: int or schedule: steps between updates of the factors; see `interval_growth`. Default 10.
-        inverse_interval: int or schedule: steps between refreshes of the inverses; see `interval_growth`. Default 100.
         inverse: how the factors are inverted. `"cholesky"`; `"newton-schulz"` (matrix products only, warm-started from
             the last inverse, falling back to Cholesky where that does not converge); `"eigen"` (eigendecompositions: the
             damping may change between refreshes; twice the preconditioning cost); `"auto"` (default): `"newton-schulz"`
@@ -50,17 +47,7 @@ class KFAC(NaturalGradient):
             sqrt(damping) / pi`, with `pi^2` the ratio of the factors' mean eigenvalues; `"sqrt"`: both `sqrt(damping)`;
             `"factor"`: both `damping`; `"exact"` (with `inverse="eigen"` only): the damping is added to `A (x) G` itself.
             Default None: `"relative"` where `damping` is not given, else `"pi"`.
-        weight_sharing: `"expand"` (default) or `"reduce"`: how the positions of convolutions and sequences count.
-        losses_per_example: number of loss values an example contributes to the mean, such as the positions that a loss is
-            averaged over. Default `"auto"`: read from the compiled loss, its reduction, masks and weights (attribute
-            `loss_ratio`); 1 in training without one.
-        statistics_fraction: in (0, 1]: the share of each batch the factors are estimated from. Default 1.
-        kl_clip: positive float: in place of `loss_clip`, nu = min(1, sqrt(kl_clip / (learning_rate^2 sum of <P, V>))), under
-            which steps that are clipped do not depend on the learning rate. Default None.
-        **kwargs: `NaturalGradient`'s: `loss_clip`, `fisher_scale`, `interval_growth`, `rest`, `rest_learning_rate`, and for
-            several workers and devices `communicator`, `gradient_worker_fraction`, `reduce_scatter`, `shard_state`; all other
-            arguments of `keras.optimizers.SGD` (`weight_decay` is decoupled; `clipnorm` and its kin clip the
-            preconditioned gradient), except `gradient_accumulation_steps`.
+        {{shared_arguments}}
 
     Factors are as wide as their layers, and the time of a refresh grows with the cube of that: `capture` warns of layers above
     `keras_ngd.report.WIDE_FACTOR`. None is left out for its size by itself: the widest layer, such as one over a vocabulary, is

@@ -8,6 +8,7 @@ from keras import ops, tree
 
 from keras_ngd import backend, schedules, sharding
 from keras_ngd.optimizers import joining
+from keras_ngd.optimizers.arguments import NOT_OF_ROWS, documented
 from keras_ngd.optimizers.loss_ratio import check_losses_per_example
 from keras_ngd.optimizers.natural_gradient import NaturalGradient
 from keras_ngd.optimizers.room import Room
@@ -46,16 +47,14 @@ class Given:
         self.of_block = {}
 
 
+@documented(*NOT_OF_ROWS)
 class RowMethod(Room, NaturalGradient):
     """Base of the methods whose statistics are rows: one interval for rows and inverses, and room for a batch of rows.
 
     An inverse belongs to the rows it was made of, so it is renewed whenever rows are recorded.
 
     Args:
-        interval: int or schedule: steps between updates.
-        batch_size: int, the largest batch that will be seen, larger ones being an error; None for room that is found (`room`).
-        losses_per_example: number of loss values an example contributes to the mean, or `"auto"`.
-        **kwargs: `NaturalGradient`'s.
+        {{shared_arguments}}
     """
 
     def __init__(self, learning_rate, damping, interval, batch_size, losses_per_example, **kwargs):

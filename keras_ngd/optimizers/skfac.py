@@ -6,6 +6,7 @@ from keras_ngd import schedules
 from keras_ngd.curvature import WoodburyCurvature
 from keras_ngd.curvature.kronecker import DAMPING_MODES
 from keras_ngd.optimizers import joining
+from keras_ngd.optimizers.arguments import NOT_OF_ROWS, documented
 from keras_ngd.optimizers.row_method import RowMethod
 from keras_ngd.optimizers.settings import settled_damping
 from keras_ngd.statistics import WoodburyStatistics
@@ -13,6 +14,7 @@ from keras_ngd.statistics.woodbury import are_rows
 
 
 @keras.saving.register_keras_serializable("keras_ngd")
+@documented(*NOT_OF_ROWS)
 class SKFAC(RowMethod):
     """KFAC whose factors are inverted through the examples that they are made of.
 
@@ -37,21 +39,14 @@ class SKFAC(RowMethod):
         damping: positive float or `LearningRateSchedule`, as for `keras_ngd.KFAC`; factors of one batch alone may need
             more than KFAC's averages. Woodbury's identity loses digits where a factor's largest eigenvalue is more than a
             thousand times what is added to it. Default None: 1.0, relative.
-        momentum: float in [0, 1). Default 0.9.
-        interval: int or schedule: steps between updates. Default 10.
-        batch_size: int, the largest batch that will be seen; smaller ones are exact, larger ones an error. Default None: room
-            is made for the first batch, or for 128 examples where TensorFlow does not know its size (batches that do not divide
-            the data), and of larger batches the leading examples are recorded, with the weight of all.
         convolution: `"reduce"` (default): the mean over an example's positions of the inputs, the sum of the gradients; or
             `"subsample"`: some of a convolution's positions, drawn at random for each example.
         positions: int, how many, for `"subsample"`. Default 4.
         history: int of at least 1: of how many recorded batches the factors are made. Default 1.
         factor_decay: float in (0, 1): the weight of a batch in the history against that of the next. Default 0.95.
         damping_mode: `"relative"`, `"pi"`, `"sqrt"` or `"factor"`, as for `keras_ngd.KFAC`.
-        losses_per_example: as for `keras_ngd.KFAC`. Default `"auto"`.
-        kl_clip: as for `keras_ngd.KFAC`. Default None.
         seed: int in [0, 2**12), of the positions drawn. Default 0.
-        **kwargs: as for `keras_ngd.KFAC`.
+        {{shared_arguments}}
 
     Reference:
         - [Tang et al., 2021](https://openaccess.thecvf.com/content/CVPR2021/html/Tang_SKFAC_Training_Neural_Networks_With_Faster_Kronecker-Factored_Approximate_Curvature_CVPR_2021_paper.html)

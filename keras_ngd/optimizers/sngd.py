@@ -4,6 +4,7 @@ import keras
 
 from keras_ngd.curvature import KernelCurvature
 from keras_ngd.curvature.kernel import KERNEL_DAMPING_MODES
+from keras_ngd.optimizers.arguments import NOT_OF_ROWS, documented
 from keras_ngd.optimizers.row_method import RowMethod
 from keras_ngd.optimizers.settings import settled_damping
 from keras_ngd.statistics import RowStatistics
@@ -14,6 +15,7 @@ RELATIVE_DAMPING = 0.3
 
 
 @keras.saving.register_keras_serializable("keras_ngd")
+@documented("factor_decay", *NOT_OF_ROWS)
 class SNGD(RowMethod):
     """The natural gradient with the Fisher matrix of the batch itself, layer by layer, without ever forming it.
 
@@ -39,16 +41,10 @@ class SNGD(RowMethod):
             float32, keep it above a ten-thousandth of the kernel matrices' largest eigenvalues. Default None: 0.3, relative.
         damping_mode: `"relative"`: in units of the mean eigenvalue of each layer's kernel matrix; `"absolute"`: in those of the
             curvature. Default None: `"relative"` where `damping` is not given, else `"absolute"`.
-        momentum: float in [0, 1). Default 0.9.
         interval: int or schedule: steps between updates; in between, the last recorded batch's curvature is used. At 1, a
             gradient is preconditioned with the curvature of the very batch that it comes from, which takes less noise out of
             it. Default 10.
-        batch_size: int, the largest batch that will be seen; smaller ones are exact, larger ones an error. Default None: room
-            is made for the first batch, or for 128 examples where TensorFlow does not know its size (batches that do not divide
-            the data), and of larger batches the leading examples are recorded, with the weight of all.
-        losses_per_example: as for `keras_ngd.KFAC`. Default `"auto"`.
-        kl_clip: as for `keras_ngd.KFAC`. Default None.
-        **kwargs: as for `keras_ngd.KFAC`.
+        {{shared_arguments}}
 
     Reference:
         - [Mu et al., 2022](https://doi.org/10.1109/SC41404.2022.00053), the HyLo paper, sections III and V

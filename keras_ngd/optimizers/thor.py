@@ -8,6 +8,7 @@ from keras import ops, tree
 from keras_ngd import schedules
 from keras_ngd.curvature import SplitCurvature
 from keras_ngd.optimizers import trace_rule
+from keras_ngd.optimizers.arguments import documented
 from keras_ngd.optimizers.kfac import KFAC
 from keras_ngd.statistics import SplitStatistics
 
@@ -19,6 +20,7 @@ TRACE_DAMPINGS = ("none", "full")
 
 
 @keras.saving.register_keras_serializable("keras_ngd")
+@documented("reduce_scatter")
 class THOR(KFAC):
     """KFAC with block-diagonal factors, and inverses that each layer renews only when its curvature has changed.
 
@@ -57,11 +59,11 @@ class THOR(KFAC):
             hundreds of times the other, hides the change: nearly every layer keeps, or stops, by accident.
         stop_patience: how many changes below omega2 in a row it takes to stop. Single ones come by chance. Default 1, the
             paper's.
-        learning_rate, damping, momentum, factor_decay, factor_interval, inverse_interval, damping_mode,
-            weight_sharing, losses_per_example, statistics_fraction, kl_clip, **kwargs: as for `keras_ngd.KFAC`. The paper
-            adds the damping itself to both factors, `damping_mode="factor"`, and averages nothing,
-            `factor_decay=0`.
-        inverse: `"auto"` (default), `"cholesky"` or `"newton-schulz"`.
+        learning_rate, damping: as for `keras_ngd.KFAC`.
+        damping_mode: as for `keras_ngd.KFAC`, without `"exact"`. The paper adds the damping itself to both factors,
+            `damping_mode="factor"`, and averages nothing, `factor_decay=0`.
+        inverse: `"auto"` (default), `"cholesky"` or `"newton-schulz"`, as for `keras_ngd.KFAC`.
+        {{shared_arguments}}
 
     Reference:
         - [Chen et al., 2021](https://ojs.aaai.org/index.php/AAAI/article/view/16867)
