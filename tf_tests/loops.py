@@ -8,7 +8,9 @@ def squared_error(predictions, y):
     return ops.mean(ops.square(predictions - y))
 
 
-def custom_step(model, optimizer, change=lambda gradients, variables: gradients, penalty=None, passes=1, divided=False):
+def custom_step(
+    model, optimizer, change=lambda gradients, variables: gradients, penalty=None, passes=1, divided=False, scaled=False
+):
     """A function `(x, y)` that makes one step of `optimizer` and returns the loss.
 
     Args:
@@ -18,13 +20,15 @@ def custom_step(model, optimizer, change=lambda gradients, variables: gradients,
         penalty: function of the variables' tensors that is added to the loss, or None.
         passes: how many equal parts of the batch have a backward pass each; their gradients are added.
         divided: whether the loss of each is divided by their number.
+        scaled: whether the optimizer is told the loss, as README has it.
     """
     variables = model.trainable_variables
     optimizer.build(variables)
 
     def loss_of(predict, values, x, y):
         loss = squared_error(predict(x), y) / (passes if divided else 1)
-        return loss if penalty is None else loss + penalty(values)
+        loss = loss if penalty is None else loss + penalty(values)
+        return optimizer.scale_loss(loss) if scaled else loss
 
     def batches(x, y):
         return zip(ops.split(x, passes), ops.split(y, passes), strict=True)

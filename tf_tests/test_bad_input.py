@@ -151,13 +151,6 @@ def test_a_failed_capture_changes_nothing():
 # Training
 
 
-def test_optimizer_without_capture():
-    with pytest.raises(
-        ValueError, match=r"KFAC found no captured layers.*`keras_ngd.capture\(model, optimizer\)` before"
-    ):
-        fit(compiled(mlp(), kfac()), *regression())
-
-
 def test_captured_for_another_optimizer():
     model = mlp()
     keras_ngd.capture(model, kfac(weight_sharing="reduce"))

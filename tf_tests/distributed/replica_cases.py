@@ -8,7 +8,7 @@ from keras import layers
 import keras_ngd
 from tf_tests import paper
 from tf_tests.distributed import cases
-from tf_tests.small import array, relative_distance, weights
+from tf_tests.small import array, regression, relative_distance, weights
 
 
 def prepared(strategy, method):
@@ -61,6 +61,19 @@ def weighted(strategy, names):
         model = prepared(strategy, name)
         model.fit(dataset(x, y, given), verbose=0)
         found[name] = {"weights": weights(model), "ratio": model.optimizer.loss_ratio}
+    return found
+
+
+def obligations(strategy):
+    """Of each method of `tf_tests.test_obligations`: weights after 5 steps, and whether replicas have the same bits."""
+    from tf_tests import test_obligations
+
+    found = {}
+    for method in test_obligations.METHODS:
+        with strategy.scope():
+            model = test_obligations.with_all_rows(method)
+        fit(model, *regression(5 * test_obligations.BATCH), batch=test_obligations.BATCH)
+        found[method.kind.__name__] = {"weights": weights(model), "same": same_bits(strategy, model)}
     return found
 
 

@@ -124,10 +124,10 @@ def everything(model):
     return {f"{i} {v.path}": array(v) for i, v in enumerate(model.weights + model.optimizer.variables)}
 
 
-@pytest.mark.parametrize("mode", ["switch", pytest.param("random", marks=pytest.mark.slow)])
-def test_survives_saving(mode, tmp_path):
-    """In the middle of an epoch, its sum of gradients half done: loaded, training goes on to the same bits."""
-    optimizer = paper.HyLo(interval=2, batch_size=8, rank=3, mode=mode, damping=0.1, eta=0.4, steps_per_epoch=3, seed=7)
+@pytest.mark.slow
+def test_coins_survive_saving(tmp_path):
+    """In the middle of an epoch: loaded, training goes on to the same bits."""
+    optimizer = paper.HyLo(interval=2, batch_size=8, rank=3, mode="random", damping=0.1, steps_per_epoch=3, seed=7)
     model = captured(mlp(), optimizer)
     fit(model, *regression(), epochs=2)
     model.save(tmp_path / "model.keras")
@@ -160,23 +160,6 @@ def test_run_eagerly_it_does_the_same():
         fit(model, *regression(16))
         found.append(statistics(model))
     small.assert_close(*found, tolerance=1e-4)
-
-
-@pytest.mark.skipif(small.JIT, reason="JAX compiles it anyway")
-@pytest.mark.slow
-def test_compiled_by_xla_it_does_the_same():
-    """But for its draws, of which TensorFlow's depend on whether it is."""
-    trained = []
-    for jit_compile in (True, False):
-        keras.utils.set_random_seed(0)
-        optimizer = paper.HyLo(
-            interval=1, batch_size=8, rank=4, damping=0.5, steps_per_epoch=4, eta=1e-9, learning_rate=0.01
-        )
-        model = captured(mlp(), optimizer, jit_compile=jit_compile)
-        fit(model, *regression(), epochs=3)
-        assert optimizer.switch_report()["mode"] == "kid"
-        trained.append(weights(model))
-    assert_close(*trained, tolerance=1e-3)
 
 
 @pytest.mark.skipif(small.JIT, reason="JAX compiles it anyway")
@@ -246,21 +229,3 @@ def test_a_rank_above_a_batch_size_that_capture_finds():
 @pytest.mark.parametrize("mode", ["kid", "kis"])
 def test_one_mode_for_good_needs_no_steps_per_epoch(mode):
     keras_ngd.capture(mlp(), paper.HyLo(mode=mode, batch_size=8))
-
-
-def test_config_comes_back():
-    arguments = {
-        "batch_size": 32,
-        "rank": 5,
-        "mode": "random",
-        "sampling": "replacement",
-        "power": 1.0,
-        "residual": False,
-        "eta": 0.5,
-        "decay_ratio": 0.5,
-        "steps_per_epoch": 7,
-        "seed": 9,
-    }
-    config = paper.HyLo(**arguments).get_config()
-    assert {name: config[name] for name in arguments} == arguments
-    assert keras_ngd.HyLo.from_config(config).get_config() == config

@@ -2,14 +2,11 @@
 
 import copy
 
-import keras
 import numpy as np
-from keras import ops
 
 import keras_ngd
 from tf_tests.small import (
     array,
-    assert_close,
     assert_same,
     captured,
     compiled,
@@ -35,22 +32,6 @@ def test_summary_lists_the_model_as_it_was(capsys):
     printed = capsys.readouterr().out
     assert "hidden (Dense)" in printed
     assert "outputs (Dense)" in printed
-
-
-def test_clone_of_a_captured_model():
-    model, (x, y) = trained(), regression()
-    clone = keras.models.clone_model(model)
-    assert type(clone.get_layer("hidden")) is keras_ngd.layers.Dense
-    assert clone.get_layer("hidden").statistics is not model.get_layer("hidden").statistics
-    assert all(np.all(v == 0) for path, v in statistics(clone).items() if path.endswith("factor"))
-    clone.set_weights(model.get_weights())
-    assert_same(statistics(clone), statistics(model))
-    before = weights(model)
-    fit(compiled(clone, kfac()), x, y)
-    assert clone.optimizer.factor_updates == STEPS
-    assert_same(weights(model), before)
-    fit(model, x, y)
-    assert model.optimizer.factor_updates == 2 * STEPS
 
 
 def test_copy_of_a_captured_model():
@@ -98,44 +79,3 @@ def test_two_models_two_optimizers():
     fit(second, x, y)
     assert first.optimizer.factor_updates == 4
     assert second.optimizer.factor_updates == 8
-
-
-def test_custom_loop_with_gradients():
-    """`optimizer.apply` called by hand, outside of any trainer."""
-    keras.utils.set_random_seed(0)
-    model, (x, y), optimizer = mlp(), regression(8), kfac()
-    keras_ngd.capture(model, optimizer)
-    optimizer.build(model.trainable_variables)
-    if keras.backend.backend() == "tensorflow":
-        import tensorflow as tf
-
-        @tf.function
-        def differentiate(x, y):
-            with tf.GradientTape() as tape:
-                loss = ops.mean(ops.square(model(x, training=True) - y))
-            return tape.gradient(loss, [v.value for v in model.trainable_variables])
-
-        for _ in range(2):
-            optimizer.apply(differentiate(x, y), model.trainable_variables)
-    else:
-        import jax
-
-        @jax.jit
-        def step(trainable, state):
-            def loss(values):
-                return ops.mean(ops.square(model.stateless_call(values, [], x, training=True)[0] - y))
-
-            return optimizer.stateless_apply(state, jax.grad(loss)(trainable), trainable)
-
-        values = [v.value for v in model.trainable_variables], [v.value for v in optimizer.variables]
-        for _ in range(2):
-            values = step(*values)
-        for variables, new in zip((model.trainable_variables, optimizer.variables), values, strict=True):
-            for variable, value in zip(variables, new, strict=True):
-                variable.assign(value)
-    assert optimizer.factor_updates == 2
-    keras.utils.set_random_seed(0)
-    reference = captured(mlp())
-    for _ in range(2):
-        reference.train_on_batch(x, y)
-    assert_close(weights(model), weights(reference))

@@ -6,7 +6,6 @@ import pytest
 from keras import layers
 from keras.optimizers.schedules import PiecewiseConstantDecay
 
-import keras_ngd
 from tf_tests.small import (
     JIT,
     array,
@@ -29,11 +28,6 @@ STEPS = 4
 # Ways of training
 
 
-@pytest.mark.parametrize("jit", [True, "auto"])
-def test_compiled_by_xla_takes_the_same_steps(jit):
-    assert_close(weights(trained(jit_compile=jit)), weights(trained()), tolerance=1e-4)
-
-
 @pytest.mark.skipif(JIT, reason="running JAX without compilation is very slow")
 def test_run_eagerly_takes_the_same_steps():
     x, y = regression(16)
@@ -44,31 +38,6 @@ def test_run_eagerly_takes_the_same_steps():
         fit(models[-1], x, y)
     assert_close(weights(models[0]), weights(models[1]))
     assert_close(statistics(models[0]), statistics(models[1]))
-
-
-class Counting(keras_ngd.KFAC):
-    """Counts how often Python runs through the step."""
-
-    runs = 0
-
-    def apply(self, grads, trainable_variables=None):
-        self.runs += 1
-        return super().apply(grads, trainable_variables)
-
-
-def test_one_trace_per_fit():
-    keras.utils.set_random_seed(0)
-    optimizer = Counting(factor_interval=2, inverse_interval=4, interval_growth=None)
-    model, (x, y) = captured(mlp(), optimizer), regression(32)
-    fit(model, x, y, epochs=2)
-    runs = optimizer.runs
-    # TensorFlow traces a second time after the trace that creates the optimizer's variables.
-    assert runs == 1 if JIT else runs <= 2
-    fit(model, x, y, epochs=5, initial_epoch=2, validation_data=(x, y))
-    model.predict(x, verbose=0)
-    fit(model, x, y)
-    assert optimizer.runs == runs
-    assert optimizer.factor_updates == 12
 
 
 def test_steps_per_execution_takes_the_same_steps():

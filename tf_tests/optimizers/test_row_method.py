@@ -242,27 +242,6 @@ def test_captured_for_another_batch_size(method):
         fit(compiled(model, method()), *regression())
 
 
-def test_config_comes_back(method):
-    optimizer = method(
-        learning_rate=keras.optimizers.schedules.CosineDecay(0.1, 100),
-        damping=keras.optimizers.schedules.ExponentialDecay(0.1, 10, 0.5),
-        interval=keras_ngd.schedules.GrowingInterval(10, 1.5, 100),
-        momentum=0.5,
-        losses_per_example=4,
-        kl_clip=None,
-        weight_decay=5e-4,
-        name="mine",
-    )
-    config = json.loads(json.dumps(keras.saving.serialize_keras_object(optimizer)))
-    again = keras.saving.deserialize_keras_object(config)
-    assert type(again) is type(optimizer)
-    assert again.get_config() == optimizer.get_config()
-    assert (again.batch_size, again.losses_per_example, again.kl_clip, again.name) == (8, 4.0, None, "mine")
-    assert again.interval.get_config() == optimizer.interval.get_config()
-    plain = method()
-    assert type(plain).from_config(json.loads(json.dumps(plain.get_config()))).get_config() == plain.get_config()
-
-
 def test_statistics_come_back():
     for make in METHODS.values():
         made = make().make_statistics(None)

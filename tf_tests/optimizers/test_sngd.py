@@ -2,7 +2,6 @@
 
 import keras
 import numpy as np
-import pytest
 
 import keras_ngd
 from tf_tests import paper, small
@@ -122,15 +121,3 @@ def test_trains():
     assert losses[-1] < 0.5 * losses[0]
     assert model.optimizer.factor_updates == model.optimizer.inverse_updates == 24
     assert model.optimizer.skipped_steps == model.optimizer.skipped_statistics == 0
-
-
-@pytest.mark.skipif(small.JIT, reason="JAX compiles it anyway")
-@pytest.mark.slow
-def test_compiled_by_xla_it_does_the_same():
-    trained = []
-    for jit_compile in (True, False):
-        keras.utils.set_random_seed(0)
-        model = captured(mlp(), paper.SNGD(batch_size=8, damping=0.1), jit_compile=jit_compile)
-        fit(model, *regression())
-        trained.append(small.weights(model))
-    small.assert_close(*trained, tolerance=1e-4)
