@@ -114,6 +114,11 @@ def compiled_loss(model):
     return getattr(model, "_compile_loss", None)
 
 
+def compiled_metrics(model):
+    """The `CompileMetrics` of a compiled model, or None: `Trainer._compile_metrics`."""
+    return getattr(model, "_compile_metrics", None)
+
+
 def flat_losses(compile_loss):
     """The losses of a built `CompileLoss`: named tuples with a `loss` and its `loss_weights`. `CompileLoss._flat_losses`."""
     return compile_loss._flat_losses

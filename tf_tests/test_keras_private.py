@@ -178,6 +178,16 @@ def compiled_loss():
     assert compile_loss.built
 
 
+def compiled_metrics():
+    model = small()
+    assert keras_private.compiled_metrics(model) is None
+    model.compile("sgd", "mse", metrics=["mae"])
+    metrics = keras_private.compiled_metrics(model)
+    assert not metrics.built
+    metrics.build(ops.ones((2, 1)), ops.ones((2, 1)))
+    assert metrics.built
+
+
 def flat_losses():
     loss = keras_private.compiled_loss(trained())
     [entry] = keras_private.flat_losses(loss)

@@ -3,17 +3,16 @@
 Keras makes them when they are first updated. On TensorFlow that is while the training step is traced, and a function that makes
 variables while it is traced is traced once more. With a second-order step in it, that is most of the time before the first step.
 
-This is the only module that knows of Keras's `_compile_metrics`; `tf_tests/optimizers/test_one_trace.py` fails where it is no
-longer what it is here.
+`tf_tests/optimizers/test_one_trace.py` fails where that is done otherwise.
 """
 
-from keras_ngd import backend
+from keras_ngd import backend, keras_private
 
 
 def make_outside_of_traces(model):
     """Has the metrics of a compiled model (or None) make their variables outside of the trace in which they are first updated."""
-    metrics = getattr(model, "_compile_metrics", None)
-    if metrics is None or metrics.built or backend.name() != "tensorflow" or "build" in metrics.__dict__:
+    metrics = keras_private.compiled_metrics(model)
+    if metrics is None or metrics.built or not backend.makes_variables() or "build" in metrics.__dict__:
         return
     build = metrics.build
 
