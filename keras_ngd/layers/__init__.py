@@ -1,9 +1,39 @@
 """Captured layers: Keras layers with a probe on their pre-activation."""
 
+from keras_ngd.layers.captured import Captured
 from keras_ngd.layers.convolution import Conv1D, Conv2D, Conv3D
 from keras_ngd.layers.dense import Dense
+from keras_ngd.layers.probe import probe
+from keras_ngd.layers.rows import DenseRows
 
-# What `capture` makes of which of Keras's layers.
-CAPTURED_KINDS = {kind.plain: kind for kind in (Dense, Conv1D, Conv2D, Conv3D)}
+# What `capture` makes of which layers.
+CAPTURED_KINDS = {}
 
-__all__ = ["CAPTURED_KINDS", "Conv1D", "Conv2D", "Conv3D", "Dense"]
+
+def register_kind(kind):
+    """Has `keras_ngd.capture` turn layers of the class `kind.plain` into captured ones of the class `kind`.
+
+    For kinds of layers of your own; those of Keras that are in this package are registered. May be used as a decorator.
+
+    Args:
+        kind: a subclass of `Captured` and of `kind.plain`, which computes what that does.
+
+    Raises:
+        TypeError: if it is none.
+    """
+    plain = getattr(kind, "plain", None)
+    if not (
+        isinstance(kind, type) and isinstance(plain, type) and issubclass(kind, Captured) and issubclass(kind, plain)
+    ):
+        raise TypeError(
+            "`kind` must be a class over `keras_ngd.layers.Captured` and over the layer that it captures, with that layer's "
+            f"class as its `plain`. Received: {kind!r}, whose `plain` is {plain!r}"
+        )
+    CAPTURED_KINDS[plain] = kind
+    return kind
+
+
+for _kind in (Dense, Conv1D, Conv2D, Conv3D):
+    register_kind(_kind)
+
+__all__ = ["CAPTURED_KINDS", "Captured", "Conv1D", "Conv2D", "Conv3D", "Dense", "DenseRows", "probe", "register_kind"]
