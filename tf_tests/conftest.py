@@ -1,6 +1,7 @@
 """Set-up shared by all tests; they run under whichever backend KERAS_BACKEND names."""
 
 import os
+import pathlib
 
 os.environ.setdefault("KERAS_BACKEND", "tensorflow")
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
@@ -10,6 +11,12 @@ os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
 
 # Most programs that JAX compiles here run once or twice: it should not take the time to make them fast.
 os.environ.setdefault("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")
+
+# Compiling takes most of the time on JAX, and many tests train the same small networks: what was compiled once is kept, for
+# other tests, processes and runs. JAX tells programs apart by what they compute, its version and its settings.
+os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(pathlib.Path(__file__).parents[1] / ".pytest_cache" / "jax"))
+os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
+os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES", "-1")
 
 import keras
 import pytest
