@@ -68,7 +68,7 @@ def by_split_factors(a, ghat, v):
 
 def by_rows(a, ghat, v, apply=low_rank.dense_preconditioned):
     a, g = (r[0] for r in low_rank.example_rows(a, ghat, BATCH))
-    return apply(a, g, v, np.trace(low_rank.kernel(a, g)) / BATCH)
+    return apply(a, g, v, 0.3 * np.trace(low_rank.kernel(a, g)) / BATCH)
 
 
 def by_few_rows(a, ghat, v):
