@@ -112,6 +112,7 @@ VALUES = {
     "communicator": "local",
     "gradient_worker_fraction": 0,
     "reduce_scatter": True,
+    "not_captured": 3,
     "nesterov": True,
     "weight_decay": 0.01,
     "clipnorm": 2.0,
