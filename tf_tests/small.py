@@ -55,6 +55,27 @@ def captured(model, optimizer=None, skip=None, **kwargs):
     return compiled(model, optimizer, **kwargs)
 
 
+class Restarting:
+    """A captured and compiled model that can be trained again from its start, and is compiled once.
+
+    Of a module, since compiling a step takes longer than most of what a test does with it.
+    """
+
+    def __init__(self, model):
+        self.model = model
+        model.optimizer.build(model.trainable_variables)
+        self._start = [array(v) for v in self._variables()]
+
+    def _variables(self):
+        return [*self.model.weights, *self.model.optimizer.variables]
+
+    def restarted(self):
+        """The model, as it was before its first step."""
+        for variable, value in zip(self._variables(), self._start, strict=True):
+            variable.assign(value)
+        return self.model
+
+
 def fit(model, x, y, batch_size=8, epochs=1, **kwargs):
     """Quiet training in the order of the data."""
     return model.fit(x, y, **{"batch_size": batch_size, "epochs": epochs, "shuffle": False, "verbose": 0, **kwargs})

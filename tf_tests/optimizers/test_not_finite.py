@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 from keras import layers, ops
 
-from tf_tests.small import array, captured, fit, kfac, mlp, regression, statistics, weights
+from tf_tests.small import Restarting, array, captured, fit, kfac, mlp, regression, statistics, weights
 
 STEPS = 8
 
@@ -25,14 +25,24 @@ def assert_finite(model):
         assert np.all(np.isfinite(array(variable))), variable.path
 
 
+@pytest.fixture(scope="module")
+def restarting():
+    return Restarting(captured(mlp()))
+
+
+@pytest.fixture
+def model(restarting):
+    """A network before its first step, which all tests share that do not say otherwise."""
+    return restarting.restarted()
+
+
 @pytest.mark.parametrize("bad", [0, 3], ids=["first batch", "fourth batch"])
 @pytest.mark.parametrize(
     ("where", "value"),
     [("inputs", np.nan), ("inputs", np.inf), ("labels", np.nan), ("labels", -np.inf)],
     ids=["NaN inputs", "inf inputs", "NaN labels", "inf labels"],
 )
-def test_spoiled_batch_is_skipped_and_counted(where, value, bad):
-    model = captured(mlp())
+def test_spoiled_batch_is_skipped_and_counted(where, value, bad, model):
     fit(model, *batches([bad], where, value))
     assert_finite(model)
     assert model.optimizer.skipped_statistics == 1
@@ -97,9 +107,8 @@ def test_statistics_not_due_are_not_counted():
     assert_finite(model)
 
 
-def test_a_spoiled_batch_leaves_the_averages_as_they_were():
+def test_a_spoiled_batch_leaves_the_averages_as_they_were(model):
     x, y = batches([1])
-    model = captured(mlp())
     model.train_on_batch(x[:8], y[:8])
     before = {path: v for path, v in statistics(model).items() if path.endswith("factor")}
     model.train_on_batch(x[8:16], y[8:16])
@@ -157,7 +166,7 @@ def test_compiled_by_xla():
     assert model.optimizer.skipped_statistics == model.optimizer.skipped_steps == 2
 
 
-def test_counts_are_readable_during_training():
+def test_counts_are_readable_during_training(model):
     class Reader(keras.callbacks.Callback):
         def on_epoch_begin(self, epoch, logs=None):
             seen.append(("begin", epoch, optimizer.skipped_statistics, optimizer.skipped_steps))
@@ -173,7 +182,7 @@ def test_counts_are_readable_during_training():
     seen, counts, optimizer = [], [], kfac()
     assert optimizer.skipped_statistics == optimizer.skipped_steps == 0
     assert optimizer.factor_updates == optimizer.inverse_updates == 0
-    model = captured(mlp(), optimizer)
+    optimizer = model.optimizer
     x, y = batches([1, 2])
     fit(model, x[:32], y[:32], epochs=2, callbacks=[Reader()])
     assert seen == [("begin", 0, 0, 0), ("end", 0, 2, 2), ("begin", 1, 2, 2), ("end", 1, 4, 4)]

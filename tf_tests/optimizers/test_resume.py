@@ -163,6 +163,16 @@ def test_state_waiting_for_build_may_be_replaced(checkpoint, tmp_path):
     assert_same(everything(resumed), everything(model))
 
 
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory):
+    """The path of such a file, and the weights in it."""
+    model = captured(mlp(), kfac(factor_interval=3, inverse_interval=3))
+    small.fit(model, *small.regression(40))
+    path = tmp_path_factory.mktemp("saved") / "saved.weights.h5"
+    model.save_weights(path)
+    return path, weights(model)
+
+
 MISMATCHES = {
     "inverse": (lambda: captured(mlp(), kfac(inverse="eigen")), "has 22 variables but the checkpoint has 20"),
     "momentum": (lambda: captured(mlp(), kfac(momentum=0.0)), "has 16 variables but the checkpoint has 20"),
@@ -173,24 +183,24 @@ MISMATCHES = {
 
 @pytest.mark.parametrize("built", [True, False], ids=["built", "not built"])
 @pytest.mark.parametrize("difference", MISMATCHES)
-def test_state_that_does_not_match_is_an_error(difference, built, checkpoint):
+def test_state_that_does_not_match_is_an_error(difference, built, saved):
     make, message = MISMATCHES[difference]
     model = make()
     if built:
         model.optimizer.build(model.trainable_variables)
         before = [array(v) for v in model.optimizer.variables]
         with pytest.raises(ValueError, match=message):
-            model.load_weights(checkpoint[1])
+            model.load_weights(saved[0])
         assert all(np.array_equal(old, array(v)) for old, v in zip(before, model.optimizer.variables, strict=True))
         return
-    model.load_weights(checkpoint[1])
+    model.load_weights(saved[0])
     with pytest.raises(ValueError, match=message):
         small.fit(model, *small.regression())
 
 
-def test_state_that_does_not_match_is_not_forgotten(checkpoint):
+def test_state_that_does_not_match_is_not_forgotten(saved):
     model = captured(mlp(), kfac(momentum=0.0))
-    model.load_weights(checkpoint[1])
+    model.load_weights(saved[0])
     for _ in range(2):
         with pytest.raises(ValueError, match="has 16 variables but the checkpoint has 20"):
             small.fit(compiled(model, model.optimizer), *small.regression())
@@ -204,12 +214,12 @@ def test_backup_of_another_optimizer_is_an_error(tmp_path):
         small.fit(captured(mlp()), x, y, epochs=2, callbacks=[backup])
 
 
-def test_mismatch_may_be_skipped_when_asked_for(checkpoint):
+def test_mismatch_may_be_skipped_when_asked_for(saved):
     model = captured(mlp(), kfac(momentum=0.0))
     model.optimizer.build(model.trainable_variables)
     with pytest.warns(UserWarning, match="has 16 variables but the checkpoint has 20"):
-        model.load_weights(checkpoint[1], skip_mismatch=True)
-    assert_same(weights(model), weights(checkpoint[0]))
+        model.load_weights(saved[0], skip_mismatch=True)
+    assert_same(weights(model), saved[1])
     assert model.optimizer.factor_updates == 0
 
 

@@ -99,8 +99,8 @@ def test_compiled_by_xla_it_does_the_same():
         keras.utils.set_random_seed(0)
         # Not "subsample": TensorFlow draws other numbers for the same seed where XLA compiles it.
         optimizer = skfac(history=2, damping=0.1)
-        model = captured(network(), optimizer, jit_compile=jit_compile)
-        fit(model, *images())
+        model = captured(mlp(), optimizer, jit_compile=jit_compile)
+        fit(model, *regression())
         trained.append(weights(model))
     assert_close(*trained, tolerance=1e-4)
 
