@@ -1,12 +1,26 @@
 """`keras_ngd.capture`: layers that record, after what a method wants to be measured."""
 
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any
+
+import keras
+
 from keras_ngd import analysis
 from keras_ngd.capturing import layers_to_capture, release, swap, trainable_weights
+
+if TYPE_CHECKING:
+    from keras_ngd.optimizers.natural_gradient import NaturalGradient
+    from keras_ngd.report import CaptureReport
 
 __all__ = ["capture", "layers_to_capture", "release", "trainable_weights"]
 
 
-def capture(model, optimizer, skip=None, data=None):
+def capture(
+    model: keras.Model,
+    optimizer: "NaturalGradient | str",
+    skip: str | Sequence[str] | Callable[[keras.layers.Layer], bool] | None = None,
+    data: Any = None,
+) -> "CaptureReport":
     """Makes a model's layers record what a natural-gradient optimizer needs, in place.
 
     `Dense`, `Conv1D`, `Conv2D` and `Conv3D` layers, at any depth of nested models and layers, become their

@@ -1,7 +1,11 @@
 """What `capture` did, layer by layer."""
 
 import weakref
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from typing import Any
+
+from keras_ngd.typing import Shape
 
 # What a layer of a method with whole factors is warned of: a factor 4,096 wide takes 64 MiB and its inverse as much, and a
 # refresh of it on two cores of a CPU takes seconds.
@@ -23,12 +27,12 @@ class LayerReport:
 
     layer: str
     kind: str
-    shapes: tuple = ()
+    shapes: tuple[Shape, ...] = ()
     bytes: int = 0
     reason: str = ""
 
     @property
-    def captured(self):
+    def captured(self) -> bool:
         return not self.reason
 
 
@@ -44,33 +48,33 @@ class CaptureReport:
             the method keeps whole factors.
     """
 
-    def __init__(self, layers, optimizer=None):
+    def __init__(self, layers: Iterable[LayerReport], optimizer: Any = None) -> None:
         self.layers = tuple(layers)
         self._optimizer = None if optimizer is None else weakref.ref(optimizer)
         whole = optimizer is not None and optimizer.whole_factors
         self.warnings = tuple(filter(None, map(_size_warning, self.layers))) if whole else ()
 
     @property
-    def captured(self):
+    def captured(self) -> list[str]:
         """The paths of the captured layers."""
         return [entry.layer for entry in self.layers if entry.captured]
 
     @property
-    def not_captured(self):
+    def not_captured(self) -> dict[str, str]:
         """Reasons by path, for the layers that train by the plain update rule."""
         return {entry.layer: entry.reason for entry in self.layers if not entry.captured}
 
     @property
-    def bytes(self):
+    def bytes(self) -> int:
         """Size of all second-order state."""
         return sum(entry.bytes for entry in self.layers)
 
     @property
-    def losses_per_example(self):
+    def losses_per_example(self) -> float | None:
         """How many loss values an example has: as it was given, or as it was read from the compiled loss; None before a step."""
         return self._losses()[0]
 
-    def _losses(self):
+    def _losses(self) -> tuple[float | None, str]:
         """That, and where it is from."""
         optimizer = None if self._optimizer is None else self._optimizer()
         if optimizer is None:
@@ -82,7 +86,7 @@ class CaptureReport:
         heard = optimizer.ratio.heard_losses
         return optimizer.loss_ratio, "from the compiled loss" if heard else "there is no compiled loss"
 
-    def __str__(self):
+    def __str__(self) -> str:
         rows = [("layer", "kind", "factors, or why not captured", "bytes")]
         for entry in self.layers:
             shapes = ", ".join("x".join(map(str, shape)) for shape in entry.shapes)
@@ -92,7 +96,7 @@ class CaptureReport:
         rows.append((f"{len(self.captured)} of {len(self.layers)} captured", "", "", f"{self.bytes:,}"))
         widths = [max(len(row[i]) for row in rows) for i in range(4)]
 
-        def line(row):
+        def line(row: Sequence[str]) -> str:
             return (
                 f"{row[0]:<{widths[0]}}  {row[1]:<{widths[1]}}  {row[2]:<{widths[2]}}  {row[3]:>{widths[3]}}".rstrip()
             )
@@ -107,7 +111,7 @@ class CaptureReport:
     __repr__ = __str__
 
 
-def _size_warning(entry):
+def _size_warning(entry: LayerReport) -> str:
     width = max((shape[-1] for shape in entry.shapes), default=0)
     if width <= WIDE_FACTOR and entry.bytes <= LARGE_STATE:
         return ""

@@ -17,15 +17,27 @@ def modules():
 
 
 def imports(tree):
-    """Full names of all that a module imports, wherever it does: `from a import b` is `a.b`."""
+    """Full names of all that a module imports, wherever it does: `from a import b` is `a.b`.
+
+    What stands under `if TYPE_CHECKING` is for annotations, and is never imported.
+    """
     found = []
-    for node in ast.walk(tree):
+    for node in walked(tree):
         if isinstance(node, ast.Import):
             found += [alias.name for alias in node.names]
         elif isinstance(node, ast.ImportFrom):
             assert node.level == 0, "imports are absolute"
             found += [f"{node.module}.{alias.name}" for alias in node.names]
     return found
+
+
+def walked(tree):
+    """As `ast.walk`, without what stands under `if TYPE_CHECKING`."""
+    nodes = [tree]
+    for node in nodes:
+        checked_only = isinstance(node, ast.If) and ast.unparse(node.test) == "TYPE_CHECKING"
+        nodes += node.orelse if checked_only else ast.iter_child_nodes(node)
+        yield node
 
 
 def calls(tree):

@@ -59,17 +59,18 @@ def test_modules_of_one_backend_say_so(name):
 # Directions. Each part of the library, a package or a module of its own, and what else of ours it may import: nothing that comes
 # after it, so that there are no cycles. BUILD says the same.
 MAY_IMPORT = {
+    "typing": (),
     "keras_private": (),
     "backend": ("keras_private",),
-    "schedules": (),
-    "report": (),
+    "schedules": ("typing",),
+    "report": ("typing",),
     "replica": ("backend", "keras_private"),
     "sharding": ("backend", "keras_private"),
-    "linalg": ("backend", "sharding"),
-    "curvature": ("backend", "linalg", "sharding"),
-    "layers": ("backend", "keras_private", "linalg"),
-    "statistics": ("backend", "keras_private", "linalg", "replica", "schedules", "sharding"),
-    "distributed": ("backend", "keras_private", "replica", "schedules"),
+    "linalg": ("backend", "sharding", "typing"),
+    "curvature": ("backend", "linalg", "sharding", "typing"),
+    "layers": ("backend", "keras_private", "linalg", "typing"),
+    "statistics": ("backend", "keras_private", "linalg", "replica", "schedules", "sharding", "typing"),
+    "distributed": ("backend", "keras_private", "replica", "schedules", "typing"),
     "optimizers": (
         "backend",
         "curvature",
@@ -80,6 +81,7 @@ MAY_IMPORT = {
         "schedules",
         "sharding",
         "statistics",
+        "typing",
     ),
     "capturing": (
         "backend",
@@ -90,8 +92,9 @@ MAY_IMPORT = {
         "report",
         "sharding",
         "statistics",
+        "typing",
     ),
-    "callbacks": ("distributed", "keras_private", "optimizers", "schedules", "sharding"),
+    "callbacks": ("distributed", "keras_private", "optimizers", "schedules", "sharding", "typing"),
     "analysis": (
         "backend",
         "capturing",

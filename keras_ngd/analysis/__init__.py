@@ -1,6 +1,7 @@
 """Measurements that help to choose a method's settings for a model and a device."""
 
 import importlib
+from typing import Any
 
 _MODULES = {
     "Rates": "rates",
@@ -22,7 +23,7 @@ _MODULES = {
 __all__ = sorted(_MODULES)
 
 
-def __getattr__(name):
+def __getattr__(name: str) -> Any:
     # Late: measurements need what training does not. No module here may have the name of a function, which it would hide.
     if name in _MODULES:
         return getattr(importlib.import_module(f"keras_ngd.analysis.{_MODULES[name]}"), name)

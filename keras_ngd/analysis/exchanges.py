@@ -1,7 +1,10 @@
 """What the workers of a data-parallel training send each other, method by method, from the layers' shapes alone."""
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
+
+import keras
 
 from keras_ngd import keras_private, schedules
 from keras_ngd.capturing import layers_to_capture
@@ -13,7 +16,7 @@ ROW_METHODS = ("skfac", "sngd", "hylo-kid", "hylo-kis")
 STAGES = ("gradients", "statistics", "inverses", "preconditioned")
 
 
-def layer_shapes(model):
+def layer_shapes(model: keras.Model) -> list[tuple[int, int, int]]:
     """The shapes of the layers that `keras_ngd.capture` would capture.
 
     Args:
@@ -74,7 +77,7 @@ class Job:
         ValueError: naming the argument that is out of range.
     """
 
-    shapes: tuple
+    shapes: Sequence[tuple[int, int, int]]
     workers: int
     batch_size: int
     rank: int | float = 0.1
@@ -163,7 +166,7 @@ class Exchange:
 
     stage: str
     collective: str
-    sizes: tuple
+    sizes: tuple[float, ...]
     participants: int
     share: float = 1.0
 
@@ -231,7 +234,17 @@ def exchanges(method, job):
     return found
 
 
-def received(method, shapes, workers, batch_size, rank=0.1, packed=True, fraction=1.0, split=128, eigen=False):
+def received(
+    method: str,
+    shapes: Sequence[tuple[int, int, int]],
+    workers: int,
+    batch_size: int,
+    rank: int | float = 0.1,
+    packed: bool = True,
+    fraction: float = 1.0,
+    split: int = 128,
+    eigen: bool = False,
+) -> dict[str, float]:
     """How many numbers a worker receives from others, by stage: the mean over the workers.
 
     With `k = (P - 1) / P`, `W = sum dA dG`, `D = sum (dA^2 + dG^2)` (packed: `sum (dA (dA + 1) + dG (dG + 1)) / 2`), `M` the

@@ -1,5 +1,7 @@
 """A model's Kronecker factors on real data, without training it."""
 
+from typing import Any
+
 import keras
 import numpy as np
 from keras import ops, tree
@@ -40,11 +42,12 @@ def input_factors(model, data):
     targets = [tree.map_structure(lambda t: np.zeros(t.shape, "float32"), copy(batch)) for batch in batches]
     losses = tree.map_structure(lambda _: lambda target, output: ops.mean(output, axis=-1), targets[0])
     copy.compile(optimizer=keras.optimizers.SGD(0.0), loss=losses)
-    layers = [la for la in keras_private.flatten_layers(copy) if isinstance(la, Captured) and la.statistics is not None]
-    sums = None
+    captured: list[Any] = [la for la in keras_private.flatten_layers(copy) if isinstance(la, Captured)]
+    layers = [la for la in captured if la.statistics is not None]
+    sums: list[np.ndarray] = []
     for batch, target in zip(batches, targets, strict=True):
         # A plain optimizer overwrites the averages with the batch's own values.
         copy.train_on_batch(batch, target)
         new = [ops.convert_to_numpy(la.statistics.input_factor).astype("float64") for la in layers]
-        sums = new if sums is None else [s + n for s, n in zip(sums, new, strict=True)]
+        sums = new if not sums else [s + n for s, n in zip(sums, new, strict=True)]
     return [factor / len(batches) for of_layer in sums for factor in of_layer]

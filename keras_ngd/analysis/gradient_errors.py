@@ -1,8 +1,12 @@
 """What a few rows in place of a batch's cost: the error of HyLo's preconditioned gradient."""
 
 import functools
+import os
+from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
+import keras
 import numpy as np
 from keras import ops
 
@@ -34,9 +38,9 @@ class GradientErrors:
         dampings: `[layers]`, what was added to the curvature.
     """
 
-    layers: tuple
-    methods: tuple
-    ranks: tuple
+    layers: tuple[str, ...]
+    methods: tuple[str, ...]
+    ranks: tuple[int, ...]
     batch_size: int
     errors: np.ndarray
     totals: np.ndarray
@@ -44,7 +48,7 @@ class GradientErrors:
     total_without: float
     dampings: np.ndarray
 
-    def __str__(self):
+    def __str__(self) -> str:
         width = max(len("all layers"), *map(len, self.layers))
         blocks = []
         for method, errors, totals in zip(self.methods, self.errors, self.totals, strict=True):
@@ -56,7 +60,7 @@ class GradientErrors:
             blocks.append("\n".join(lines))
         return "\n\n".join([*blocks, f"|P' - P| / |P|, batch of {self.batch_size}; KIS: means over its draws"])
 
-    def plot(self, path):
+    def plot(self, path: str | os.PathLike) -> None:
         """Draws the errors by rank: lines of all layers together, bands from the lower to the upper quartile of the layers.
 
         Needs matplotlib.
@@ -138,7 +142,9 @@ def _choose(statistics, a, damping, draw):
 def _precondition(rank, chosen, v):
     """HyLo's `P` with the rows chosen."""
     curvature = KernelCurvature(v.shape[0], rank, "float32")
-    return curvature.precondition(v, None, curvature.refresh(chosen, None, None), lambda: chosen)
+    # It has no use for an old state, nor for the damping where rows have weights.
+    unused: Any = None
+    return curvature.precondition(v, unused, curvature.refresh(chosen, unused, unused), lambda: chosen)
 
 
 # Kept, for whoever measures again and again during training. Not closures: TensorFlow takes several of the same code for one
@@ -233,19 +239,19 @@ def _checked_list(name, values, least=1):
 
 
 def gradient_error(
-    model,
-    x,
-    y,
-    loss=None,
-    damping=None,
-    relative_damping=0.1,
-    ranks=RANKS,
-    samplings=("priority", "paper"),
-    power=None,
-    draws=8,
-    seed=0,
-    losses_per_example=1,
-):
+    model: keras.Model,
+    x: Any,
+    y: Any,
+    loss: Any = None,
+    damping: float | None = None,
+    relative_damping: float = 0.1,
+    ranks: Sequence[int | float] = RANKS,
+    samplings: Sequence[str] = ("priority", "paper"),
+    power: float | None = None,
+    draws: int = 8,
+    seed: int = 0,
+    losses_per_example: float = 1,
+) -> GradientErrors:
     """Measures on a batch what HyLo's preconditioned gradient loses against SNGD's, by rank, and layer by layer.
 
     The error is `|P' - P| / |P|`: `P = (F + damping I)^-1 V` with the Fisher matrix of all rows of the batch, `P'` with

@@ -101,7 +101,8 @@ def type_bytes(text):
     """Bytes of a type as XLA writes it, such as `(f32[16,8]{1,0}, s32[])`; layouts and padding do not count."""
     total = 0
     for kind, sizes in shapes(text):
-        bits = 8 if kind == "pred" else int(re.search(r"\d+", kind)[0]) if re.search(r"\d", kind) else 0
+        digits = re.search(r"\d+", kind)
+        bits = 8 if kind == "pred" else int(digits[0]) if digits else 0
         total += math.prod(sizes) * bits / 8
     return math.ceil(total)
 
@@ -118,7 +119,8 @@ def parse(text):
     Raises:
         ValueError: if there is none.
     """
-    computations, entry, current = {}, None, None
+    computations: dict[str, list[Instruction]] = {}
+    entry, current = None, None
     for line in text.splitlines():
         if line.startswith(("%", "ENTRY")) or (current is None and line.endswith("{") and " -> " in line):
             header = _COMPUTATION.match(line)
@@ -191,8 +193,8 @@ def _own(instruction, types):
     elif opcode == "while":
         own.loops += _TRIPS.search(instruction.rest) is None
     elif opcode == "custom-call":
-        target = re.search(r'custom_call_target="([^"]*)"', instruction.rest)
-        target = target[1] if target else "unknown"
+        named = re.search(r'custom_call_target="([^"]*)"', instruction.rest)
+        target = named[1] if named else "unknown"
         own.custom_calls[target] += 1
         if _HOST.search(target):
             own.host[target] += 1
@@ -222,9 +224,11 @@ def _dot_flops(instruction, types):
 def _convolution_flops(instruction, types):
     lhs, rhs = _operand_shapes(instruction, types)[:2]
     result = shapes(instruction.type)[0][1]
-    of_lhs, of_rhs, of_result = re.search(r"dim_labels=(\w+)_(\w+)->(\w+)", instruction.rest).groups()
-    window = re.search(r"window=\{([^}]*)\}", instruction.rest)
-    window = dict(item.split("=") for item in window[1].split()) if window else {}
+    labels = re.search(r"dim_labels=(\w+)_(\w+)->(\w+)", instruction.rest)
+    assert labels is not None
+    of_lhs, of_rhs, of_result = labels.groups()
+    given = re.search(r"window=\{([^}]*)\}", instruction.rest)
+    window = dict(item.split("=") for item in given[1].split()) if given else {}
     total = 2 * result[of_result.index("b")] * result[of_result.index("f")] * rhs[of_rhs.index("i")]
     for axis in range(len(of_lhs) - 2):
         label = str(axis)

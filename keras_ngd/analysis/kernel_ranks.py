@@ -1,7 +1,11 @@
 """How many rows a batch is worth: the numerical rank of the kernel matrices."""
 
+import os
+from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
+import keras
 import numpy as np
 
 from keras_ngd import schedules
@@ -30,22 +34,22 @@ class KernelRanks:
         share: of the eigenvalues' sum that the rank makes up.
     """
 
-    layers: tuple
-    ranks: tuple
+    layers: tuple[str, ...]
+    ranks: tuple[int, ...]
     batch_size: int
     share: float
 
     @property
-    def fractions(self):
+    def fractions(self) -> list[float]:
         """`ranks` as fractions of the batch size."""
         return [rank / self.batch_size for rank in self.ranks]
 
     @property
-    def median(self):
+    def median(self) -> float:
         """The median rank."""
         return float(np.median(self.ranks))
 
-    def __str__(self):
+    def __str__(self) -> str:
         width = max(5, *map(len, self.layers))
         lines = [f"{'layer':<{width}}  {'rank':>5}  {'fraction':>8}"]
         lines.append("-" * len(lines[0]))
@@ -54,7 +58,7 @@ class KernelRanks:
         median = f"median rank {self.median:g}, {self.median / self.batch_size:.1%} of the batch of {self.batch_size}"
         return "\n".join([*lines, f"{len(self.ranks)} layers, {self.share:.0%} of the eigenvalues' sum: {median}"])
 
-    def plot(self, path):
+    def plot(self, path: str | os.PathLike) -> None:
         """Draws the distribution of the ranks over the layers; needs matplotlib."""
         plot_kernel_ranks([self], path)
 
@@ -78,7 +82,9 @@ def draw_kernel_ranks(axes, results, labels):
     axes.spines[["top", "right"]].set_visible(False)
 
 
-def plot_kernel_ranks(results, path, labels=None):
+def plot_kernel_ranks(
+    results: Sequence[KernelRanks], path: str | os.PathLike, labels: Sequence[str] | None = None
+) -> None:
     """Draws the distributions of ranks of several results side by side (HyLo, Figure 10); needs matplotlib.
 
     A box spans half of the layers, a point is a layer; above is the median, and its share of the batch.
@@ -112,7 +118,7 @@ def ranks_of(rows, share):
     return KernelRanks(tuple(layer.layer for layer in rows), tuple(ranks), len(rows[0].a), share)
 
 
-def kernel_rank(model, x, y, loss=None, share=0.9):
+def kernel_rank(model: keras.Model, x: Any, y: Any, loss: Any = None, share: float = 0.9) -> KernelRanks:
     """Measures how many rows each layer's curvature is worth on a batch: the numerical rank of its kernel matrix.
 
     That is how many eigenvalues of `(a a^T) o (g g^T)`, one row for each example, make up `share` of their sum: about

@@ -1,6 +1,9 @@
 """How long steps and updates take with more workers than there are at hand."""
 
+import os
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields
+from typing import Any
 
 import keras
 
@@ -50,12 +53,12 @@ class StepCost:
     inverse_interval: int = 1
 
     @property
-    def update(self):
+    def update(self) -> float:
         """All that renewing statistics and inverses once adds to a step."""
         return self.statistics + self.sent_statistics + self.inversion + self.sent_inverses
 
     @property
-    def step(self):
+    def step(self) -> float:
         """A step, with its share of what is not done at every step."""
         always = self.gradient + self.sent_gradients + self.preconditioning + self.sent_preconditioned
         statistics = (self.statistics + self.sent_statistics) / self.factor_interval
@@ -77,13 +80,13 @@ class CostModel:
         rates: what was projected with.
     """
 
-    methods: tuple
-    workers: tuple
-    costs: dict
+    methods: tuple[str, ...]
+    workers: tuple[int, ...]
+    costs: dict[tuple[str, int], StepCost]
     batch_size: int
     rates: Rates
 
-    def seconds(self, method, what="step"):
+    def seconds(self, method: str, what: str = "step") -> list[float]:
         """One method's times for each number of workers.
 
         Args:
@@ -96,7 +99,7 @@ class CostModel:
             raise ValueError(f"`what` must be one of {SERIES}. Received: what={what!r}")
         return [getattr(self.costs[method, p], what) for p in self.workers]
 
-    def __str__(self):
+    def __str__(self) -> str:
         width = max(map(len, self.methods))
         lines = []
         for what in ("update", "step"):
@@ -108,12 +111,12 @@ class CostModel:
             lines.append("")
         return "\n".join([*lines, f"{self.batch_size} examples for each worker, {self.rates}"])
 
-    def plot(self, path):
+    def plot(self, path: str | os.PathLike) -> None:
         """Draws update and step times against the number of workers; needs matplotlib."""
         plot_cost_model(self, path)
 
 
-def plot_cost_model(result, path):
+def plot_cost_model(result: CostModel, path: str | os.PathLike) -> None:
     """Draws update and step times of all methods against the number of workers; needs matplotlib.
 
     Args:
@@ -218,25 +221,26 @@ def step_cost(method, job, rates, gradient, intervals=(1, 1), placement=place):
     if method in ROW_METHODS:
         intervals = (intervals[0], intervals[0])
     statistics = statistics_seconds(method, job, rates)
-    return StepCost(gradient, statistics, inversion, preconditioning, *(sent[s] for s in STAGES), *intervals)
+    others: list[Any] = [*(sent[s] for s in STAGES), *intervals]
+    return StepCost(gradient, statistics, inversion, preconditioning, *others)
 
 
 def cost_model(
-    model_or_shapes,
-    workers=WORKERS,
-    methods=METHODS,
-    batch_size=32,
-    rates=None,
-    factor_interval=10,
-    inverse_interval=100,
-    split=128,
-    rank=0.1,
-    gradient_seconds=None,
-    packed=True,
-    fraction=1.0,
-    eigen=False,
-    placement=place,
-):
+    model_or_shapes: keras.Model | Sequence[tuple[int, int, int]],
+    workers: Sequence[int] = WORKERS,
+    methods: str | Sequence[str] = METHODS,
+    batch_size: int = 32,
+    rates: Rates | None = None,
+    factor_interval: int = 10,
+    inverse_interval: int = 100,
+    split: int = 128,
+    rank: int | float = 0.1,
+    gradient_seconds: float | None = None,
+    packed: bool = True,
+    fraction: float = 1.0,
+    eigen: bool = False,
+    placement: Callable[[Sequence[float], int], Sequence[int]] = place,
+) -> CostModel:
     """Projects how long steps and updates take with a number of workers, method by method.
 
     Every worker has `batch_size` examples, so the global batch grows with the workers. With `m` a worker's examples, `T` a

@@ -1,7 +1,9 @@
 """How fast a worker computes and how fast workers talk to each other."""
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import numpy as np
 from keras import ops
@@ -9,6 +11,9 @@ from keras import ops
 from keras_ngd import backend, schedules
 from keras_ngd.analysis.measuring import median_seconds
 from keras_ngd.analysis.split_choice import inversion_seconds
+
+if TYPE_CHECKING:
+    from keras_ngd.analysis.exchanges import Exchange
 
 BYTES = 4
 
@@ -47,7 +52,7 @@ class Rates:
     latency: float = 5e-6
     row_seconds: float = 0.0
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         for name in ("product_flops", "factorization_flops", "bandwidth"):
             schedules.check_positive_number(name, getattr(self, name))
         for name in ("latency", "row_seconds"):
@@ -55,16 +60,16 @@ class Rates:
             if not schedules.is_number(value) or not 0 <= value < math.inf:
                 raise ValueError(f"`{name}` must be a number of seconds, 0 or more. Received: {name}={value!r}")
 
-    def product(self, pairs):
+    def product(self, pairs: float) -> float:
         """Seconds of products of so many multiplications and additions."""
         return 2 * pairs / self.product_flops
 
-    def inverse(self, *sizes, operations=1):
+    def inverse(self, *sizes: float, operations: float = 1) -> float:
         """Seconds of inverting symmetric matrices in one batch, with `operations` times as many operations as Cholesky's."""
         count = operations * sum(size**3 for size in sizes)
         return count / self.factorization_flops + max(sizes) * self.row_seconds
 
-    def collective(self, kind, numbers, workers):
+    def collective(self, kind: str, numbers: float, workers: int) -> float:
         """Seconds of one collective operation; `numbers` are those of all workers together where they are gathered."""
         seconds, others = BYTES * numbers / self.bandwidth, workers - 1
         if kind == "broadcast":
@@ -72,7 +77,7 @@ class Rates:
         rounds = {"all_reduce": 2, "reduce_scatter": 1, "all_gather": 1}[kind]
         return rounds * (others * self.latency + others / workers * seconds)
 
-    def exchange(self, exchange):
+    def exchange(self, exchange: "Exchange") -> float:
         """Seconds of an `Exchange`."""
         kind, workers = exchange.collective, exchange.participants
         return exchange.share * sum(self.collective(kind, size, workers) for size in exchange.sizes)
@@ -84,7 +89,7 @@ def product_seconds(size):
     return median_seconds(backend.traced_once(lambda m: backend.matmul(m, m)), matrix)
 
 
-def measure_rates(bandwidth=12.5e9, latency=5e-6, sizes=(128, 1024)):
+def measure_rates(bandwidth: float = 12.5e9, latency: float = 5e-6, sizes: Sequence[int] = (128, 1024)) -> Rates:
     """Measures products and inverses on the present device; the network is as given.
 
     Args:

@@ -1,6 +1,7 @@
 """The rows and gradients of a model's layers on one batch, without training it."""
 
 from dataclasses import dataclass
+from typing import Any
 
 import keras
 import numpy as np
@@ -68,7 +69,8 @@ class RowProbe:
                 "the loss: `loss='sparse_categorical_crossentropy'`."
             )
         self._model, self._losses_per_example = model, losses_per_example
-        self._optimizer = self._copy = None
+        self._optimizer: Any = None
+        self._copy: Any = None
 
     def __call__(self, x, y):
         """Rows and gradients on one batch.

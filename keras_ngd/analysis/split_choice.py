@@ -1,7 +1,11 @@
 """How large THOR's blocks should be: what splitting loses against what it saves."""
 
+import os
+from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
+import keras
 import numpy as np
 from keras import ops
 
@@ -94,38 +98,38 @@ class SplitChoice:
         device: where the times were taken.
     """
 
-    candidates: tuple
+    candidates: tuple[int, ...]
     losses: np.ndarray
-    seconds: tuple
+    seconds: tuple[float, ...]
     tolerance: float
     device: str
 
     @property
-    def counts(self):
+    def counts(self) -> list[int]:
         """How many factors lose less than `tolerance` at each candidate."""
         return [int(n) for n in (self.losses < self.tolerance).sum(axis=0)]
 
     @property
-    def kept(self):
+    def kept(self) -> list[float]:
         """`counts` as shares of all factors."""
         return [count / len(self.losses) for count in self.counts]
 
     @property
-    def performance(self):
+    def performance(self) -> list[float]:
         """`p_1 / p_n` (eq. 12)."""
         return [self.seconds[0] / seconds for seconds in self.seconds]
 
     @property
-    def crossing(self):
+    def crossing(self) -> tuple[float, float] | None:
         """`(size, share)` where the curves cross, or None."""
         return choose(self.candidates, self.kept, self.performance)[1]
 
     @property
-    def split(self):
+    def split(self) -> int:
         """The candidate nearest to the crossing."""
         return choose(self.candidates, self.kept, self.performance)[0]
 
-    def __str__(self):
+    def __str__(self) -> str:
         header = f"{'split':>6}  {'factors kept':>12}  {'share':>6}  {'inverse, us':>11}  {'performance':>11}"
         lines = [header, "-" * len(header)]
         for row in zip(self.candidates, self.counts, self.kept, self.seconds, self.performance, strict=True):
@@ -134,7 +138,7 @@ class SplitChoice:
         where = "no crossing" if self.crossing is None else "crossing at ({:.0f}, {:.2f})".format(*self.crossing)
         return "\n".join([*lines, f"{len(self.losses)} factors, {self.device}; {where}: split {self.split}"])
 
-    def plot(self, path):
+    def plot(self, path: str | os.PathLike) -> None:
         """Draws both curves and their crossing (the paper's Figure 5); needs matplotlib."""
         from matplotlib.figure import Figure
 
@@ -154,7 +158,13 @@ class SplitChoice:
         figure.savefig(path, dpi=120)
 
 
-def split_dimension(model, data, candidates=CANDIDATES, tolerance=TOLERANCE, progress=False):
+def split_dimension(
+    model: keras.Model,
+    data: Any,
+    candidates: Sequence[int] = CANDIDATES,
+    tolerance: float = TOLERANCE,
+    progress: bool = False,
+) -> SplitChoice:
     """Measures what THOR's block size should be for this model on this device (THOR, eq. 11 and 12, Table 1).
 
     For every candidate: the share of the model's input factors that lose less than `tolerance` of their largest
@@ -182,9 +192,9 @@ def split_dimension(model, data, candidates=CANDIDATES, tolerance=TOLERANCE, pro
     Raises:
         ValueError: if there are no data, or the candidates are not increasing ints.
     """
-    candidates = [schedules.check_split("candidates", c) for c in candidates]
-    if len(candidates) < 2 or None in candidates or candidates != sorted(set(candidates)):
-        raise ValueError(f"`candidates` must be at least two increasing ints. Received: {candidates!r}")
+    sizes: Any = [schedules.check_split("candidates", c) for c in candidates]
+    if len(sizes) < 2 or None in sizes or sizes != sorted(set(sizes)):
+        raise ValueError(f"`candidates` must be at least two increasing ints. Received: {sizes!r}")
     if not schedules.is_number(tolerance) or not 0 < tolerance < 1:
         raise ValueError(f"`tolerance` must be in (0, 1). Received: tolerance={tolerance!r}")
     factors = input_factors(model, data)
@@ -192,8 +202,8 @@ def split_dimension(model, data, candidates=CANDIDATES, tolerance=TOLERANCE, pro
         from tqdm import tqdm
 
         factors = tqdm(factors, unit="factor", desc="information loss")
-    losses = np.array([[information_loss(factor, c) for c in candidates] for factor in factors])
+    losses = np.array([[information_loss(factor, c) for c in sizes] for factor in factors])
     if progress:
-        candidates = tqdm(candidates, unit="size", desc="inversion time")
-    seconds = tuple(inversion_seconds(c) for c in candidates)
-    return SplitChoice(tuple(candidates), losses, seconds, tolerance, backend.device_name())
+        sizes = tqdm(sizes, unit="size", desc="inversion time")
+    seconds = tuple(inversion_seconds(c) for c in sizes)
+    return SplitChoice(tuple(sizes), losses, seconds, tolerance, backend.device_name())

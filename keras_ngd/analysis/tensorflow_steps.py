@@ -1,12 +1,14 @@
 """TensorFlow's training step as it is handed to XLA. Of that backend alone."""
 
+from typing import Any
+
 import keras
 from keras import tree
 
 from keras_ngd import backend, keras_private
 
 
-def tensorflow_step_hlo(model, x, y):
+def tensorflow_step_hlo(model: keras.Model, x: Any, y: Any) -> str:
     """The training step of a model on the TensorFlow backend, traced for accelerators, as text of XLA's HLO, not yet optimized.
 
     What is in it is what a TPU would be asked to do, though TensorFlow's wheel has no compiler for TPUs: `keras_ngd.analysis.hlo`

@@ -5,6 +5,7 @@ import importlib.util
 import math
 import os
 import time
+from typing import Any
 
 import keras
 from keras import tree
@@ -60,16 +61,16 @@ class CompiledStep:
     update_product_flops: int
     collective_bytes: int
     update_collective_bytes: int
-    collectives: dict
-    update_collectives: dict
+    collectives: dict[str, int]
+    update_collectives: dict[str, int]
     conditionals: int
     loops: int
-    custom_calls: dict
-    host: dict
+    custom_calls: dict[str, int]
+    host: dict[str, int]
     seconds: float
 
     @property
-    def memory_bytes(self):
+    def memory_bytes(self) -> int:
         """What a chip needs room for: arguments, temporaries, and what of the results takes no argument's place."""
         return self.argument_bytes + self.temporary_bytes + self.output_bytes - self.aliased_bytes
 
@@ -94,12 +95,12 @@ class TpuReport:
     step: CompiledStep
     plain: CompiledStep
 
-    def share(self, name):
+    def share(self, name: str) -> float:
         """The share of second order in an attribute of `CompiledStep`, such as `"flops"`: what goes beyond the plain step's."""
         step, plain = getattr(self.step, name), getattr(self.plain, name)
         return (step - plain) / step if step else 0.0
 
-    def __str__(self):
+    def __str__(self) -> str:
         head = (
             f"{self.model} on {self.topology} ({self.chips} chips, {self.batch_per_chip} examples each): "
             f"{self.step.optimizer} beside {self.plain.optimizer}"
@@ -132,12 +133,12 @@ class TpuReport:
         lines.append(f"{'conditionals, loops':<38}{self.step.conditionals}, {self.step.loops}")
         return "\n".join(lines)
 
-    def as_dict(self):
+    def as_dict(self) -> dict[str, Any]:
         """As a dict that JSON can hold; `from_dict` makes a report of it."""
         return dataclasses.asdict(self)
 
     @classmethod
-    def from_dict(cls, values):
+    def from_dict(cls, values: dict[str, Any]) -> "TpuReport":
         """The report that `as_dict` was of."""
         return cls(**{**values, **{name: CompiledStep(**values[name]) for name in ("step", "plain")}})
 
@@ -182,7 +183,14 @@ def tpu_devices(topology):
         ) from error
 
 
-def tpu_compile(model, optimizer, topology="v5e:2x2", batch_per_chip=32, data=None, plain=None):
+def tpu_compile(
+    model: keras.Model,
+    optimizer: keras.optimizers.Optimizer,
+    topology: str = "v5e:2x2",
+    batch_per_chip: int = 32,
+    data: Any = None,
+    plain: CompiledStep | None = None,
+) -> TpuReport:
     """Compiles a model's training step for TPUs, on a machine that needs none, and tells what it takes of each chip.
 
     The step is that of Keras's own JAX trainer with the model's loss and metrics, under data parallelism: the state is

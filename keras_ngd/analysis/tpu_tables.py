@@ -1,5 +1,11 @@
 """Tables of steps compiled for TPUs."""
 
+from collections.abc import Iterable
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from keras_ngd.analysis.tpu_steps import TpuReport
+
 
 def number(value):
     """A number with four digits, or all before the point."""
@@ -34,7 +40,7 @@ def _beside(step, plain, name, unit):
     return unit(value) if step is plain else f"{unit(value)} ({value / of_plain:.2f}x)"
 
 
-def tpu_table(reports):
+def tpu_table(reports: "Iterable[TpuReport]") -> str:
     """A Markdown table of `TpuReport`s: a row for each, after one for SGD on the same model, topology and batch.
 
     Numbers are of one chip; in brackets, in those of SGD.

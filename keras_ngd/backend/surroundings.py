@@ -1,6 +1,7 @@
 """What a layer is called inside of: loops, of which a trace sees one turn for all, and maps, which take the batch away."""
 
 import sys
+import types
 
 from keras_ngd.backend.running import name
 
@@ -8,7 +9,7 @@ LOOPS, MAPS, VECTORIZED = "loop", "map", "vectorized map"
 
 # The functions that make these, by the ends of the names of their files. Neither backend tells a function that is traced what
 # for, and the tensors in a loop's body look as those of any other function do; but the function that traces it is running.
-_MAKERS = {
+_MAKERS: dict[str, dict[tuple[str, ...], dict[str, str]]] = {
     "jax": {
         ("jax", "_src", "lax", "control_flow", "loops.py"): {
             "scan": LOOPS,
@@ -31,7 +32,8 @@ _MAKERS = {
 
 def around():
     """The kinds of loops and maps that are being traced or run here, the outermost first."""
-    makers, found, frame = _MAKERS[name()], [], sys._getframe(1)
+    makers, found = _MAKERS[name()], []
+    frame: types.FrameType | None = sys._getframe(1)
     names = {function for functions in makers.values() for function in functions}
     while frame is not None:
         if frame.f_code.co_name in names:

@@ -1,5 +1,7 @@
 """XLA: what it compiles, and what is written in one way for it and in another for TensorFlow's runtime."""
 
+from typing import Any
+
 from keras import ops
 
 from keras_ngd.backend.running import name
@@ -42,7 +44,7 @@ def zero_unless(ok, function):
         if tf.executing_eagerly():
             tensors = function()
             return tensors if bool(ok) else [tf.zeros_like(t) for t in tensors]
-    shapes = []
+    shapes: list[tuple[Any, Any]] = []
 
     def passed():
         tensors = function()

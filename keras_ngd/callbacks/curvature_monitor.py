@@ -2,6 +2,8 @@
 
 import csv
 import os
+from collections.abc import Iterator, Sequence
+from typing import Any
 
 import keras
 import numpy as np
@@ -11,12 +13,13 @@ from keras_ngd import keras_private, schedules, sharding
 from keras_ngd.callbacks.summaries import ScalarWriter
 from keras_ngd.optimizers import THOR
 from keras_ngd.optimizers.trace_rule import DECISIONS
+from keras_ngd.typing import Logs
 
 _EXACT_SIZE = 1024
 _FIELDS = ("epoch", "step", "layer", "trace", "change_rate", "decision", "stopped", "condition")
 
 
-def _condition(inverses):
+def _condition(inverses: np.ndarray) -> float:
     """Largest condition number of symmetric positive definite `[n, size, size]`; beyond 1024 rows from below."""
     if inverses.shape[-1] <= _EXACT_SIZE:
         values = np.linalg.eigvalsh(inverses.astype("float64"))
@@ -26,7 +29,7 @@ def _condition(inverses):
     return float(np.max(largest / np.maximum(largest - _extreme(shifted), 1e-12 * largest)))
 
 
-def _extreme(matrices, steps=30):
+def _extreme(matrices: np.ndarray, steps: int = 30) -> np.ndarray:
     vectors = np.random.default_rng(0).normal(size=(*matrices.shape[:2], 1))
     for _ in range(steps):
         vectors = matrices @ (vectors / np.linalg.norm(vectors, axis=1, keepdims=True))
@@ -66,14 +69,23 @@ class CurvatureMonitor(keras.callbacks.Callback):
         ValueError: if the model is not compiled with `keras_ngd.THOR`.
     """
 
-    def __init__(self, csv_path=None, log_dir=None, every=None, layers_in_logs=False, condition=True):
+    def __init__(
+        self,
+        csv_path: str | os.PathLike | None = None,
+        log_dir: str | os.PathLike | None = None,
+        every: int | None = None,
+        layers_in_logs: bool = False,
+        condition: bool = True,
+    ) -> None:
         super().__init__()
         self.csv_path, self.log_dir = csv_path, log_dir
         self.every = None if every is None else schedules.check_count("every", every)
         self.layers_in_logs, self.condition = layers_in_logs, condition
-        self.records, self._epoch, self._writer = [], 0, None
+        self.records: list[dict[str, Any]] = []
+        self._epoch = 0
+        self._writer: ScalarWriter | None = None
 
-    def on_train_begin(self, logs=None):
+    def on_train_begin(self, logs: Logs = None) -> None:
         if not isinstance(self.model.optimizer, THOR):
             raise ValueError(
                 "CurvatureMonitor records THOR's trace rule: compile the model with `keras_ngd.THOR`. Its optimizer is "
@@ -86,14 +98,14 @@ class CurvatureMonitor(keras.callbacks.Callback):
         if self.log_dir is not None:
             self._writer = ScalarWriter(self.log_dir)
 
-    def on_epoch_begin(self, epoch, logs=None):
+    def on_epoch_begin(self, epoch: int, logs: Logs = None) -> None:
         self._epoch = epoch
 
-    def on_train_batch_end(self, batch, logs=None):
+    def on_train_batch_end(self, batch: int, logs: Logs = None) -> None:
         if self.every is not None and (batch + 1) % self.every == 0:
             self._record()
 
-    def on_epoch_end(self, epoch, logs=None):
+    def on_epoch_end(self, epoch: int, logs: Logs = None) -> None:
         entries = self._record()
         if logs is None or not entries:
             return
@@ -105,19 +117,20 @@ class CurvatureMonitor(keras.callbacks.Callback):
         if self.layers_in_logs:
             logs.update({f"{layer}/{name}": value for layer, name, value in self._scalars(entries)})
 
-    def on_train_end(self, logs=None):
+    def on_train_end(self, logs: Logs = None) -> None:
         if self._writer is not None:
             self._writer.close()
         self._writer = None
 
-    def _write_rows(self, entries, mode):
+    def _write_rows(self, entries: Sequence[dict[str, Any]], mode: str) -> None:
+        assert self.csv_path is not None
         with open(self.csv_path, mode, newline="") as file:
             table = csv.DictWriter(file, _FIELDS)
             if mode == "w":
                 table.writeheader()
             table.writerows(entries)
 
-    def _record(self):
+    def _record(self) -> list[dict[str, Any]]:
         keras_private.write_back_state(self.model)
         optimizer = self.model.optimizer
         step = int(ops.convert_to_numpy(optimizer.iterations))
@@ -145,7 +158,7 @@ class CurvatureMonitor(keras.callbacks.Callback):
         return entries
 
     @staticmethod
-    def _conditions(optimizer):
+    def _conditions(optimizer: THOR) -> dict[str, float]:
         result = {}
         for group in optimizer.local_layout.groups:
             parts = [sharding.to_numpy(variable) for variable in group.curvature.variables]
@@ -157,18 +170,24 @@ class CurvatureMonitor(keras.callbacks.Callback):
         return result
 
     @staticmethod
-    def _scalars(entries):
+    def _scalars(entries: Sequence[dict[str, Any]]) -> Iterator[tuple[str, str, float]]:
         for entry in entries:
             for name in ("change_rate", "trace", "condition"):
                 yield entry["layer"], name, entry[name]
             yield entry["layer"], "decision", DECISIONS.index(entry["decision"])
 
-    def _write_summaries(self, entries, step):
+    def _write_summaries(self, entries: Sequence[dict[str, Any]], step: int) -> None:
         scalars = {f"{name}/{layer}": value for layer, name, value in self._scalars(entries) if np.isfinite(value)}
+        assert self._writer is not None
         self._writer.write(scalars, step)
 
 
-def plot_change_rate(source, path, layers=None, omega=None):
+def plot_change_rate(
+    source: CurvatureMonitor | str | os.PathLike,
+    path: str | os.PathLike,
+    layers: Sequence[str] | None = None,
+    omega: tuple[float, float] | None = None,
+) -> None:
     """Draws the change rates of the trace by step, one line per layer (the paper's Figures 2 and 3); needs matplotlib.
 
     Args:
@@ -188,7 +207,7 @@ def plot_change_rate(source, path, layers=None, omega=None):
     else:
         with open(source, newline="") as file:
             records = list(csv.DictReader(file))
-    lines = {}
+    lines: dict[str, list[tuple[int, float]]] = {}
     for record in records:
         rate = float(record["change_rate"])
         if np.isfinite(rate) and (layers is None or any(name in record["layer"] for name in layers)):

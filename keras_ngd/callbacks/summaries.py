@@ -1,6 +1,8 @@
 """Scalars for TensorBoard. TensorFlow writes them, whichever backend trains."""
 
 import importlib.util
+import os
+from collections.abc import Mapping
 
 
 class ScalarWriter:
@@ -13,7 +15,7 @@ class ScalarWriter:
         ImportError: if TensorFlow or TensorBoard is not installed.
     """
 
-    def __init__(self, log_dir):
+    def __init__(self, log_dir: str | os.PathLike) -> None:
         for module, package in (
             ("tensorflow", "TensorFlow, which writes its files"),
             ("tensorboard", "TensorBoard"),
@@ -24,7 +26,7 @@ class ScalarWriter:
 
         self._writer = tf.summary.create_file_writer(str(log_dir))
 
-    def write(self, scalars, step):
+    def write(self, scalars: Mapping[str, float], step: int) -> None:
         """Writes a dict from names to numbers."""
         import tensorflow as tf
 
@@ -33,5 +35,5 @@ class ScalarWriter:
                 tf.summary.scalar(name, value)
         self._writer.flush()
 
-    def close(self):
+    def close(self) -> None:
         self._writer.close()

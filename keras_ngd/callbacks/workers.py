@@ -1,11 +1,14 @@
 """What workers share outside their training steps."""
 
 import json
+from typing import Any
 
 import keras
 import numpy as np
 
 from keras_ngd import distributed, schedules
+from keras_ngd.distributed.communicator import Communicator
+from keras_ngd.typing import Logs
 
 
 class BroadcastInitialState(keras.callbacks.Callback):
@@ -24,12 +27,12 @@ class BroadcastInitialState(keras.callbacks.Callback):
             (`GatherStatistics`).
     """
 
-    def __init__(self, root=0, communicator="auto"):
+    def __init__(self, root: int = 0, communicator: Communicator | str = "auto") -> None:
         super().__init__()
         distributed.check(communicator)
         self.root, self.communicator = root, communicator
 
-    def on_train_begin(self, logs=None):
+    def on_train_begin(self, logs: Logs = None) -> None:
         communicator = distributed.resolve(self.communicator)
         if not 0 <= self.root < communicator.size:
             raise ValueError(
@@ -66,35 +69,35 @@ class GatherStatistics(keras.callbacks.Callback):
         ValueError: if `save_freq` is neither, or the model's optimizer is not of `keras_ngd`.
     """
 
-    def __init__(self, save_freq="epoch"):
+    def __init__(self, save_freq: int | str = "epoch") -> None:
         super().__init__()
         if save_freq != "epoch" and not schedules.is_count(save_freq):
             raise ValueError(f"`save_freq` must be 'epoch' or an int of at least 1. Received: save_freq={save_freq!r}")
-        self.save_freq = save_freq
+        self.save_freq: Any = save_freq
         self._seen, self._last = 0, 0
 
-    def on_train_begin(self, logs=None):
+    def on_train_begin(self, logs: Logs = None) -> None:
         if not hasattr(self.model.optimizer, "gather_statistics"):
             raise ValueError(
                 "`GatherStatistics` is for optimizers of keras_ngd. Received a model compiled with optimizer="
                 f"{self.model.optimizer!r}"
             )
 
-    def on_epoch_begin(self, epoch, logs=None):
+    def on_epoch_begin(self, epoch: int, logs: Logs = None) -> None:
         self._last = 0
 
-    def on_train_batch_end(self, batch, logs=None):
+    def on_train_batch_end(self, batch: int, logs: Logs = None) -> None:
         # One call stands for several batches with `steps_per_execution`.
         self._seen, self._last = self._seen + batch + 1 - self._last, batch + 1
         if self.save_freq != "epoch" and self._seen >= self.save_freq:
             self._seen = 0
             self.model.optimizer.gather_statistics()
 
-    def on_epoch_end(self, epoch, logs=None):
+    def on_epoch_end(self, epoch: int, logs: Logs = None) -> None:
         if self.save_freq == "epoch":
             self.model.optimizer.gather_statistics()
 
-    def on_train_end(self, logs=None):
+    def on_train_end(self, logs: Logs = None) -> None:
         self.model.optimizer.gather_statistics()
 
 
@@ -111,18 +114,18 @@ class MetricAverage(keras.callbacks.Callback):
         ValueError: on all workers, if they have different logs.
     """
 
-    def __init__(self, communicator="auto"):
+    def __init__(self, communicator: Communicator | str = "auto") -> None:
         super().__init__()
         distributed.check(communicator)
         self.communicator = communicator
 
-    def on_epoch_end(self, epoch, logs=None):
+    def on_epoch_end(self, epoch: int, logs: Logs = None) -> None:
         self._average(logs)
 
-    def on_test_end(self, logs=None):
+    def on_test_end(self, logs: Logs = None) -> None:
         self._average(logs)
 
-    def _average(self, logs):
+    def _average(self, logs: Logs) -> None:
         communicator = distributed.resolve(self.communicator)
         if communicator.size == 1 or logs is None:
             return

@@ -1,36 +1,46 @@
 """What of a model is captured, and why the rest is not."""
 
 import fnmatch
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import keras
 
 from keras_ngd import keras_private, layers
 from keras_ngd.capturing.walk import layers_with_weights, path_of
+from keras_ngd.optimizers.natural_gradient import NaturalGradient
 
 OF_ANOTHER = "not trainable here, and captured already: left as it is"
 
 
-def layers_to_capture(model):
+def layers_to_capture(model: keras.Model) -> list[keras.layers.Layer]:
     """The layers of a built model that `capture` would capture."""
     return [layer for layer, reason in decide(list(layers_with_weights(model))) if not reason]
 
 
-def decide(found, skipped=lambda layer: ""):
+def decide(
+    found: Sequence[tuple[keras.layers.Layer, keras.layers.Layer | None]],
+    skipped: Callable[[keras.layers.Layer], str] = lambda layer: "",
+) -> list[tuple[keras.layers.Layer, str]]:
     """Pairs of each layer that was found and the reason why it is not captured, an empty string if it is."""
     owners = _owners(found)
     return [(layer, skipped(layer) or _reason_against(layer, wrapper, owners)) for layer, wrapper in found]
 
 
-def _owners(found):
+def _owners(
+    found: Sequence[tuple[keras.layers.Layer, keras.layers.Layer | None]],
+) -> dict[int, list[keras.layers.Layer]]:
     """The layers that own each variable, by the variable's identity."""
-    owners = {}
+    owners: dict[int, list[keras.layers.Layer]] = {}
     for layer, _ in found:
         for variable in keras_private.own_weights(layer):
             owners.setdefault(id(variable), []).append(layer)
     return owners
 
 
-def _reason_against(layer, wrapper, owners):
+def _reason_against(
+    layer: keras.layers.Layer, wrapper: keras.layers.Layer | None, owners: dict[int, list[keras.layers.Layer]]
+) -> str:
     """Why a layer is not captured, or an empty string."""
     if type(layer) not in layers.CAPTURED_KINDS and type(layer) not in layers.CAPTURED_KINDS.values():
         for kind in layers.CAPTURED_KINDS:
@@ -55,7 +65,9 @@ def _reason_against(layer, wrapper, owners):
     return ""
 
 
-def skipper(skip, candidates):
+def skipper(
+    skip: str | Sequence[str] | Callable[[keras.layers.Layer], bool] | None, candidates: Sequence[keras.layers.Layer]
+) -> Callable[[keras.layers.Layer], str]:
     """A function of the layer that says that it is left out, or an empty string, from what `skip` is.
 
     Raises:
@@ -63,11 +75,12 @@ def skipper(skip, candidates):
         ValueError: if it names none of the candidates.
     """
     if callable(skip) and not isinstance(skip, keras.layers.Layer):
-        return lambda layer: "left out by `skip`" if skip(layer) else ""
+        leaves_out = skip
+        return lambda layer: "left out by `skip`" if leaves_out(layer) else ""
     skip = () if skip is None else skip
-    patterns = list(skip) if isinstance(skip, (list, tuple, set, frozenset)) else [skip]
+    patterns: list[Any] = list(skip) if isinstance(skip, (list, tuple, set, frozenset)) else [skip]
 
-    def matches(layer, pattern):
+    def matches(layer: keras.layers.Layer, pattern: str) -> bool:
         return fnmatch.fnmatchcase(layer.name, pattern) or fnmatch.fnmatchcase(path_of(layer), pattern)
 
     for pattern in patterns:
@@ -79,7 +92,7 @@ def skipper(skip, candidates):
     return lambda layer: "left out by `skip`" if any(matches(layer, p) for p in patterns) else ""
 
 
-def check_built(model, needed):
+def check_built(model: keras.Model, needed: Sequence[keras.layers.Layer]) -> None:
     """Raises a `ValueError` if a model or one of the layers that are needed has no weights yet."""
     unbuilt = [layer.name for layer in needed if not layer.built]
     if not model.built or unbuilt:
@@ -90,7 +103,7 @@ def check_built(model, needed):
         )
 
 
-def check_float16(optimizer, captured):
+def check_float16(optimizer: NaturalGradient, captured: Sequence[keras.layers.Layer]) -> None:
     """Raises a `ValueError` if layers compute in float16 whose loss scale the optimizer is not told."""
     if optimizer.loss_scale_factor is not None:
         return

@@ -3,6 +3,8 @@
 import contextlib
 import math
 import warnings
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import keras
 
@@ -14,9 +16,16 @@ from keras_ngd.optimizers.blocks import Block, Group
 from keras_ngd.optimizers.natural_gradient import NaturalGradient
 from keras_ngd.optimizers.plain import plain_sgd
 from keras_ngd.report import CaptureReport, LayerReport
+from keras_ngd.typing import Variable
 
 
-def capture(model, optimizer, skip, data, analysis):
+def capture(
+    model: keras.Model,
+    optimizer: NaturalGradient | str,
+    skip: str | Sequence[str] | Callable[[keras.layers.Layer], bool] | None,
+    data: Any,
+    analysis: Any,
+) -> CaptureReport:
     """Captures a model, as `keras_ngd.capture` says.
 
     Args:
@@ -41,7 +50,13 @@ def capture(model, optimizer, skip, data, analysis):
         return _capture(model, optimizer, skip, data, analysis)
 
 
-def _capture(model, optimizer, skip, data, analysis):
+def _capture(
+    model: keras.Model,
+    optimizer: NaturalGradient,
+    skip: str | Sequence[str] | Callable[[keras.layers.Layer], bool] | None,
+    data: Any,
+    analysis: Any,
+) -> CaptureReport:
     sharding.check([*model.weights, *optimizer.variables])
     for tensor in keras.tree.flatten(getattr(model, "inputs", None) or []):
         sharding.check_batch(tensor.shape[0])
@@ -84,18 +99,18 @@ def _capture(model, optimizer, skip, data, analysis):
     return report
 
 
-def _describe(layer, optimizer):
+def _describe(layer: keras.layers.Layer, optimizer: NaturalGradient) -> LayerReport:
     block = Block(layer.path, keras_private.kernel_of(layer), layer.bias, layer.statistics)
     averages = layer.statistics.averages
     shapes = [sharding.shape_of(v) for v in averages]
     size = backend.itemsize(averages[0].dtype) * sum(map(math.prod, shapes))
-    shapes = tuple(s[1:] if s[0] == 1 else s for s in shapes if len(s) > 2)
+    shown = tuple(s[1:] if s[0] == 1 else s for s in shapes if len(s) > 2)
     kind = type(layer).plain.__name__
     size += optimizer.make_curvature(Group([block])).bytes + optimizer.further_bytes(block)
-    return LayerReport(layer.path, kind, shapes, size)
+    return LayerReport(layer.path, kind, shown, size)
 
 
-def release(model):
+def release(model: keras.Model) -> None:
     """Turns captured layers back into plain Keras layers, in place; weights and results stay.
 
     So do layers written as `keras_ngd.layers` in the first place. A model compiled with one of our optimizers is compiled anew
@@ -119,7 +134,7 @@ def release(model):
             model.optimizer.build(model.trainable_variables)
 
 
-def _release_layer(layer):
+def _release_layer(layer: keras.layers.Layer) -> None:
     if not isinstance(layer, Captured):
         return
     layer.detach_statistics()
@@ -127,14 +142,14 @@ def _release_layer(layer):
         layer.__class__ = type(layer).plain
 
 
-def _forget_compiled_functions(model):
+def _forget_compiled_functions(model: keras.Model) -> None:
     """Functions traced before have the plain layers in them."""
     for sub in keras_private.flatten_layers(model):
         if isinstance(sub, keras.Model):
             sub.train_function = sub.test_function = sub.predict_function = None
 
 
-def trainable_weights(model):
+def trainable_weights(model: keras.Model) -> list[Variable]:
     """A model's trainable weights without the statistics of captured layers, in their order.
 
     What a custom training step is to clip, penalise or count: `model.trainable_variables` has the statistics as well, whose

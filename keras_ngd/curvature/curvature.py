@@ -3,14 +3,12 @@
 import abc
 import math
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple, Self
 
 from keras import ops
 
 from keras_ngd import backend
-
-# Of TensorFlow or JAX.
-Tensor = Any
+from keras_ngd.typing import AddVariable, Initializer, Shape, Tensor, Variable
 
 
 class Slot(NamedTuple):
@@ -24,8 +22,8 @@ class Slot(NamedTuple):
     """
 
     name: str
-    shape: tuple[int, ...]
-    initializer: Any
+    shape: Shape
+    initializer: Initializer
     dtype: str
 
 
@@ -40,13 +38,11 @@ class Curvature(abc.ABC):
         count: `k`.
         dtype: of the state.
         variables: those that keep the state, in the order of `slots`; empty before `build`.
-        symmetric: whether all matrices of the state are, so that workers send one triangle of each.
     """
 
     count: int
     dtype: str
-    variables: Sequence[Any] = ()
-    symmetric: bool = True
+    variables: Sequence[Variable] = ()
 
     @property
     @abc.abstractmethod
@@ -62,7 +58,7 @@ class Curvature(abc.ABC):
     @abc.abstractmethod
     def refresh_all(
         cls,
-        curvatures: Sequence["Curvature"],
+        curvatures: Sequence[Self],
         inputs: Sequence[Sequence[Tensor]],
         damping: Tensor,
         states: Sequence[Sequence[Tensor]],
@@ -95,7 +91,12 @@ class Curvature(abc.ABC):
             inputs: function of no arguments that gives what the last refresh was made of, for those that need it still.
         """
 
-    def build(self, add_variable: Callable[..., Any]) -> None:
+    @property
+    def symmetric(self) -> bool:
+        """Whether all matrices of the state are, so that workers send one triangle of each. Default: yes."""
+        return True
+
+    def build(self, add_variable: AddVariable) -> None:
         """Creates the variables of the state with `add_variable(shape, initializer, dtype, name)`."""
         self.variables = [add_variable(slot.shape, slot.initializer, slot.dtype, slot.name) for slot in self.slots]
 
@@ -118,7 +119,7 @@ def refreshed(
 ) -> list[list[Tensor]]:
     """New states of curvatures of any classes, those of one class together; arguments as for `Curvature.refresh_all`."""
     found: list[list[Tensor]] = [[] for _ in curvatures]
-    for kind in dict.fromkeys(map(type, curvatures)):
+    for kind in dict.fromkeys(type(curvature) for curvature in curvatures):
         members = [i for i, curvature in enumerate(curvatures) if type(curvature) is kind]
         new = kind.refresh_all(
             [curvatures[i] for i in members],

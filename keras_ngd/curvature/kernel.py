@@ -1,10 +1,14 @@
 """A Fisher block as the sum of a few rank-one terms, `F = U^T U`, of all layers of one shape at once."""
 
+from collections.abc import Callable, Sequence
+from typing import Self
+
 from keras import ops
 
 from keras_ngd.curvature.curvature import Curvature, Slot, where_chosen
 from keras_ngd.linalg import kernel
 from keras_ngd.linalg.together import together
+from keras_ngd.typing import Tensor
 
 KERNEL_DAMPING_MODES = ("relative", "absolute")
 
@@ -29,26 +33,33 @@ class KernelCurvature(Curvature):
             eigenvalue of `U U^T`.
     """
 
-    def __init__(self, count, rows, dtype, row_length=0, damping_mode="absolute"):
+    def __init__(self, count: int, rows: int, dtype: str, row_length: int = 0, damping_mode: str = "absolute") -> None:
         self.count, self.rows, self.dtype, self.row_length = count, rows, dtype, row_length
         self.damping_mode = damping_mode
 
     @property
-    def slots(self):
+    def slots(self) -> tuple[Slot, ...]:
         return (
             Slot(f"kernel_inverse_{self.rows}", (self.count, self.rows, self.rows), "zeros", self.dtype),
             Slot(f"kernel_damping_{self.rows}", (self.count,), "ones", self.dtype),
         )
 
     @property
-    def refresh_cost(self):
+    def refresh_cost(self) -> float:
         return self.count * self.rows**2 * (self.rows + self.row_length)
 
     @classmethod
-    def refresh_all(cls, curvatures, inputs, damping, states, chosen=None):
+    def refresh_all(
+        cls,
+        curvatures: Sequence[Self],
+        inputs: Sequence[Sequence[Tensor]],
+        damping: Tensor,
+        states: Sequence[Sequence[Tensor]],
+        chosen: Sequence[Tensor] | None = None,
+    ) -> list[list[Tensor]]:
         """As `Curvature.refresh_all`; inputs are the rows `a` and `g`, or `a`, `g`, the rows' weights `Y` and their damping."""
 
-        def cores(matrices, *others):
+        def cores(matrices: Tensor, *others: Tensor) -> list[Tensor]:
             *weights, dampings = others
             core = kernel.interpolated_core(matrices, *others) if weights else kernel.damped_core(matrices, dampings)
             failed = ops.all(core == 0, axis=(1, 2))
@@ -62,13 +73,15 @@ class KernelCurvature(Curvature):
         new = together(cores, work)
         return new if chosen is None else [where_chosen(*each) for each in zip(chosen, new, states, strict=True)]
 
-    def precondition(self, v, damping, state, inputs):
+    def precondition(
+        self, v: Tensor, damping: Tensor, state: Sequence[Tensor], inputs: Callable[[], Sequence[Tensor]]
+    ) -> Tensor:
         core, used = state
         a, g = inputs()[:2]
         return kernel.precondition(a, g, core, used, v)
 
 
-def damping_of(a, g, damping, mode):
+def damping_of(a: Tensor, g: Tensor, damping: Tensor, mode: str) -> Tensor:
     """The damping of the blocks of rows `a` and `g`, `[k]`, in the units of the blocks."""
     damping = ops.cast(damping, a.dtype)
     return damping * (kernel.mean_eigenvalues(a, g) if mode == "relative" else ops.ones_like(a[:, 0, 0]))

@@ -1,22 +1,26 @@
 """The Kronecker-factored Fisher block, `F ~ A (x) G`, of all layers of one shape at once."""
 
+from collections.abc import Callable, Sequence
+from typing import Self
+
 from keras import ops
 
 from keras_ngd import backend, sharding
 from keras_ngd.curvature.curvature import Curvature, Slot, where_chosen
 from keras_ngd.linalg import inverse
 from keras_ngd.linalg.together import together
+from keras_ngd.typing import Shape, Tensor
 
 INVERSES = ("auto", "cholesky", "newton-schulz", "eigen")
 DAMPING_MODES = ("relative", "pi", "sqrt", "factor", "exact")
 
 
-def mean_eigenvalues(factors):
+def mean_eigenvalues(factors: Tensor) -> Tensor:
     """`tr(X) / d` of each matrix of `[k, d, d]`."""
     return ops.trace(factors, axis1=1, axis2=2) / factors.shape[-1]
 
 
-def factor_dampings(mean_a, mean_g, damping, mode):
+def factor_dampings(mean_a: Tensor, mean_g: Tensor, damping: Tensor, mode: str) -> tuple[Tensor, Tensor]:
     """What to add to the diagonals of `A` and `G`.
 
         relative:  damping tr A / dA and damping tr G / dG
@@ -50,12 +54,12 @@ def factor_dampings(mean_a, mean_g, damping, mode):
     return root * pi, root / pi
 
 
-def identities(shape, dtype=None):
+def identities(shape: Shape, dtype: str | None = None) -> Tensor:
     """Initializer of stacked inverses."""
     return ops.broadcast_to(ops.eye(shape[-1], dtype=dtype), shape)
 
 
-def inversion_method(method):
+def inversion_method(method: str) -> str:
     """What `"auto"` stands for here; any other method as it is."""
     if method != "auto":
         return method
@@ -63,7 +67,7 @@ def inversion_method(method):
     return "newton-schulz" if backend.on_accelerator() else "cholesky"
 
 
-def _decomposed(known, state, factors):
+def _decomposed(known: Tensor, state: Sequence[Tensor], factors: Tensor) -> list[Tensor]:
     """Eigenvectors and eigenvalues of the factors that are `known`, the old ones where that fails."""
     vectors, values = state
     # TensorFlow's decomposition stops the program where a matrix is not finite.
@@ -99,12 +103,14 @@ class KroneckerCurvature(Curvature):
         damping_mode: one of `DAMPING_MODES`; `"exact"` needs `"eigen"`.
     """
 
-    def __init__(self, count, input_dim, output_dim, dtype, inverse_method, damping_mode):
+    def __init__(
+        self, count: int, input_dim: int, output_dim: int, dtype: str, inverse_method: str, damping_mode: str
+    ) -> None:
         self.count, self.input_dim, self.output_dim, self.dtype = count, input_dim, output_dim, dtype
         self.inverse_method, self.damping_mode = inverse_method, damping_mode
 
     @property
-    def slots(self):
+    def slots(self) -> tuple[Slot, ...]:
         suffix = f"{self.input_dim}_{self.output_dim}"
         kinds = ("eigenvectors", "eigenvalues") if self.inverse_method == "eigen" else ("inverse",)
         found = []
@@ -116,16 +122,23 @@ class KroneckerCurvature(Curvature):
         return tuple(found)
 
     @property
-    def refresh_cost(self):
+    def refresh_cost(self) -> float:
         return self.count * (self.input_dim**3 + self.output_dim**3)
 
     @property
-    def symmetric(self):
+    def symmetric(self) -> bool:
         """Whether all matrices of the state are."""
         return self.inverse_method != "eigen"
 
     @classmethod
-    def refresh_all(cls, curvatures, inputs, damping, states, chosen=None):
+    def refresh_all(
+        cls,
+        curvatures: Sequence[Self],
+        inputs: Sequence[Sequence[Tensor]],
+        damping: Tensor,
+        states: Sequence[Sequence[Tensor]],
+        chosen: Sequence[Tensor] | None = None,
+    ) -> list[list[Tensor]]:
         """As `Curvature.refresh_all`; inputs are the factors `A` and `G`, `[k, d, d]`, of both of which one batch is made."""
         method, sides = inversion_method(curvatures[0].inverse_method), []
         for curvature, (a, g), state in zip(curvatures, inputs, states, strict=True):
@@ -135,16 +148,19 @@ class KroneckerCurvature(Curvature):
                 dampings = factor_dampings(mean_eigenvalues(a), mean_eigenvalues(g), damping, curvature.damping_mode)
                 sides += [list(side) for side in zip((a, g), dampings, state, strict=True)]
 
-        def renewed(factors, *rest):
+        def renewed(factors: Tensor, *rest: Tensor) -> list[Tensor]:
             if method == "eigen":
                 return sharding.divided(_decomposed, list(rest), factors)
-            return [inverse.damped_inverse(factors, *rest, method)]
+            dampings, previous = rest
+            return [inverse.damped_inverse(factors, dampings, previous, method)]
 
         found = iter(together(renewed, sides))
         new = [[*next(found), *next(found)] for _ in curvatures]
         return new if chosen is None else [where_chosen(*each) for each in zip(chosen, new, states, strict=True)]
 
-    def precondition(self, v, damping, state, inputs):
+    def precondition(
+        self, v: Tensor, damping: Tensor, state: Sequence[Tensor], inputs: Callable[[], Sequence[Tensor]]
+    ) -> Tensor:
         if self.inverse_method != "eigen":
             product, cut = backend.matmul(state[0], v), [sharding.spread_of(variable) for variable in self.variables]
             if self.output_dim <= self.input_dim or not cut or cut[1] is None or cut[1].axis is None:

@@ -1,11 +1,15 @@
 """The Kronecker-factored Fisher block whose factors are block diagonal, of all layers of one shape at once."""
 
+from collections.abc import Callable, Sequence
+from typing import Self
+
 from keras import ops
 
 from keras_ngd.curvature.curvature import Curvature, Slot
 from keras_ngd.curvature.kronecker import factor_dampings, identities, inversion_method
 from keras_ngd.linalg import diagonal, inverse
 from keras_ngd.linalg.together import together
+from keras_ngd.typing import Parts, Tensor
 
 
 class SplitCurvature(Curvature):
@@ -27,17 +31,19 @@ class SplitCurvature(Curvature):
         damping_mode: `"pi"`, `"sqrt"` or `"factor"`.
     """
 
-    def __init__(self, count, input_parts, output_parts, dtype, inverse_method, damping_mode):
+    def __init__(
+        self, count: int, input_parts: Parts, output_parts: Parts, dtype: str, inverse_method: str, damping_mode: str
+    ) -> None:
         self.count, self.sides, self.dtype = count, (tuple(input_parts), tuple(output_parts)), dtype
         self.inverse_method, self.damping_mode = inverse_method, damping_mode
 
     @property
-    def parts(self):
+    def parts(self) -> Parts:
         """All parts, the input's first."""
         return self.sides[0] + self.sides[1]
 
     @property
-    def slots(self):
+    def slots(self) -> tuple[Slot, ...]:
         suffix = "_".join(str(diagonal.dimension(side)) for side in self.sides)
         return tuple(
             Slot(f"{side}_inverse_{i}_{suffix}", (self.count, count, size, size), identities, self.dtype)
@@ -46,24 +52,31 @@ class SplitCurvature(Curvature):
         )
 
     @property
-    def refresh_cost(self):
+    def refresh_cost(self) -> float:
         return self.count * sum(count * size**3 for count, size in self.parts)
 
-    def divide(self, values):
+    def divide(self, values: Sequence[Tensor]) -> tuple[Sequence[Tensor], Sequence[Tensor]]:
         """A list by part as two: the input's and the output's."""
         return values[: len(self.sides[0])], values[len(self.sides[0]) :]
 
-    def traces(self, factors):
+    def traces(self, factors: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
         """The traces of `A` and of `G`, each `[k]`."""
         return tuple(diagonal.traces(side) for side in self.divide(factors))
 
-    def dampings(self, factors, damping):
+    def dampings(self, factors: Sequence[Tensor], damping: Tensor) -> tuple[Tensor, Tensor]:
         """`dA` and `dG`, each `[k]`."""
         means = [t / diagonal.dimension(s) for t, s in zip(self.traces(factors), self.sides, strict=True)]
-        return factor_dampings(*means, damping, self.damping_mode)
+        return factor_dampings(means[0], means[1], damping, self.damping_mode)
 
     @classmethod
-    def refresh_all(cls, curvatures, inputs, damping, states, chosen=None):
+    def refresh_all(
+        cls,
+        curvatures: Sequence[Self],
+        inputs: Sequence[Sequence[Tensor]],
+        damping: Tensor,
+        states: Sequence[Sequence[Tensor]],
+        chosen: Sequence[Tensor] | None = None,
+    ) -> list[list[Tensor]]:
         """As `Curvature.refresh_all`; inputs are the blocks of both factors, `[k, count, size, size]` by part."""
         method, work = inversion_method(curvatures[0].inverse_method), []
         if chosen is None:
@@ -75,12 +88,18 @@ class SplitCurvature(Curvature):
             for (count, size), block, side_damping, old in zip(curvature.parts, blocks, of_sides, state, strict=True):
                 matrices = [ops.reshape(t, (-1, size, size)) for t in (block, old)]
                 work.append([matrices[0], ops.repeat(side_damping, count), matrices[1], ops.repeat(renewed, count)])
-        found = iter(together(lambda *parts: [inverse.damped_inverse_of(*parts, method)], work))
+
+        def inverses(factors: Tensor, dampings: Tensor, previous: Tensor, chosen: Tensor) -> list[Tensor]:
+            return [inverse.damped_inverse_of(factors, dampings, previous, chosen, method)]
+
+        found = iter(together(inverses, work))
         return [
             [ops.reshape(next(found)[0], (-1, count, size, size)) for count, size in curvature.parts]
             for curvature in curvatures
         ]
 
-    def precondition(self, v, damping, state, inputs):
+    def precondition(
+        self, v: Tensor, damping: Tensor, state: Sequence[Tensor], inputs: Callable[[], Sequence[Tensor]]
+    ) -> Tensor:
         a, g = self.divide(state)
         return diagonal.multiply_right(diagonal.multiply(a, v, self.sides[0]), g, self.sides[1])

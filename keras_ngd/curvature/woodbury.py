@@ -1,5 +1,8 @@
 """The Kronecker-factored Fisher block with its factors given by rows, of all layers of one shape at once."""
 
+from collections.abc import Callable, Iterable, Sequence
+from typing import Self
+
 from keras import ops
 
 from keras_ngd import backend
@@ -7,6 +10,7 @@ from keras_ngd.curvature.curvature import Curvature, Slot, where_chosen
 from keras_ngd.curvature.kronecker import factor_dampings, identities
 from keras_ngd.linalg import inverse
 from keras_ngd.linalg.together import together
+from keras_ngd.typing import Shape, Tensor
 
 
 class WoodburyCurvature(Curvature):
@@ -25,11 +29,11 @@ class WoodburyCurvature(Curvature):
         damping_mode: `"relative"`, `"pi"`, `"sqrt"` or `"factor"`.
     """
 
-    def __init__(self, count, sides, dtype, damping_mode):
+    def __init__(self, count: int, sides: Iterable[Shape], dtype: str, damping_mode: str) -> None:
         self.count, self.sides, self.dtype, self.damping_mode = count, tuple(sides), dtype, damping_mode
 
     @property
-    def slots(self):
+    def slots(self) -> tuple[Slot, ...]:
         found = []
         for name, (rows, size) in zip(("input", "output"), self.sides, strict=True):
             initializer = identities if rows == size else "zeros"
@@ -38,18 +42,20 @@ class WoodburyCurvature(Curvature):
         return tuple(found)
 
     @property
-    def refresh_cost(self):
+    def refresh_cost(self) -> float:
         return self.count * sum(rows**2 * (rows + (size if rows < size else 0)) for rows, size in self.sides)
 
-    def dampings(self, inputs, damping):
+    def dampings(self, inputs: Sequence[Tensor], damping: Tensor) -> tuple[Tensor, Tensor]:
         """`dA` and `dG`, each `[k]`."""
         means = []
         for side, (rows, size) in zip(inputs, self.sides, strict=True):
             trace = ops.trace(side, axis1=1, axis2=2) if rows == size else ops.sum(side * side, axis=(1, 2))
             means.append(trace / size)
-        return factor_dampings(*means, damping, self.damping_mode)
+        return factor_dampings(means[0], means[1], damping, self.damping_mode)
 
-    def precondition(self, v, damping, state, inputs):
+    def precondition(
+        self, v: Tensor, damping: Tensor, state: Sequence[Tensor], inputs: Callable[[], Sequence[Tensor]]
+    ) -> Tensor:
         (inverse_a, damping_a, inverse_g, damping_g), (x, y) = state, inputs()
         if self.sides[0][0] == self.sides[0][1]:
             v = backend.matmul(inverse_a, v)
@@ -62,7 +68,14 @@ class WoodburyCurvature(Curvature):
         return (v - backend.matmul(inner, y)) / ops.reshape(damping_g, (-1, 1, 1))
 
     @classmethod
-    def refresh_all(cls, curvatures, inputs, damping, states, chosen=None):
+    def refresh_all(
+        cls,
+        curvatures: Sequence[Self],
+        inputs: Sequence[Sequence[Tensor]],
+        damping: Tensor,
+        states: Sequence[Sequence[Tensor]],
+        chosen: Sequence[Tensor] | None = None,
+    ) -> list[list[Tensor]]:
         """As `Curvature.refresh_all`; inputs are the rows, or the factor, of the input and of the output side."""
         work, sides = [], [side for curvature in curvatures for side in curvature.sides]
         for curvature, of_curvature in zip(curvatures, inputs, strict=True):
@@ -80,7 +93,7 @@ class WoodburyCurvature(Curvature):
         return new if chosen is None else [where_chosen(*each) for each in zip(chosen, new, states, strict=True)]
 
 
-def _inverses(matrices, dampings):
+def _inverses(matrices: Tensor, dampings: Tensor) -> list[Tensor]:
     """Damped inverses, what they are divided by, and where they failed."""
     # Nothing to fall back on: the rows of the last inverse are gone. Then a factor counts as the identity.
     inverses = inverse.damped_inverse(matrices, dampings)

@@ -1,5 +1,7 @@
 """Several workers: how they talk to each other, and what they divide among them."""
 
+from typing import Any
+
 from keras_ngd.distributed.communicator import Communicator, check, resolve
 from keras_ngd.distributed.data import in_turn, shard
 from keras_ngd.distributed.initial_state import NOT_GATHERED, broadcast_variables, check_same, description
@@ -24,7 +26,7 @@ __all__ = [
 ]
 
 
-def __getattr__(name):
+def __getattr__(name: str) -> Any:
     # Late: it imports TensorFlow.
     if name == "Horovod":
         from keras_ngd.distributed.horovod import Horovod

@@ -1,9 +1,14 @@
 """Summing lists of tensors of several dtypes, on TensorFlow: for the collectives, which only that backend has."""
 
+from collections.abc import Callable, Sequence
+from typing import Any
+
 import tensorflow as tf
 
+from keras_ngd.typing import Tensor
 
-def summed(tensors, collective):
+
+def summed(tensors: Sequence[Tensor], collective: Callable[[list[Tensor], str], Sequence[Tensor]]) -> list[Tensor]:
     """Sums over all workers, of each dtype's tensors at once.
 
     Args:
@@ -15,7 +20,8 @@ def summed(tensors, collective):
     """
     tensors = [tf.convert_to_tensor(t) for t in tensors]
     sent = [tf.cast(t, tf.float32) if t.dtype == tf.bfloat16 else t for t in tensors]
-    by_dtype, sums = {}, {}
+    by_dtype: dict[Any, list[int]] = {}
+    sums: dict[int, Tensor] = {}
     for i, tensor in enumerate(sent):
         by_dtype.setdefault(tensor.dtype, []).append(i)
     for dtype, indices in by_dtype.items():

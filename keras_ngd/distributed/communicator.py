@@ -1,6 +1,12 @@
 """How workers talk to each other, and who that is when there is only one."""
 
+from collections.abc import Sequence
+from typing import Any
+
+import keras
+
 from keras_ngd import backend
+from keras_ngd.typing import Tensor
 
 
 class Communicator:
@@ -12,30 +18,35 @@ class Communicator:
 
     Attributes:
         size: number of workers.
-        rank: which of them this is, from 0.
+        rank: which of them this is, from 0; None where one trace is for all.
         local_rank: the same, among the workers of its machine.
         together: whether workers are one program, whose variables are the same from the start.
     """
 
-    size, rank, local_rank, together = 1, 0, 0, False
+    size: int = 1
+    rank: int | None = 0
+    local_rank: int = 0
+    together: bool = False
 
     @property
-    def batch_share(self):
+    def batch_share(self) -> float:
         """What one worker is given of the batches that the user speaks of; Keras multiplies its loss with the same number."""
         return 1 / self.size if self.together else 1.0
 
-    def all_reduce(self, tensors, stage, name):
+    def all_reduce(self, tensors: Sequence[Tensor], stage: str, name: str) -> list[Tensor]:
         """Sums over all workers, on all workers; received are `2 (P - 1) / P` times the tensors' size (in a ring)."""
         return list(tensors)
 
-    def all_gather(self, tensors, stage, name):
+    def all_gather(self, tensors: Sequence[Tensor], stage: str, name: str) -> list[Tensor]:
         """All workers' tensors, one after the other along the first axis, along which they may differ in length.
 
         Received is what the others give.
         """
         return list(tensors)
 
-    def reduce_scatter(self, tensors, owners, stage, name):
+    def reduce_scatter(
+        self, tensors: Sequence[Tensor], owners: Sequence[int], stage: str, name: str
+    ) -> list[Tensor | None]:
         """Sums over all workers, each on its owner only; None on all others.
 
         Received are `P - 1` times the tensors that this worker owns.
@@ -45,14 +56,16 @@ class Communicator:
         """
         return list(tensors)
 
-    def broadcast(self, tensors, root, stage, name):
+    def broadcast(self, tensors: Sequence[Tensor], root: int, stage: str, name: str) -> list[Tensor]:
         """The tensors of the worker `root`, on all workers; the others' are looked at for their shapes only.
 
         Received are the tensors' sizes, by all but `root`.
         """
         return list(tensors)
 
-    def exchange(self, tensors, receivers, lengths, stage, name):
+    def exchange(
+        self, tensors: Sequence[Tensor], receivers: Sequence[int], lengths: Sequence[Any], stage: str, name: str
+    ) -> list[Tensor]:
         """Gives one vector to some of the workers, and takes theirs.
 
         Received is what is taken.
@@ -67,24 +80,24 @@ class Communicator:
         """
         return list(tensors)
 
-    def as_sent(self, tensors, stage):
+    def as_sent(self, tensors: Sequence[Tensor], stage: str) -> list[Tensor]:
         """Tensors as those that receive them have them: rounded, where less than they are is sent."""
         return list(tensors)
 
-    def gather_objects(self, value):
+    def gather_objects(self, value: Any) -> list[Any]:
         """All workers' Python objects, by rank, at once (not as a part of a graph)."""
         return [value]
 
-    def broadcast_object(self, value):
+    def broadcast_object(self, value: Any) -> Any:
         """The Python object of worker 0, at once."""
         return value
 
-    def received_bytes(self):
+    def received_bytes(self) -> dict[str, int]:
         """Bytes that this worker has received so far, by stage."""
         return {}
 
 
-def check(communicator):
+def check(communicator: Communicator | str) -> None:
     """Raises a `ValueError` if an optimizer's argument cannot stand for a communicator."""
     if not isinstance(communicator, Communicator) and communicator not in ("auto", "horovod", "local"):
         raise ValueError(
@@ -93,7 +106,7 @@ def check(communicator):
         )
 
 
-def resolve(communicator, optimizer=None):
+def resolve(communicator: Communicator | str, optimizer: keras.optimizers.Optimizer | None = None) -> Communicator:
     """The communicator that an optimizer's argument stands for.
 
     Args:

@@ -1,9 +1,12 @@
 """Every worker's part of a data set."""
 
-from keras_ngd.distributed.communicator import resolve
+from collections.abc import Callable
+from typing import Any
+
+from keras_ngd.distributed.communicator import Communicator, resolve
 
 
-def in_turn(function, communicator="auto"):
+def in_turn(function: Callable[[], Any], communicator: Communicator | str = "auto") -> Any:
     """What `function()` returns; the first worker of every machine calls it before all others do.
 
     For what downloads or writes a file that the others then find.
@@ -17,7 +20,7 @@ def in_turn(function, communicator="auto"):
     return result
 
 
-def shard(dataset, communicator="auto"):
+def shard(dataset: Any, communicator: Communicator | str = "auto") -> Any:
     """This worker's part of a `tf.data.Dataset` of examples: every `P`-th, from its rank on.
 
     All parts are equally long, so that all workers make equally many steps: up to `P - 1` examples at the end are left out.

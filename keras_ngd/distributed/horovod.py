@@ -3,17 +3,21 @@
 Of the TensorFlow backend alone, and the only module that imports Horovod.
 """
 
+from collections.abc import Sequence
+from typing import Any
+
 import tensorflow as tf
 
 from keras_ngd.distributed.by_dtype import summed
 from keras_ngd.distributed.communicator import Communicator
+from keras_ngd.typing import Tensor
 
 WIRE_DTYPES = (None, "float16", "bfloat16")
 # The stages of a step to which `wire_dtype` applies.
 SHORTENED = ("statistics", "inverses")
 
 
-def _load():
+def _load() -> Any:
     try:
         import horovod.tensorflow as horovod
     except ImportError as error:
@@ -28,7 +32,7 @@ def _load():
     return horovod
 
 
-def _bytes(tensor):
+def _bytes(tensor: Tensor) -> Any:
     """Size of a tensor, as a number where its shape is static."""
     count = tensor.shape.num_elements()
     return (tf.size(tensor, out_type="int64") if count is None else count) * tensor.dtype.size
@@ -49,18 +53,22 @@ class Horovod(Communicator):
         ValueError: if Horovod is not installed or `horovod.tensorflow.init()` was not called.
     """
 
-    def __init__(self, wire_dtype=None):
+    rank: int
+
+    def __init__(self, wire_dtype: str | None = None) -> None:
         if wire_dtype not in WIRE_DTYPES:
             raise ValueError(f"`wire_dtype` must be one of {WIRE_DTYPES}. Received: wire_dtype={wire_dtype!r}")
         self._horovod = hvd = _load()
         self.wire_dtype = wire_dtype
         self.size, self.rank, self.local_rank = (ask() for ask in (hvd.size, hvd.rank, hvd.local_rank))
-        self._received, self._turn = {}, None
+        self._received: dict[str, tf.Variable] = {}
+        self._turn: tf.Variable | None = None
 
-    def all_reduce(self, tensors, stage, name):
-        sizes, totals = [], []
+    def all_reduce(self, tensors: Sequence[Tensor], stage: str, name: str) -> list[Tensor]:
+        sizes: list[Any] = []
+        totals: list[Tensor] = []
 
-        def reduced(sent, dtype):
+        def reduced(sent: list[Tensor], dtype: str) -> list[Tensor]:
             sizes.extend(map(_bytes, sent))
             found = self._horovod.grouped_allreduce(
                 sent, op=self._horovod.Sum, name=f"{name}_{dtype}", ignore_name_scope=True
@@ -72,7 +80,7 @@ class Horovod(Communicator):
         self._count(stage, 2 * (self.size - 1) * sum(sizes) // self.size, totals)
         return sums
 
-    def all_gather(self, tensors, stage, name):
+    def all_gather(self, tensors: Sequence[Tensor], stage: str, name: str) -> list[Tensor]:
         gathered = []
         for i, tensor in enumerate(tensors):
             tensor = tf.convert_to_tensor(tensor)
@@ -82,7 +90,9 @@ class Horovod(Communicator):
             gathered.append(self._decode(received, tensor.dtype))
         return gathered
 
-    def reduce_scatter(self, tensors, owners, stage, name):
+    def reduce_scatter(
+        self, tensors: Sequence[Tensor], owners: Sequence[int], stage: str, name: str
+    ) -> list[Tensor | None]:
         # Horovod's own divides equally; layers are not equal, and padding them to the largest can send many times as much.
         # An exchange moves the same bytes as a ring would, and adds them in the same order whoever owns them.
         tensors = [tf.convert_to_tensor(t) for t in tensors]
@@ -103,7 +113,7 @@ class Horovod(Communicator):
                 start += counts[i]
         return sums
 
-    def broadcast(self, tensors, root, stage, name):
+    def broadcast(self, tensors: Sequence[Tensor], root: int, stage: str, name: str) -> list[Tensor]:
         received = []
         for i, tensor in enumerate(tensors):
             tensor = tf.convert_to_tensor(tensor)
@@ -114,7 +124,9 @@ class Horovod(Communicator):
             received.append(tf.ensure_shape(self._decode(result, tensor.dtype), tensor.shape))
         return received
 
-    def exchange(self, tensors, receivers, lengths, stage, name):
+    def exchange(
+        self, tensors: Sequence[Tensor], receivers: Sequence[int], lengths: Sequence[Any], stage: str, name: str
+    ) -> list[Tensor]:
         flat = self._encode(tf.concat([tf.reshape(t, [-1]) for t in tensors], axis=0), stage)
         splits = tf.stack([tf.size(flat) if rank in receivers else 0 for rank in range(self.size)])
         copies = tf.tile(flat, [len(receivers)])
@@ -123,7 +135,7 @@ class Horovod(Communicator):
         self._count(stage, tf.add_n(lengths) * flat.dtype.size, [received])
         return tf.split(self._decode(received, tensors[0].dtype), tf.stack(lengths), num=self.size)
 
-    def _alltoall(self, flat, splits, name):
+    def _alltoall(self, flat: Tensor, splits: Tensor, name: str) -> Tensor:
         # Horovod hangs on Gloo where several of these are ready at once: each waits for the one before it. The variable tells
         # TensorFlow, which orders what reads and writes one, in and out of conditionals.
         if self._turn is None:
@@ -135,31 +147,31 @@ class Horovod(Communicator):
             self._turn.assign_add(1)
         return received
 
-    def as_sent(self, tensors, stage):
+    def as_sent(self, tensors: Sequence[Tensor], stage: str) -> list[Tensor]:
         return [self._decode(self._encode(tf.convert_to_tensor(t), stage), t.dtype) for t in tensors]
 
-    def _encode(self, tensor, stage):
+    def _encode(self, tensor: Tensor, stage: str) -> Tensor:
         """A tensor as it travels. Horovod knows no bfloat16, but moves the bits."""
         if tensor.dtype == tf.float32 and self.wire_dtype is not None and stage in SHORTENED:
             tensor = tf.cast(tensor, self.wire_dtype)
         return tf.bitcast(tensor, tf.uint16) if tensor.dtype == tf.bfloat16 else tensor
 
-    def _decode(self, tensor, dtype):
+    def _decode(self, tensor: Tensor, dtype: tf.DType) -> Tensor:
         if tensor.dtype == tf.uint16:
             tensor = tf.bitcast(tensor, tf.bfloat16)
         return tf.cast(tensor, dtype)
 
-    def gather_objects(self, value):
+    def gather_objects(self, value: Any) -> list[Any]:
         from horovod.tensorflow.functions import allgather_object
 
         return allgather_object(value, name="keras_ngd_object")
 
-    def broadcast_object(self, value):
+    def broadcast_object(self, value: Any) -> Any:
         from horovod.tensorflow.functions import broadcast_object
 
         return broadcast_object(value, root_rank=0, name="keras_ngd_object")
 
-    def _count(self, stage, size, done):
+    def _count(self, stage: str, size: Any, done: Sequence[Tensor]) -> None:
         """Counts bytes once the tensors `done` are there.
 
         So every exchange happens, too: a graph drops operations whose results nobody uses, and a worker that has no use for
@@ -171,5 +183,5 @@ class Horovod(Communicator):
         with tf.control_dependencies(done):
             self._received[stage].assign_add(tf.cast(size, tf.int64))
 
-    def received_bytes(self):
+    def received_bytes(self) -> dict[str, int]:
         return {stage: int(total) for stage, total in self._received.items()}

@@ -1,8 +1,13 @@
 """Starting all workers with the same values, of the same training."""
 
 import json
+from collections.abc import Sequence
+from typing import Any
 
 from keras import ops
+
+from keras_ngd.distributed.communicator import Communicator
+from keras_ngd.typing import Variable
 
 NOT_GATHERED = (
     "With `reduce_scatter=True` each worker has the statistics of its own layers only, and those of others would be lost in what "
@@ -11,7 +16,7 @@ NOT_GATHERED = (
 )
 
 
-def check_same(communicator, description):
+def check_same(communicator: Communicator, description: dict[str, Any]) -> None:
     """Raises a `ValueError` on every worker if one of them is about to train something else.
 
     Args:
@@ -25,7 +30,7 @@ def check_same(communicator, description):
                 raise ValueError(f"Workers are not training the same: {_difference(what, value, other[what], rank)}")
 
 
-def _difference(what, first, second, rank):
+def _difference(what: str, first: Any, second: Any, rank: int) -> str:
     if isinstance(first, dict) and isinstance(second, dict):
         for key in {**first, **second}:
             if first.get(key) != second.get(key):
@@ -33,7 +38,7 @@ def _difference(what, first, second, rank):
     return f"{what} is {first!r} on worker 0 but {second!r} on worker {rank}."
 
 
-def description(variables):
+def description(variables: Sequence[Variable]) -> dict[str, Any]:
     """Of Keras variables, what `check_same` is to compare."""
     return {
         "number of variables": len(variables),
@@ -41,7 +46,7 @@ def description(variables):
     }
 
 
-def broadcast_variables(communicator, variables, root=0):
+def broadcast_variables(communicator: Communicator, variables: Sequence[Variable], root: int = 0) -> None:
     """Gives all workers the values that worker `root` has of Keras variables, at once.
 
     Args:

@@ -1,6 +1,10 @@
 """TensorFlow's strategy for several machines, as Keras's `fit` needs it. Of that backend alone."""
 
+from typing import Any
+
 import tensorflow as tf
+
+from keras_ngd.typing import Tensor
 
 
 class MultiWorkerMirroredStrategy(tf.distribute.MultiWorkerMirroredStrategy):
@@ -22,10 +26,10 @@ class MultiWorkerMirroredStrategy(tf.distribute.MultiWorkerMirroredStrategy):
     Every process of the cluster in `TF_CONFIG` runs this, with a data set of global batches, which TensorFlow divides.
     """
 
-    def reduce(self, reduce_op, value, axis=None):
+    def reduce(self, reduce_op: Any, value: Any, axis: int | None = None) -> Any:
         """As TensorFlow's, of nested values, too; scalars have no axis to be reduced over, whatever is asked."""
 
-        def one(value):
+        def one(value: Any) -> Tensor:
             parts = self.experimental_local_results(value)
             reduced = super(MultiWorkerMirroredStrategy, self).reduce
             return reduced(reduce_op, value, axis=None if parts[0].shape.rank == 0 else axis)

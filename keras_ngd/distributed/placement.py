@@ -1,11 +1,12 @@
 """Which worker inverts what."""
 
 import math
+from collections.abc import Sequence
 
 from keras_ngd import schedules
 
 
-def place(costs, workers):
+def place(costs: Sequence[float], workers: int) -> list[int]:
     """Owners of pieces of work, balanced: the longest first, each to the worker that has least so far.
 
     A worker's load is at most `4/3 - 1/(3 workers)` times that of the best placement (Graham, 1969), and no better
@@ -22,7 +23,8 @@ def place(costs, workers):
     for i, cost in enumerate(costs):
         if not schedules.is_number(cost) or not 0 <= cost < math.inf:
             raise ValueError(f"`costs` must be finite and not negative. Received: costs[{i}]={cost!r}")
-    loads, owners = [0] * workers, [0] * len(costs)
+    loads: list[float] = [0] * workers
+    owners = [0] * len(costs)
     for i in sorted(range(len(costs)), key=lambda i: (-costs[i], i)):
         owner = min(range(workers), key=lambda rank: (loads[rank], rank))
         owners[i] = owner
@@ -30,7 +32,7 @@ def place(costs, workers):
     return owners
 
 
-def holders_of(owner, count, workers):
+def holders_of(owner: int, count: int, workers: int) -> list[int]:
     """The workers that hold a layer's inverse and precondition its gradient: `count` of them, its owner among them.
 
     Workers are a grid of `count` rows; a column's workers hold the same layers, so that every row has one holder of each layer,
@@ -48,14 +50,14 @@ def holders_of(owner, count, workers):
     return [row * width + owner % width for row in range(count)]
 
 
-def row_of(rank, count, workers):
+def row_of(rank: int, count: int, workers: int) -> list[int]:
     """The ranks of the workers in one's row of the grid, oneself included; see `holders_of`."""
     width = workers // count
     start = rank // width * width
     return list(range(start, start + width))
 
 
-def gradient_workers(fraction, workers):
+def gradient_workers(fraction: float, workers: int) -> int:
     """How many workers hold each layer's inverse: `fraction * workers`, for one worker, and for the fraction 0, one.
 
     Raises:
@@ -73,9 +75,9 @@ def gradient_workers(fraction, workers):
     return round(count)
 
 
-def loads(costs, owners, workers):
+def loads(costs: Sequence[float], owners: Sequence[int], workers: int) -> list[float]:
     """What each worker has to do under a placement."""
-    totals = [0] * workers
+    totals: list[float] = [0] * workers
     for cost, owner in zip(costs, owners, strict=True):
         totals[owner] += cost
     return totals

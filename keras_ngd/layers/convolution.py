@@ -6,13 +6,14 @@ from keras import ops
 from keras_ngd import keras_private
 from keras_ngd.layers.captured import Captured
 from keras_ngd.layers.probe import probe
-from keras_ngd.layers.rows import ConvolutionRows
+from keras_ngd.layers.rows import ConvolutionRows, Rows
+from keras_ngd.typing import Tensor
 
 
 class CapturedConvolution(Captured):
     """What the captured convolutions share, whatever their number of spatial axes."""
 
-    def _rows(self):
+    def _rows(self) -> Rows:
         return ConvolutionRows(
             keras_private.kernel_of(self).shape,
             self.groups,
@@ -23,7 +24,7 @@ class CapturedConvolution(Captured):
             self.data_format,
         )
 
-    def call(self, inputs):
+    def call(self, inputs: Tensor) -> Tensor:
         if self.statistics is None:
             return super().call(inputs)
         x = self._convolve(inputs)
@@ -34,7 +35,7 @@ class CapturedConvolution(Captured):
         x = probe(x, inputs, self.statistics.rows, self.statistics)
         return x if self.activation is None else self.activation(x)
 
-    def _convolve(self, inputs):
+    def _convolve(self, inputs: Tensor) -> Tensor:
         return self.convolution_op(inputs, self.kernel)
 
 
@@ -44,7 +45,7 @@ class Conv1D(CapturedConvolution, keras.layers.Conv1D):
 
     plain = keras.layers.Conv1D
 
-    def _convolve(self, inputs):
+    def _convolve(self, inputs: Tensor) -> Tensor:
         if self.padding != "causal":
             return self.convolution_op(inputs, self.kernel)
         return ops.conv(

@@ -6,7 +6,8 @@ from keras import ops
 from keras_ngd import keras_private
 from keras_ngd.layers.captured import Captured
 from keras_ngd.layers.probe import probe
-from keras_ngd.layers.rows import DenseRows
+from keras_ngd.layers.rows import DenseRows, Rows
+from keras_ngd.typing import Tensor
 
 
 @keras.saving.register_keras_serializable("keras_ngd")
@@ -20,10 +21,11 @@ class Dense(Captured, keras.layers.Dense):
 
     plain = keras.layers.Dense
 
-    def _rows(self):
-        return DenseRows(*keras_private.kernel_of(self).shape, self.use_bias)
+    def _rows(self) -> Rows:
+        inputs, outputs = keras_private.kernel_of(self).shape
+        return DenseRows(inputs, outputs, self.use_bias)
 
-    def call(self, inputs, training=None):
+    def call(self, inputs: Tensor, training: bool | None = None) -> Tensor:
         if self.statistics is None:
             return super().call(inputs, training=training)
         x = ops.matmul(inputs, self.kernel)

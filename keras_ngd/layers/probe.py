@@ -7,14 +7,21 @@ hooks, no custom training loop, and a pure function that XLA compiles.
 """
 
 import weakref
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any
 
 from keras import ops
 
 from keras_ngd import backend
 from keras_ngd.backend import surroundings
+from keras_ngd.layers.rows import Rows
+from keras_ngd.typing import Tensor
+
+if TYPE_CHECKING:
+    from keras_ngd.statistics.statistics import Statistics
 
 
-def probe(s, x, rows, statistics, weights=None):
+def probe(s: Tensor, x: Tensor, rows: Rows, statistics: "Statistics", weights: Tensor | None = None) -> Tensor:
     """Returns `s`, and has `statistics` observe `x` and the gradient of `s` in the backward pass.
 
     A loss with this gradient in it is refused where it is differentiated: what is recorded would not be of the whole loss.
@@ -46,14 +53,21 @@ def probe(s, x, rows, statistics, weights=None):
     # Graphs and traces keep no model alive.
     reference = weakref.ref(statistics)
 
-    def gradient(ds, *arguments):
+    def gradient(ds: Tensor, *arguments: Tensor) -> tuple[Tensor | None, ...]:
         inputs, values = arguments[: len(observed)], arguments[len(observed) : len(observed) + len(state)]
         return (*_gradient(reference, call, rows, ds, inputs, values), *(ops.zeros_like(t) for t in others))
 
     return backend.identity_with_gradient(gradient)(s, *observed, *state, *others)
 
 
-def _gradient(reference, call, rows, ds, inputs, values):
+def _gradient(
+    reference: "Callable[[], Statistics | None]",
+    call: Any,
+    rows: Rows,
+    ds: Tensor,
+    inputs: Sequence[Tensor],
+    values: Sequence[Tensor],
+) -> tuple[Tensor | None, ...]:
     statistics = reference()
     if statistics is None:
         # A graph outlived them: the layer was released.
@@ -64,7 +78,7 @@ def _gradient(reference, call, rows, ds, inputs, values):
         if kind in loops or kind in backward[-1:]:
             raise ValueError(_refusal(statistics, function))
 
-    def differentiated(*_):
+    def differentiated(*_: Tensor) -> Any:
         raise ValueError(_second_derivative(reference()))
 
     # A loss that has this derivative in it depends on the layer's kernel by way of `ds`, even where that is constant: what it
@@ -79,7 +93,7 @@ def _gradient(reference, call, rows, ds, inputs, values):
     return (followed, *(None for _ in inputs), *emitted)
 
 
-def _refusal(statistics, function):
+def _refusal(statistics: "Statistics", function: str) -> str:
     path = statistics.owner().path
     return (
         f"Layer {path!r} was captured, but `{function}` (or what it stands for) takes the batch away from it and calls it for "
@@ -89,7 +103,7 @@ def _refusal(statistics, function):
     )
 
 
-def _second_derivative(statistics):
+def _second_derivative(statistics: "Statistics | None") -> str:
     path = "..." if statistics is None else statistics.owner().path
     return (
         f"Layer {path!r} was captured, and the loss contains a derivative of what it computes (a gradient penalty, a "

@@ -5,12 +5,15 @@ of one size are stored together, as `[k, count, size, size]` for `k` matrices: o
 `(count, size)` describes it. Nothing is padded.
 """
 
+from collections.abc import Iterator, Sequence
+
 from keras import ops
 
 from keras_ngd import backend
+from keras_ngd.typing import Parts, Tensor
 
 
-def partition(width, use_bias, split):
+def partition(width: int, use_bias: bool, split: int | None) -> Parts:
     """The parts of a dimension of `width`, and one more where there is a bias: a tuple of `(count, size)`.
 
     A `split` of at least the whole dimension (or None) leaves it in one piece, the bias included. Otherwise the bias, if
@@ -25,19 +28,19 @@ def partition(width, use_bias, split):
     return (*parts, (1, 1)) if use_bias else tuple(parts)
 
 
-def dimension(parts):
+def dimension(parts: Parts) -> int:
     """The dimension that `parts` partition."""
     return sum(count * size for count, size in parts)
 
 
-def _spans(parts):
+def _spans(parts: Parts) -> Iterator[tuple[int, int, int, int]]:
     start = 0
     for count, size in parts:
         yield start, start + count * size, count, size
         start += count * size
 
 
-def blocks_of(matrices, parts):
+def blocks_of(matrices: Tensor, parts: Parts) -> list[Tensor]:
     """The diagonal blocks of `[k, d, d]`, by part."""
     result = []
     for start, stop, count, size in _spans(parts):
@@ -47,7 +50,7 @@ def blocks_of(matrices, parts):
     return result
 
 
-def gram_blocks(rows, parts):
+def gram_blocks(rows: Tensor, parts: Parts) -> list[Tensor]:
     """The diagonal blocks of `rows^T rows`, `[k, n, d]`, by part; the other blocks are never computed."""
     result = []
     for start, stop, count, size in _spans(parts):
@@ -63,7 +66,7 @@ def gram_blocks(rows, parts):
     return result
 
 
-def multiply(blocks, x, parts):
+def multiply(blocks: Sequence[Tensor], x: Tensor, parts: Parts) -> Tensor:
     """The block-diagonal matrices times `x`, `[k, d, m]`."""
     products = []
     for block, (start, stop, count, size) in zip(blocks, _spans(parts), strict=True):
@@ -73,13 +76,13 @@ def multiply(blocks, x, parts):
     return products[0] if len(products) == 1 else ops.concatenate(products, axis=1)
 
 
-def multiply_right(x, blocks, parts):
+def multiply_right(x: Tensor, blocks: Sequence[Tensor], parts: Parts) -> Tensor:
     """`x`, `[k, m, d]`, times the block-diagonal matrices, which are symmetric."""
     if len(parts) == 1 and parts[0][0] == 1:
         return backend.matmul(x, blocks[0][:, 0])
     return ops.transpose(multiply(blocks, ops.transpose(x, (0, 2, 1)), parts), (0, 2, 1))
 
 
-def traces(blocks):
+def traces(blocks: Sequence[Tensor]) -> Tensor:
     """The traces `[k]` of the matrices."""
     return sum(ops.sum(ops.trace(part, axis1=2, axis2=3), axis=1) for part in blocks)

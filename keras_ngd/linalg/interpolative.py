@@ -4,17 +4,19 @@
 """
 
 import functools
+from collections.abc import Callable
 
 from keras import ops
 
 from keras_ngd import backend
 from keras_ngd.linalg import inverse
+from keras_ngd.typing import Tensor
 
 # Pivots below this share of the largest diagonal entry count as zero: the rank is exhausted.
 _TOLERANCE = {"float32": 1e-6, "float64": 1e-12}
 
 
-def pivoted_cholesky(matrices, rank):
+def pivoted_cholesky(matrices: Tensor, rank: int) -> tuple[Tensor, Tensor, Tensor]:
     """Partial Cholesky factorization, `Q = L L^T + R`, with the longest column of the residual for each pivot.
 
     The largest diagonal entry, the usual choice, would see each row for itself; columns tell how much of the others a
@@ -32,17 +34,17 @@ def pivoted_cholesky(matrices, rank):
     return _compiled_pivoted_cholesky(rank)(matrices)
 
 
-_COMPILED = {}
+_COMPILED: dict[int, Callable[[Tensor], tuple[Tensor, Tensor, Tensor]]] = {}
 
 
-def _compiled_pivoted_cholesky(rank):
+def _compiled_pivoted_cholesky(rank: int) -> Callable[[Tensor], tuple[Tensor, Tensor, Tensor]]:
     # Dozens of small steps, each waiting for the last: compiled, they cost microseconds each, whatever is around them.
     if rank not in _COMPILED:
         _COMPILED[rank] = backend.compiled(functools.partial(_pivoted_cholesky, rank=rank))
     return _COMPILED[rank]
 
 
-def _pivoted_cholesky(matrices, rank):
+def _pivoted_cholesky(matrices: Tensor, rank: int) -> tuple[Tensor, Tensor, Tensor]:
     count, size = matrices.shape[0], matrices.shape[-1]
     dtype = matrices.dtype
     largest = ops.max(ops.diagonal(matrices, axis1=1, axis2=2), axis=1)
@@ -50,7 +52,7 @@ def _pivoted_cholesky(matrices, rank):
     unit = ops.reshape(ops.where(largest > 0, largest, ops.ones_like(largest)), (-1, 1, 1))
     threshold = _TOLERANCE[backend.dtype_name(matrices)]
 
-    def step(i, columns, residual, free, pivots):
+    def step(i: Tensor, columns: Tensor, residual: Tensor, free: Tensor, pivots: Tensor) -> tuple[Tensor, ...]:
         zero = ops.zeros_like(i)
         lengths = ops.where(free, ops.sum(ops.square(residual), axis=1), -ops.ones_like(residual[:, 0]))
         pivot = ops.cast(ops.argmax(lengths, axis=1), "int32")
@@ -83,7 +85,7 @@ def _pivoted_cholesky(matrices, rank):
     return ops.transpose(ops.sqrt(unit) * columns, (0, 2, 1)), pivots, residual
 
 
-def interpolative_decomposition(matrices, rank):
+def interpolative_decomposition(matrices: Tensor, rank: int) -> tuple[Tensor, Tensor, Tensor]:
     """`Q ~ P Q[S, :]` by pivoted Cholesky factorization.
 
     The rows `S` are the pivots, `P = L L_S^-1`, and then `Q = P Q_SS P^T + R` with a residual that is positive semi-definite, and

@@ -1,9 +1,12 @@
 """Inverses of batches of symmetric positive definite matrices."""
 
+from collections.abc import Sequence
+
 import numpy as np
 from keras import ops
 
 from keras_ngd import backend, sharding
+from keras_ngd.typing import Tensor
 
 NEWTON_SCHULZ_STEPS = 7  # 0.9 ** 2**7 is 1e-6
 _GUARD_STEPS = 8
@@ -13,7 +16,7 @@ _ACCEPTED = 1e-2
 _RETRIES = 3
 
 
-def symmetrize(matrices):
+def symmetrize(matrices: Tensor) -> Tensor:
     """`(X + X^T) / 2` over the last two axes."""
     if matrices.shape[-1] == 1:
         # TensorFlow's optimizer of graphs makes `2 X` of `X + X`, and in conditionals a broken graph of that.
@@ -21,22 +24,22 @@ def symmetrize(matrices):
     return (matrices + ops.swapaxes(matrices, -1, -2)) / 2
 
 
-def add_diagonal(matrices, values):
+def add_diagonal(matrices: Tensor, values: Tensor) -> Tensor:
     """`matrices[i] + values[i] I`."""
     return matrices + ops.eye(matrices.shape[-1], dtype=matrices.dtype) * ops.reshape(values, (-1, 1, 1))
 
 
-def add_diagonal_entries(matrices, values):
+def add_diagonal_entries(matrices: Tensor, values: Tensor) -> Tensor:
     """`matrices[i] + diag(values[i])`."""
     return matrices + ops.eye(matrices.shape[-1], dtype=matrices.dtype) * ops.expand_dims(values, 1)
 
 
-def all_finite(matrices):
+def all_finite(matrices: Tensor) -> Tensor:
     """Per matrix, whether all its entries are finite."""
     return ops.all(ops.isfinite(matrices), axis=(1, 2))
 
 
-def cholesky_inverse(matrices):
+def cholesky_inverse(matrices: Tensor) -> Tensor:
     """`[k, d, d]` inverses by Cholesky factorization; NaN where a matrix is not positive definite."""
     size = matrices.shape[-1]
     if size == 1:
@@ -45,7 +48,7 @@ def cholesky_inverse(matrices):
     return _gram_of_lower(_inverse_root(matrices, whole), whole)
 
 
-def _whole_size(size):
+def _whole_size(size: int) -> int:
     """Up to which size factorizations are left whole.
 
     LAPACK's are good at some hundred rows. XLA's own walk through a matrix column by column and cost several times as much at a
@@ -56,17 +59,17 @@ def _whole_size(size):
     return 640
 
 
-def _split(matrices):
+def _split(matrices: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     half = matrices.shape[-1] // 2
     return matrices[:, :half, :half], matrices[:, half:, :half], matrices[:, half:, half:]
 
 
-def _join(corner, lower_left, lower_right, upper_right):
+def _join(corner: Tensor, lower_left: Tensor, lower_right: Tensor, upper_right: Tensor) -> Tensor:
     left = ops.concatenate([corner, lower_left], axis=1)
     return ops.concatenate([left, ops.concatenate([upper_right, lower_right], axis=1)], axis=2)
 
 
-def _inverse_root(matrices, whole):
+def _inverse_root(matrices: Tensor, whole: int) -> Tensor:
     """`R` of `[k, d, d]`, lower triangular, with `R M R^T = I`: the inverse Cholesky factors.
 
     Large matrices by halves, with `L21 = M21 R11^T`, `R22` of the Schur complement `M22 - L21 L21^T`, and
@@ -86,7 +89,7 @@ def _inverse_root(matrices, whole):
     )
 
 
-def _gram_of_lower(lower, whole):
+def _gram_of_lower(lower: Tensor, whole: int) -> Tensor:
     """`R^T R` of lower triangular matrices `[k, d, d]`, without most of the products with zeros."""
     if lower.shape[-1] <= whole:
         return backend.matmul(lower, lower, transpose_a=True)
@@ -100,7 +103,7 @@ def _gram_of_lower(lower, whole):
     )
 
 
-def newton_schulz_inverse(matrices, start):
+def newton_schulz_inverse(matrices: Tensor, start: Tensor) -> tuple[Tensor, Tensor]:
     """Inverses refined from `start` by `X <- X (2I - M X)`, matrix products only.
 
     `I - M X` squares in every step, so the iteration converges iff its spectral radius is below 1; a few power steps
@@ -123,10 +126,10 @@ def newton_schulz_inverse(matrices, start):
         vector = vector / ops.maximum(ops.reshape(radius, (-1, 1, 1)), 1e-30)
     promising = ops.isfinite(radius) & (radius < _GUARD_RADIUS)
 
-    def unfinished(step, inverses, change):
+    def unfinished(step: Tensor, inverses: Tensor, change: Tensor) -> Tensor:
         return (step < NEWTON_SCHULZ_STEPS) & ops.any(ops.where(promising, change, 0.0) > _CONVERGED)
 
-    def refine(step, inverses, change):
+    def refine(step: Tensor, inverses: Tensor, change: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         new = 2 * inverses - backend.matmul(inverses, backend.matmul(matrices, inverses))
         new = symmetrize(new)
         size_of = ops.sqrt(ops.sum(ops.square(inverses), axis=(1, 2)))
@@ -137,7 +140,9 @@ def newton_schulz_inverse(matrices, start):
     return inverses, promising & all_finite(inverses) & (change < _ACCEPTED)
 
 
-def damped_inverse(factors, damping, previous=None, method="cholesky"):
+def damped_inverse(
+    factors: Tensor, damping: Tensor, previous: Tensor | None = None, method: str = "cholesky"
+) -> Tensor:
     """`(factor + damping I)^-1`, or the previous inverse (zero, if there is none) where that fails.
 
     Where Cholesky meets a matrix that is not positive definite in working precision, it is tried again with ten, a
@@ -162,10 +167,10 @@ def damped_inverse(factors, damping, previous=None, method="cholesky"):
         refined, good = newton_schulz_inverse(add_diagonal(factors, damping), previous)
         inverses = ops.where(ops.reshape(good, (-1, 1, 1)), refined, previous)
 
-    def unfinished(attempt, inverses, good):
+    def unfinished(attempt: Tensor, inverses: Tensor, good: Tensor) -> Tensor:
         return (attempt <= _RETRIES) & ops.logical_not(ops.all(good))
 
-    def factorize(attempt, inverses, good):
+    def factorize(attempt: Tensor, inverses: Tensor, good: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         raised = damping * ops.power(ops.cast(10.0, damping.dtype), ops.cast(attempt, damping.dtype))
         new = cholesky_inverse(add_diagonal(factors, raised))
         succeeded = all_finite(new)
@@ -181,7 +186,7 @@ def damped_inverse(factors, damping, previous=None, method="cholesky"):
 _CHUNK_ENTRIES = 2**20
 
 
-def damped_inverse_of(factors, damping, previous, chosen, method):
+def damped_inverse_of(factors: Tensor, damping: Tensor, previous: Tensor, chosen: Tensor, method: str) -> Tensor:
     """`damped_inverse` of the chosen matrices, the previous inverses of all others.
 
     The chosen are brought together, so that the work is theirs alone, whatever their number.
@@ -194,28 +199,30 @@ def damped_inverse_of(factors, damping, previous, chosen, method):
     if not sharding.is_dividing():
         return _damped_inverse_of(factors, damping, previous, chosen, method)
 
-    def inverses(known, state, factors, damping, chosen):
+    def inverses(
+        known: Tensor, state: Sequence[Tensor], factors: Tensor, damping: Tensor, chosen: Tensor
+    ) -> list[Tensor]:
         return [_damped_inverse_of(factors, damping, state[0], known & chosen, method)]
 
     return sharding.divided(inverses, [previous], factors, damping, chosen)[0]
 
 
-def _damped_inverse_of(factors, damping, previous, chosen, method):
+def _damped_inverse_of(factors: Tensor, damping: Tensor, previous: Tensor, chosen: Tensor, method: str) -> Tensor:
     count, size = factors.shape[0], factors.shape[-1]
     chunk = min(count, max(_CHUNK_ENTRIES // size**2, 1))
     order = ops.argsort(ops.cast(ops.logical_not(chosen), "int32"))
     order = ops.concatenate([order, ops.broadcast_to(order[-1:], (-count % chunk,))])
     total = ops.sum(ops.cast(chosen, "int32"))
 
-    def unfinished(start, inverses):
+    def unfinished(start: Tensor, inverses: Tensor) -> Tensor:
         return start < total
 
-    def invert(start, inverses):
+    def invert(start: Tensor, inverses: Tensor) -> tuple[Tensor, Tensor]:
         which = ops.slice(order, (start,), (chunk,))
-        taken = [ops.take(tensor, which, axis=0) for tensor in (factors, damping, inverses)]
-        new = damped_inverse(*taken, method)
+        some_factors, some_dampings, old = (ops.take(tensor, which, axis=0) for tensor in (factors, damping, inverses))
+        new = damped_inverse(some_factors, some_dampings, old, method)
         # What fills up the last chunk is not chosen, or chosen and inverted twice.
-        new = ops.where(ops.reshape(ops.take(chosen, which), (-1, 1, 1)), new, taken[2])
+        new = ops.where(ops.reshape(ops.take(chosen, which), (-1, 1, 1)), new, old)
         return start + chunk, ops.scatter_update(inverses, ops.expand_dims(which, 1), new)
 
     return ops.while_loop(unfinished, invert, (ops.zeros((), "int32"), previous))[1]

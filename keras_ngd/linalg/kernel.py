@@ -8,31 +8,32 @@ from keras import ops
 
 from keras_ngd import backend
 from keras_ngd.linalg import inverse
+from keras_ngd.typing import Tensor
 
 
-def kernel_matrix(a, g):
+def kernel_matrix(a: Tensor, g: Tensor) -> Tensor:
     """`U U^T = (a a^T) o (g g^T)`, `[k, n, n]` (HyLo, eq. 7, without the damping)."""
     return backend.matmul(a, a, transpose_b=True) * backend.matmul(g, g, transpose_b=True)
 
 
-def mean_eigenvalues(a, g):
+def mean_eigenvalues(a: Tensor, g: Tensor) -> Tensor:
     """`tr(U U^T) / n`, `[k]`, with `n` the rows that are not zero; 1 where all are."""
     squares = ops.sum(a * a, axis=2) * ops.sum(g * g, axis=2)
     counts = ops.cast(ops.sum(ops.cast(squares > 0, "int32"), axis=1), squares.dtype)
     return ops.where(counts > 0, ops.sum(squares, axis=1) / ops.maximum(counts, 1.0), 1.0)
 
 
-def products(a, g, v):
+def products(a: Tensor, g: Tensor, v: Tensor) -> Tensor:
     """`U vec(v)`: `a_j^T v g_j` for each row, `[k, n]`, of `v`, `[k, input_dim, output_dim]`."""
     return ops.sum(backend.matmul(a, v) * g, axis=2)
 
 
-def combination(a, g, c):
+def combination(a: Tensor, g: Tensor, c: Tensor) -> Tensor:
     """`U^T c` as a matrix: the sum of `c_j a_j g_j^T`, `[k, input_dim, output_dim]`, of `c`, `[k, n]`."""
     return backend.matmul(a, ops.expand_dims(c, 2) * g, transpose_a=True)
 
 
-def precondition(a, g, core, damping, v):
+def precondition(a: Tensor, g: Tensor, core: Tensor, damping: Tensor, v: Tensor) -> Tensor:
     """`(v - U^T core U v) / damping` (eq. 7): with `core = (U U^T + damping I)^-1`, this is `(F + damping I)^-1 v`.
 
     Args:
@@ -44,7 +45,7 @@ def precondition(a, g, core, damping, v):
     return (v - combination(a, g, c)) / ops.reshape(damping, (-1, 1, 1))
 
 
-def damped_core(kernel, damping):
+def damped_core(kernel: Tensor, damping: Tensor) -> Tensor:
     """`(kernel + damping I)^-1`, `[k, n, n]`; zero where that fails.
 
     Args:
@@ -54,7 +55,7 @@ def damped_core(kernel, damping):
     return inverse.damped_inverse(kernel, damping)
 
 
-def interpolated_core(kernel, weights, damping):
+def interpolated_core(kernel: Tensor, weights: Tensor, damping: Tensor) -> Tensor:
     """`(kernel + damping weights^-1)^-1`, the core of rows that stand for more rows than themselves; zero where it fails.
 
     Computed as `L (L^T kernel L + damping I)^-1 L^T` with `weights = L L^T`: the kernel, which is singular where rows repeat, is

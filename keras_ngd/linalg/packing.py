@@ -1,18 +1,20 @@
 """Symmetric matrices as the numbers of one triangle, for sending."""
 
 import math
+from collections.abc import Iterable, Sequence
 
 from keras import ops
 
 from keras_ngd.linalg.together import together
+from keras_ngd.typing import Shape, Tensor
 
 
-def packed_size(dimension):
+def packed_size(dimension: int) -> int:
     """How many numbers a packed symmetric matrix has: `d (d + 1) / 2`."""
     return dimension * (dimension + 1) // 2
 
 
-def pack(matrices):
+def pack(matrices: Tensor) -> Tensor:
     """The upper triangles of symmetric matrices, once each.
 
     Row `i` of a triangle is as long as what row `d - 1 - i` lacks, so two rows fill one of `d + 1` numbers: slices and a
@@ -33,7 +35,7 @@ def pack(matrices):
     return folded if d == 2 * half else ops.concatenate([folded, matrices[:, half, half:]], axis=1)
 
 
-def unpack(packed, dimension):
+def unpack(packed: Tensor, dimension: int) -> Tensor:
     """The symmetric matrices `[k, d, d]` that `pack` was given."""
     d, half = dimension, dimension // 2
     folded = ops.reshape(packed[:, : half * (d + 1)], (packed.shape[0], half, d + 1))
@@ -49,41 +51,41 @@ def unpack(packed, dimension):
     return ops.where(eye, upper, upper + ops.swapaxes(upper, 1, 2))
 
 
-def _from_bottom(half, dimension):
+def _from_bottom(half: int, dimension: int) -> Tensor:
     """Which numbers of the folded rows are of the lower rows of the matrix."""
     return ops.arange(dimension + 1)[None, :] <= ops.arange(half)[:, None]
 
 
-def _is_stack(tensor):
+def _is_stack(tensor: Tensor) -> bool:
     return len(tensor.shape) > 2 and tensor.shape[-1] == tensor.shape[-2]
 
 
-def packed(tensors):
+def packed(tensors: Sequence[Tensor]) -> list[Tensor]:
     """A list of tensors, its stacks of symmetric matrices `[..., d, d]` packed."""
     stacks = [i for i, t in enumerate(tensors) if _is_stack(t)]
     matrices = [[ops.reshape(tensors[i], (-1, *tensors[i].shape[-2:]))] for i in stacks]
     return _replaced(tensors, stacks, together(lambda t: [pack(t)], matrices))
 
 
-def packed_shape(tensor):
+def packed_shape(tensor: Tensor) -> Shape:
     """The shape of a tensor as `packed` returns it."""
     shape = tuple(tensor.shape)
     return (math.prod(shape[:-2]), packed_size(shape[-1])) if _is_stack(tensor) else shape
 
 
-def unpacked(tensors, like):
+def unpacked(tensors: Sequence[Tensor], like: Sequence[Tensor]) -> list[Tensor]:
     """What `packed` was given, from what it returned; `like` has the tensors' shapes."""
     stacks = [i for i, t in enumerate(like) if _is_stack(t)]
     found = together(lambda t: [unpack(t, _dimension(t.shape[-1]))], [[tensors[i]] for i in stacks])
     return _replaced(tensors, stacks, [[ops.reshape(t, like[i].shape)] for i, [t] in zip(stacks, found, strict=True)])
 
 
-def _dimension(size):
+def _dimension(size: int) -> int:
     """Of the matrices that have so many numbers when packed."""
     return (math.isqrt(8 * size + 1) - 1) // 2
 
 
-def _replaced(tensors, indices, found):
+def _replaced(tensors: Sequence[Tensor], indices: Sequence[int], found: Iterable[Sequence[Tensor]]) -> list[Tensor]:
     tensors = list(tensors)
     for i, [tensor] in zip(indices, found, strict=True):
         tensors[i] = tensor

@@ -1,15 +1,17 @@
 """Diagonal blocks of the sums over patches, at the cost of what the blocks alone need."""
 
 import functools
+from collections.abc import Sequence
 
 import numpy as np
 from keras import ops
 
 from keras_ngd import backend
 from keras_ngd.linalg import diagonal, patches
+from keras_ngd.typing import Parts, Shape, Tensor
 
 
-def patch_gram_blocks(x, kernel, padding, parts):
+def patch_gram_blocks(x: Tensor, kernel: Sequence[int], padding: str, parts: Parts) -> list[Tensor]:
     """Diagonal blocks of `patches.patch_gram`, by part of `linalg.diagonal`, each `[1, count, size, size]`.
 
     Blocks that lie inside one kernel position need no displacement: every position sees the whole input but for its
@@ -22,7 +24,7 @@ def patch_gram_blocks(x, kernel, padding, parts):
     return diagonal.blocks_of(ops.expand_dims(patches.patch_gram(x, kernel, padding), 0), parts)
 
 
-def position_grams(x, kernel, padding, size):
+def position_grams(x: Tensor, kernel: Sequence[int], padding: str, size: int) -> Tensor:
     """What each kernel position sees, times itself, in blocks of `size` channels.
 
     Args:
@@ -44,7 +46,7 @@ def position_grams(x, kernel, padding, size):
     return ops.reshape(grams, (-1, size, size))
 
 
-def _grams(pieces, chunks, size):
+def _grams(pieces: Sequence[Tensor], chunks: int, size: int) -> Tensor:
     """One row for each of several equally large pieces of the input: the products of its chunks with themselves."""
     pixels = ops.stack(pieces) if len(pieces) > 1 else pieces[0]
     pixels = ops.reshape(pixels, (len(pieces) * chunks, -1, size))
@@ -56,7 +58,7 @@ def _grams(pieces, chunks, size):
 
 
 @functools.cache
-def _seen(sizes, kernel, borders):
+def _seen(sizes: Shape, kernel: Shape, borders: tuple[tuple[int, int], ...]) -> tuple[list[int], list[int], np.ndarray]:
     """Rows and columns that some kernel position does not see; and what each position sees, as a combination of the
     whole input (1), these rows and columns (-1), and their crossings (1).
     """

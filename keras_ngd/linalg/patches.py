@@ -7,14 +7,17 @@ fastest among them), the channel fastest of all.
 import functools
 import itertools
 import math
+from collections.abc import Iterable, Iterator, Sequence
+from typing import Any
 
 import numpy as np
 from keras import ops
 
 from keras_ngd import backend
+from keras_ngd.typing import Shape, Tensor
 
 
-def pad_and_crop_sizes(size, kernel, stride, dilation, padding):
+def pad_and_crop_sizes(size: Any, kernel: int, stride: int, dilation: int, padding: str) -> tuple[int, Any, Any]:
     """`(before, after, outputs)` of one spatial axis; `size` may be a tensor where the axis is not static.
 
     `after` may be negative, when a strided `valid` window does not reach the last inputs.
@@ -35,17 +38,19 @@ def pad_and_crop_sizes(size, kernel, stride, dilation, padding):
     return before, (outputs - 1) * stride + reach - size - before, outputs
 
 
-def spatial_sizes(x):
+def spatial_sizes(x: Tensor) -> list[Any]:
     """The sizes of the spatial axes of `[n, *sizes, c]`: ints, or tensors where they are not static."""
     dynamic = ops.shape(x)
     return [x.shape[i] if x.shape[i] is not None else dynamic[i] for i in range(1, len(x.shape) - 1)]
 
 
-def _at_least_zero(size):
+def _at_least_zero(size: Any) -> Any:
     return max(size, 0) if isinstance(size, int) else ops.maximum(size, 0)
 
 
-def _windows(x, kernel, strides, dilation, padding):
+def _windows(
+    x: Tensor, kernel: Sequence[int], strides: Sequence[int], dilation: Sequence[int], padding: str
+) -> Iterator[Tensor]:
     """Yields, for each kernel position in order, the input it sees at every output: `[n, *outputs, c]`."""
     geometry = [
         pad_and_crop_sizes(*axis, padding) for axis in zip(spatial_sizes(x), kernel, strides, dilation, strict=True)
@@ -60,12 +65,14 @@ def _windows(x, kernel, strides, dilation, padding):
         yield x[(slice(None), *slices)]
 
 
-def unfold(x, kernel, strides, dilation, padding):
+def unfold(x: Tensor, kernel: Sequence[int], strides: Sequence[int], dilation: Sequence[int], padding: str) -> Tensor:
     """The patches themselves, `[n, *outputs, prod(kernel), c]`."""
     return ops.stack(list(_windows(x, kernel, strides, dilation, padding)), axis=-2)
 
 
-def patch_sums(x, kernel, strides, dilation, padding):
+def patch_sums(
+    x: Tensor, kernel: Sequence[int], strides: Sequence[int], dilation: Sequence[int], padding: str
+) -> tuple[Tensor, Any]:
     """Sum of the patches over the outputs of each example, `[n, prod(kernel), c]`, and the number of outputs.
 
     Axis by axis, each by a product with a constant matrix that tells which inputs a kernel position sees: one pass over
@@ -86,14 +93,16 @@ def patch_sums(x, kernel, strides, dilation, padding):
 
 
 @functools.cache
-def _seen(size, kernel, stride, dilation, padding):
+def _seen(size: int, kernel: int, stride: int, dilation: int, padding: str) -> np.ndarray:
     """`[kernel, size]`: at how many outputs each position of one axis' kernel sees each input, 0 or 1."""
     before, _, outputs = pad_and_crop_sizes(size, kernel, stride, dilation, padding)
     inputs = np.arange(kernel)[:, None] * dilation + np.arange(outputs) * stride - before
     return (inputs[..., None] == np.arange(size)).sum(axis=1).astype("float32")
 
 
-def patches_at(x, positions, kernel, strides, dilation, padding):
+def patches_at(
+    x: Tensor, positions: Tensor, kernel: Sequence[int], strides: Sequence[int], dilation: Sequence[int], padding: str
+) -> Tensor:
     """The patches of some outputs: `[n, p, prod(kernel), c]` for the flat output positions `[n, p]`."""
     sizes = spatial_sizes(x)
     geometry = [pad_and_crop_sizes(*axis, padding) for axis in zip(sizes, kernel, strides, dilation, strict=True)]
@@ -116,14 +125,14 @@ def patches_at(x, positions, kernel, strides, dilation, padding):
     return ops.take(ops.reshape(x, (-1, x.shape[-1])), index, axis=0)
 
 
-def prefers_displacements(x, kernel, strides, dilation):
+def prefers_displacements(x: Tensor, kernel: Sequence[int], strides: Sequence[int], dilation: Sequence[int]) -> bool:
     """Whether `patch_gram` applies: stride 1, no dilation, one or two axes, and a map no smaller than the kernel."""
     if len(kernel) > 2 or max(strides) > 1 or max(dilation) > 1 or max(kernel) == 1:
         return False
     return all(size is not None and size >= k for size, k in zip(x.shape[1:-1], kernel, strict=True))
 
 
-def as_image(x, kernel, padding):
+def as_image(x: Tensor, kernel: Sequence[int], padding: str) -> tuple[Tensor, Shape, tuple[tuple[int, int], ...]]:
     """A stride-1 convolution over one axis as one over two: its input, kernel and what pads each axis."""
     borders = [pad_and_crop_sizes(s, k, 1, 1, padding)[:2] for s, k in zip(x.shape[1:-1], kernel, strict=True)]
     if len(kernel) == 1:
@@ -131,7 +140,7 @@ def as_image(x, kernel, padding):
     return x, tuple(kernel), tuple(borders)
 
 
-def patch_gram(x, kernel, padding):
+def patch_gram(x: Tensor, kernel: Sequence[int], padding: str) -> Tensor:
     """`sum over outputs of patch patch^T` of a stride-1 convolution, from displacements, no patch stored.
 
     Were every output position at which a patch sees any data counted, the block of kernel positions `p` and `q` would
@@ -170,7 +179,7 @@ def patch_gram(x, kernel, padding):
     return ops.reshape(ops.transpose(gram, (0, 2, 1, 3)), (kh * kw * c, kh * kw * c))
 
 
-def _stack(lines):
+def _stack(lines: Sequence[Tensor]) -> Tensor:
     return lines[0] if len(lines) == 1 else ops.concatenate(lines, axis=-1)
 
 
@@ -178,7 +187,7 @@ def _stack(lines):
 _PRODUCT_WIDTH = 128
 
 
-def _displacements(x, rows, columns):
+def _displacements(x: Tensor, rows: tuple[int, int], columns: tuple[int, int]) -> Tensor:
     """`sum over n, y, z of x[n, y + u, z + v] x[n, y, z]^T` for `u` and `v` in two ranges, the last included.
 
     This is the kernel gradient of a convolution of `x` with itself, and TensorFlow's runtime has a fast one. XLA's CPU
@@ -214,14 +223,14 @@ def _displacements(x, rows, columns):
     return ops.reshape(sums, (count, span, c, c))
 
 
-def _blocks(products, c):
+def _blocks(products: Tensor, c: int) -> Tensor:
     """`[..., p * c, q * c]` as a list of blocks `[-1, c, c]`, in the order `(..., p, q)`."""
     count = products.shape[-1] // c
     products = ops.reshape(products, (-1, count, c, count, c))
     return ops.reshape(ops.transpose(products, (0, 1, 3, 2, 4)), (-1, c, c))
 
 
-def _frames(size, kernel, border):
+def _frames(size: int, kernel: int, border: tuple[int, int]) -> Iterator[tuple[int, int, list[int]]]:
     """For each output beyond the border of one axis: the kernel positions that see data, and which data.
 
     Yields `(first, last, data)`: positions `first .. last` see the entries `data`.
@@ -234,9 +243,11 @@ def _frames(size, kernel, border):
 
 
 @functools.cache
-def _combination_of(kernel, rows, columns):
+def _combination_of(
+    kernel: Shape, rows: tuple[tuple[int, int], ...], columns: tuple[tuple[int, int], ...]
+) -> np.ndarray:
     (kh, kw), span = kernel, 2 * kernel[1] - 1
-    parts = [("same row", kw), ("below", (kh - 1) * span)]
+    parts: list[tuple[Any, int]] = [("same row", kw), ("below", (kh - 1) * span)]
     parts += [(("row", r), kw * (r[1] - r[0] + 1) ** 2) for r in rows]
     parts += [(("column", r), kh * (r[1] - r[0] + 1) ** 2) for r in columns]
     parts += [((r, s), ((r[1] - r[0] + 1) * (s[1] - s[0] + 1)) ** 2) for r in rows for s in columns]
@@ -245,7 +256,7 @@ def _combination_of(kernel, rows, columns):
     transposed = ends[-1]
     result = np.zeros((kh, kw, kh, kw, 2 * transposed), "float32")
 
-    def line(part, positions, p, q):
+    def line(part: Any, positions: tuple[int, int], p: Any, q: Any) -> int:
         """Where the table has the displacement from `p` to `q` of a line's channels."""
         first, last = positions
         count, flip = last - first + 1, q[0] > p[0]
@@ -272,5 +283,7 @@ def _combination_of(kernel, rows, columns):
     return result.reshape(-1, 2 * transposed)
 
 
-def _combination(kernel, rows, columns):
+def _combination(
+    kernel: Sequence[int], rows: Iterable[tuple[int, int, list[int]]], columns: Iterable[tuple[int, int, list[int]]]
+) -> np.ndarray:
     return _combination_of(tuple(kernel), tuple(r[:2] for r in rows), tuple(c[:2] for c in columns))

@@ -2,10 +2,12 @@
 
 from keras import ops
 
+from keras_ngd.typing import Tensor
+
 SAMPLINGS = ("priority", "paper", "replacement")
 
 
-def importance(a, g, power):
+def importance(a: Tensor, g: Tensor, power: float) -> Tensor:
     """Probabilities `[k, n]` proportional to `(|a_j| |g_j|)^power`, the size of each row's outer product (HyLo, Alg. 3).
 
     All zero where all rows are.
@@ -17,7 +19,7 @@ def importance(a, g, power):
     return scores / ops.where(total > 0, total, ops.ones_like(total))
 
 
-def draw(probabilities, rank, uniform, sampling):
+def draw(probabilities: Tensor, rank: int, uniform: Tensor, sampling: str) -> tuple[Tensor, Tensor]:
     """Indices of `rank` rows, and by what each row's outer product with itself is to be multiplied.
 
         priority     without replacement, the largest of the keys p / u; weights max(p, t) / p, with t the largest key left
@@ -51,7 +53,7 @@ def draw(probabilities, rank, uniform, sampling):
     return chosen, ops.where(positive, weights, ops.zeros_like(p))
 
 
-def _with_replacement(probabilities, rank, uniform):
+def _with_replacement(probabilities: Tensor, rank: int, uniform: Tensor) -> tuple[Tensor, Tensor]:
     ends = ops.cumsum(probabilities, axis=1)
     below = ops.expand_dims(ends, 1) <= ops.expand_dims(uniform * ends[:, -1:], 2)
     chosen = ops.minimum(ops.sum(ops.cast(below, "int32"), axis=2), probabilities.shape[1] - 1)

@@ -1,9 +1,12 @@
 """Batches of matrices of one size, from whatever they belong to, at once."""
 
+from collections.abc import Callable, Sequence
+
 from keras_ngd import backend
+from keras_ngd.typing import Tensor
 
 
-def together(function, work):
+def together(function: Callable[..., Sequence[Tensor]], work: Sequence[Sequence[Tensor]]) -> list[list[Tensor]]:
     """`function` of many batches, calling it once for all whose matrices have one size and dtype.
 
     Programs are smaller and products larger than with one call for each.
@@ -15,7 +18,8 @@ def together(function, work):
     Returns:
         For each what `function` would return of it alone.
     """
-    members, results = {}, [None] * len(work)
+    members: dict[tuple[int, str], list[int]] = {}
+    results: list[list[Tensor]] = [[] for _ in work]
     for i, (first, *_) in enumerate(work):
         members.setdefault((first.shape[-1], backend.dtype_name(first)), []).append(i)
     for indices in members.values():

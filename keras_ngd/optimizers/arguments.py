@@ -3,6 +3,8 @@
 import inspect
 import re
 import textwrap
+from collections.abc import Callable
+from typing import Any, TypeVar
 
 import keras
 
@@ -75,9 +77,14 @@ SHARED = {
 }
 
 
-def taken(method):
+# Of the class that is decorated.
+Class = TypeVar("Class", bound=type)
+
+
+def taken(method: type) -> list[str]:
     """The names of the arguments that a class over `keras.optimizers.SGD` hands on to there, its own first."""
-    names = {}
+    names: dict[str, None] = {}
+    kind: Any
     for kind in method.__mro__[: method.__mro__.index(keras.optimizers.SGD) + 1]:
         if "__init__" in vars(kind):
             parameters = inspect.signature(kind.__init__).parameters.values()
@@ -85,7 +92,7 @@ def taken(method):
     return [name for name in names if name not in NOT_TAKEN]
 
 
-def listed(docstring, indentation=8):
+def listed(docstring: str, indentation: int = 8) -> list[str]:
     """The names of the arguments that a docstring describes, in lines such as `name: ...` and `name, other: ...`."""
     found = re.findall(
         rf"^ {{{indentation}}}(\w+(?:, \w+)*):", docstring.split("Args:\n")[1].split("\n\n")[0], re.MULTILINE
@@ -93,19 +100,20 @@ def listed(docstring, indentation=8):
     return [name for line in found for name in line.split(", ")]
 
 
-def documented(*refused):
+def documented(*refused: str) -> Callable[[Class], Class]:
     """Decorator of methods: lists in the docstring, in place of `PLACE`, all arguments that it does not describe itself.
 
     Args:
         *refused: names of arguments that the method does not take, though a class it builds on does.
     """
 
-    def document(method):
+    def document(method: Class) -> Class:
         # Python leaves docstrings out where it is called with -OO.
-        place = method.__doc__ and re.search(rf"^( *){re.escape(PLACE)}$", method.__doc__, re.MULTILINE)
+        docstring = method.__doc__ or ""
+        place = re.search(rf"^( *){re.escape(PLACE)}$", docstring, re.MULTILINE)
         if place:
             indentation, names = place[1], taken(method)
-            own = {*listed(method.__doc__, len(indentation)), *refused}
+            own = {*listed(docstring, len(indentation)), *refused}
             lines = [
                 textwrap.fill(
                     f"{name}: {text}",
@@ -118,7 +126,7 @@ def documented(*refused):
                 for name, text in SHARED.items()
                 if name in names and name not in own
             ]
-            method.__doc__ = method.__doc__.replace(place[0], "\n".join(lines))
+            method.__doc__ = docstring.replace(place[0], "\n".join(lines))
         return method
 
     return document

@@ -1,15 +1,21 @@
 """What of the statistics arrives at a step: of which layers, from how many calls, and whether it was changed on its way."""
 
 import dataclasses
-from typing import Any
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 from keras import ops
 
 from keras_ngd import backend
 from keras_ngd.optimizers import checks
+from keras_ngd.optimizers.blocks import Block, Group, Signals
 from keras_ngd.optimizers.loss_value import average_weight
 from keras_ngd.optimizers.state_layout import laid_out
 from keras_ngd.statistics.statistics import WITNESS
+from keras_ngd.typing import AddVariable, Tensor, Variable
+
+if TYPE_CHECKING:
+    from keras_ngd.optimizers.natural_gradient import NaturalGradient
 
 # How far from 1 a witness may be, and how far from a whole number a number of calls (relative). Both
 # travel in float32; noise on the gradients, or a clip of each of them, changes them by far more.
@@ -32,33 +38,33 @@ class Arrived:
         changes: what else was done to statistics on their way: dict of some of `counters.CHANGES` to booleans.
     """
 
-    averages: dict
-    calls: dict
-    opened: Any
-    refused: Any
-    absent: Any
-    distorted: Any
-    examples: Any
-    changes: dict
+    averages: dict[Block, list[Tensor]]
+    calls: dict[Block, Tensor]
+    opened: Tensor
+    refused: Tensor
+    absent: Tensor
+    distorted: Tensor
+    examples: Tensor
+    changes: dict[str, Tensor]
 
     @property
-    def kept(self):
+    def kept(self) -> Tensor:
         """Whose averages stay as they were though their gate was open."""
         return self.refused | self.absent | self.distorted
 
     @property
-    def recorded(self):
+    def recorded(self) -> Tensor:
         """Whose averages a batch has entered."""
         return self.opened & ~self.kept
 
 
-def _whole(numbers):
+def _whole(numbers: Tensor) -> Tensor:
     """Which numbers are those of calls, up to rounding."""
     nearest = ops.round(numbers)
     return (nearest >= 1) & (ops.abs(numbers - nearest) <= WHOLE * nearest)
 
 
-def numbers_of_calls(arrived, traced):
+def numbers_of_calls(arrived: Tensor, traced: Tensor) -> Tensor:
     """How often each layer was called, from what arrived as its calls, whatever factor all gradients were multiplied with.
 
     Whole numbers are what they are. Others have a factor, the smallest ratio to what was traced if whole numbers come of it.
@@ -88,11 +94,11 @@ class Arrivals:
         updates: variable `[blocks]`, how many batches have entered each layer's averages.
     """
 
-    def __init__(self, optimizer, blocks, add):
+    def __init__(self, optimizer: "NaturalGradient", blocks: Sequence[Block], add: AddVariable) -> None:
         self._optimizer, self._blocks = optimizer, blocks
         self.updates = add((len(blocks),), "zeros", "int", "layer_updates")
 
-    def take_in(self, signals):
+    def take_in(self, signals: Signals) -> Arrived:
         """What arrived among the gradients `signals`, as `Arrived`.
 
         Each call of a layer emits its averages, a 1 as `calls` and a `WITNESS` as `witness`, and gradients are sums over calls.
@@ -100,7 +106,7 @@ class Arrivals:
         """
         blocks = self._blocks
 
-        def arrived(name):
+        def arrived(name: str) -> Tensor:
             return ops.stack([signals.of(getattr(block.statistics, name)) for block in blocks])
 
         calls, accepted, examples = arrived("calls"), arrived("accepted"), arrived("examples")
@@ -116,10 +122,10 @@ class Arrivals:
         taken = opened & intact & ~mixed & ~not_finite
         emitted = [signals.of(v) for block in blocks for v in block.statistics.averages]
 
-        def old():
+        def old() -> list[Tensor]:
             return [ops.convert_to_tensor(v) for block in blocks for v in block.statistics.averages]
 
-        def divided():
+        def divided() -> list[Tensor]:
             flat, before = iter(emitted), iter(old())
             return [
                 ops.where(taken[i], t / ops.cast(divisor[i], t.dtype), next(before))
@@ -143,7 +149,7 @@ class Arrivals:
             changes=self._changes_of(calls, number, traced, intact, opened) | {"mixed": ops.any(opened & mixed)},
         )
 
-    def _mixed_passes(self, number):
+    def _mixed_passes(self, number: Tensor) -> Tensor:
         """`[blocks]`: in whose statistics those of several passes were added that cannot be put together."""
         mixed = []
         for i, block in enumerate(self._blocks):
@@ -156,7 +162,9 @@ class Arrivals:
             mixed.append(number[i] > limit)
         return ops.stack(mixed)
 
-    def _changes_of(self, calls, number, traced, intact, opened):
+    def _changes_of(
+        self, calls: Tensor, number: Tensor, traced: Tensor, intact: Tensor, opened: Tensor
+    ) -> dict[str, Tensor]:
         """What a training step of the user's did to the statistics that did no harm to them."""
         adds_up = [block.statistics.adds_up and not block.statistics.looped for block in self._blocks]
         accumulated = opened & intact & (number > traced) & ops.convert_to_tensor(adds_up, "bool")
@@ -164,16 +172,16 @@ class Arrivals:
         scaled = intact & (ops.abs(calls / ops.where(number > 0, number, 1.0) - 1) > 1e-6)
         return {"scaled": ops.any(scaled), "accumulated": ops.any(accumulated)}
 
-    def count(self, arrived):
+    def count(self, arrived: "Arrived") -> None:
         """Counts the batch, for each layer whose averages it has entered."""
         self._optimizer.assign_add(self.updates, ops.cast(arrived.recorded, self.updates.dtype))
 
-    def rates(self):
+    def rates(self) -> Tensor:
         """`[blocks]`, the weight with which a batch enters each layer's averages now."""
         decay = ops.convert_to_tensor(self._optimizer.factor_decay, "float32")
         return average_weight(decay, ops.convert_to_tensor(self.updates))
 
-    def next_values(self, number, arrived):
+    def next_values(self, number: int, arrived: "Arrived") -> list[tuple[Variable, Tensor]]:
         """Pairs of a weight of the block `number`'s statistics, neither an average nor the gate, and its next value."""
         block = self._blocks[number]
         statistics, present = block.statistics, arrived.examples[number] > 0
@@ -192,7 +200,9 @@ class Arrivals:
             values.append((control, ops.where(drawn, new, old)))
         return values
 
-    def where_known(self, groups, new, old):
+    def where_known(
+        self, groups: Sequence[Group], new: Sequence[Sequence[Tensor]], old: Sequence[Sequence[Tensor]]
+    ) -> list[list[Tensor]]:
         """New states of these groups, of layers that ever recorded anything; of others the old, initial ones."""
         known = ops.convert_to_tensor(self.updates) > 0
         number, chosen = {block: i for i, block in enumerate(self._blocks)}, []

@@ -3,26 +3,34 @@
 import sys
 import warnings
 import weakref
+from collections.abc import Sequence
+from typing import Any
 
+import keras
 from keras import ops
 
 from keras_ngd import schedules, sharding
+from keras_ngd.distributed.communicator import Communicator
 from keras_ngd.optimizers import checks, coverage
 from keras_ngd.optimizers.arguments import documented
+from keras_ngd.optimizers.arrivals import Arrivals
 from keras_ngd.optimizers.blocks import Layout
-from keras_ngd.optimizers.bound import checked_clips
+from keras_ngd.optimizers.bound import Bound, checked_clips
 from keras_ngd.optimizers.checkpoint import StrictCheckpoint
+from keras_ngd.optimizers.clock import Clock
 from keras_ngd.optimizers.compiled_metrics import make_outside_of_traces
-from keras_ngd.optimizers.counters import Count
+from keras_ngd.optimizers.counters import Count, Counters
 from keras_ngd.optimizers.exchange import Exchange
 from keras_ngd.optimizers.loss_ratio import LossRatio
-from keras_ngd.optimizers.loss_value import LossCarrier
+from keras_ngd.optimizers.loss_value import LossCarrier, MeanLoss
 from keras_ngd.optimizers.method import Method
 from keras_ngd.optimizers.notices import Notices
 from keras_ngd.optimizers.overwriting import OverwritingSGD
-from keras_ngd.optimizers.rest import checked_rest
+from keras_ngd.optimizers.rest import RestRule, checked_rest
 from keras_ngd.optimizers.settings import check_fisher_scale
 from keras_ngd.optimizers.state_layout import StateLayout
+from keras_ngd.statistics.statistics import Statistics
+from keras_ngd.typing import Config, DampingLike, IntervalLike, RateLike, Store, Tensor, Variable
 
 
 @documented()
@@ -35,27 +43,35 @@ class AssembledOptimizer(Method, OverwritingSGD):
         {{shared_arguments}}
     """
 
+    # Parts that `build` makes; None before.
+    clock: Clock
+    counters: Counters
+    arrivals: Arrivals
+    mean_loss: MeanLoss
+    bound: Bound
+    rest_rule: RestRule
+
     def __init__(
         self,
-        learning_rate,
-        damping,
-        momentum=0.9,
-        factor_decay=0.95,
-        factor_interval=10,
-        inverse_interval=100,
-        kl_clip=None,
-        loss_clip="auto",
-        fisher_scale="loss",
-        interval_growth=0.1,
-        rest="adam",
-        rest_learning_rate=None,
-        communicator="auto",
-        gradient_worker_fraction=1.0,
-        reduce_scatter=False,
-        shard_state=False,
-        not_captured=None,
-        **kwargs,
-    ):
+        learning_rate: RateLike,
+        damping: DampingLike,
+        momentum: float = 0.9,
+        factor_decay: float = 0.95,
+        factor_interval: IntervalLike = 10,
+        inverse_interval: IntervalLike = 100,
+        kl_clip: float | None = None,
+        loss_clip: float | str | None = "auto",
+        fisher_scale: str | None = "loss",
+        interval_growth: float | None = 0.1,
+        rest: str = "adam",
+        rest_learning_rate: DampingLike | None = None,
+        communicator: Communicator | str = "auto",
+        gradient_worker_fraction: float = 1.0,
+        reduce_scatter: bool = False,
+        shard_state: bool = False,
+        not_captured: Any = None,
+        **kwargs: Any,
+    ) -> None:
         checks.check_own_arguments(type(self).__name__, factor_decay, kwargs)
         loss_clip, kl_clip = checked_clips(loss_clip, kl_clip)
         check_fisher_scale(fisher_scale)
@@ -74,14 +90,16 @@ class AssembledOptimizer(Method, OverwritingSGD):
         self.rest, self.rest_learning_rate = rest, rest_learning_rate
         self.communicator, self.gradient_worker_fraction = communicator, float(gradient_worker_fraction)
         self.reduce_scatter, self.shard_state, self.not_captured = reduce_scatter, shard_state, not_captured
-        self.layout, self._model = Layout(), None
+        self.layout = Layout()
+        self._model: weakref.ref[keras.Model] | None = None
         self.exchange, self.checkpoint = Exchange(self), StrictCheckpoint(self)
         self.loss_carrier, self.ratio = LossCarrier(), LossRatio(self)
         self.state = StateLayout(self.add_variable, shard_state)
         self._notices = Notices(self.name)
-        self.clock = self.counters = self.arrivals = self.mean_loss = self.bound = self.rest_rule = None
+        unbuilt: Any = None
+        self.clock = self.counters = self.arrivals = self.mean_loss = self.bound = self.rest_rule = unbuilt
 
-    def __setattr__(self, name, value):
+    def __setattr__(self, name: str, value: Any) -> None:
         # Keras's LossScaleOptimizer announces itself to the optimizer it wraps by resetting this attribute. MultiOptimizer sets
         # it too, to the scale that it applies itself.
         if name == "loss_scale_factor" and name in self.__dict__:
@@ -90,22 +108,22 @@ class AssembledOptimizer(Method, OverwritingSGD):
 
     # Capture
 
-    def note_capture(self, model):
+    def note_capture(self, model: keras.Model) -> None:
         """Told that a model was captured for this optimizer."""
         self._model = weakref.ref(model)
         self.not_captured = coverage.count_not_captured(model.trainable_variables)
 
-    def captured_model(self):
+    def captured_model(self) -> keras.Model | None:
         """The model that was captured for this optimizer, or None. Not a property: Keras saves and loads what those return."""
         return None if self._model is None else self._model()
 
-    def new_statistics(self, layer):
+    def new_statistics(self, layer: keras.layers.Layer) -> Statistics:
         """What `make_statistics` gives, told where it is to lie."""
         statistics = self.make_statistics(layer)
         statistics.shard_state = self.shard_state
         return statistics
 
-    def called(self, statistics, x):
+    def called(self, statistics: Statistics, x: Tensor) -> None:
         """Told that a captured layer is called with `x`, before its statistics' weights are looked at."""
         model = self.captured_model()
         self.ratio.listen(model)
@@ -114,16 +132,16 @@ class AssembledOptimizer(Method, OverwritingSGD):
     # The loss
 
     @property
-    def loss_scale(self):
+    def loss_scale(self) -> float:
         """What the losses were multiplied with whose gradients arrive."""
         return self.loss_scale_factor or 1.0
 
     @property
-    def losses_in_statistics(self):
+    def losses_in_statistics(self) -> float:
         """The argument `losses_per_example` of this optimizer's statistics."""
-        return 1 if self.losses_per_example == "auto" else self.losses_per_example
+        return 1 if isinstance(self.losses_per_example, str) else self.losses_per_example
 
-    def scale_loss(self, loss):
+    def scale_loss(self, loss: Tensor) -> Tensor:
         """The loss that is to be differentiated, as every Keras trainer asks for it; its value travels along.
 
         In a loop of one's own: `loss = optimizer.scale_loss(loss)` before it is differentiated, inside the tape.
@@ -131,28 +149,28 @@ class AssembledOptimizer(Method, OverwritingSGD):
         return super().scale_loss(self.loss_carrier.put_into(loss))
 
     @property
-    def fisher_factor(self):
+    def fisher_factor(self) -> Tensor:
         """What the empirical Fisher matrix is to be multiplied with, a scalar."""
         return ops.ones((), "float32") if self.fisher_scale is None else self.mean_loss.inverse()
 
-    def ratio_of(self, statistics, dtype="float32", before=False):
+    def ratio_of(self, statistics: Statistics, dtype: str = "float32", before: bool = False) -> Tensor:
         """What a block's statistics are multiplied with, the ratio and the `fisher_factor` in one; see `LossRatio.of`."""
         return self.ratio.of(statistics, self.fisher_factor, dtype, before)
 
     # Workers
 
     @property
-    def gradients_are_reduced(self):
+    def gradients_are_reduced(self) -> bool:
         return self.exchange.workers is not None
 
-    def received_bytes(self):
+    def received_bytes(self) -> dict[str, int]:
         """What this worker has received from others in training steps, in bytes, by stage; `{}` on one worker.
 
         Stages are `initial state`, `gradients`, `statistics`, `inverses`, `preconditioned`, `decisions` and `saving`.
         """
         return self.exchange.received_bytes()
 
-    def gather_statistics(self):
+    def gather_statistics(self) -> None:
         """Gives all workers the statistics of all layers; to be called on all, outside a step (`callbacks.GatherStatistics`).
 
         With `reduce_scatter=True` only a layer's owner has them, and nobody could save them all.
@@ -174,7 +192,7 @@ class AssembledOptimizer(Method, OverwritingSGD):
     )
 
     @property
-    def loss_ratio(self):
+    def loss_ratio(self) -> float:
         """What statistics are multiplied with: how many loss values each example has, as the compiled loss weighs them.
 
         A number; of layers that see more examples than the batch has (windows of an image), theirs is as much smaller. 1 before
@@ -182,12 +200,12 @@ class AssembledOptimizer(Method, OverwritingSGD):
         """
         return self.ratio.read()
 
-    def give_notices(self):
+    def give_notices(self) -> None:
         """Warns of what was not said before. `fit` calls it when it ends; a loop of your own may, at any time."""
         if self.built and self.bound is not None:
             self._notices.give([*self.counters.notices(self.losses_per_example), *self.bound.notices()])
 
-    def finalize_variable_values(self, var_list):
+    def finalize_variable_values(self, var_list: Sequence[Variable]) -> None:
         """Called by Keras's trainers on the host when a `fit` ends."""
         super().finalize_variable_values(var_list)
         # On JAX Keras calls this on the way of an error, too, when variables have no values; the error is what is to be seen.
@@ -196,21 +214,21 @@ class AssembledOptimizer(Method, OverwritingSGD):
 
     # Saving
 
-    def save_own_variables(self, store):
+    def save_own_variables(self, store: Store) -> None:
         self.checkpoint.save(store)
 
-    def load_own_variables(self, store):
+    def load_own_variables(self, store: Store) -> None:
         """Restores the optimizer's variables from a checkpoint; see `StrictCheckpoint.load`."""
         self.checkpoint.load(store)
 
-    def restored(self, renew):
+    def restored(self, renew: bool) -> None:
         if self.gradient_worker_fraction < 1:
             self.clock.refresh_at_once()
         # What was saved is complete.
         self.exchange.gathered = True
 
     @classmethod
-    def from_config(cls, config, custom_objects=None):
+    def from_config(cls, config: Config, custom_objects: dict[str, Any] | None = None) -> "AssembledOptimizer":
         if config.get("shard_state") and sharding.distribution() is None:
             warnings.warn(
                 f"The state of this {cls.__name__} was sharded over several devices. There is no `keras.distribution` of several "
@@ -222,7 +240,7 @@ class AssembledOptimizer(Method, OverwritingSGD):
         optimizer.checkpoint.from_config = True
         return optimizer
 
-    def get_config(self):
+    def get_config(self) -> Config:
         config = super().get_config()
         config.pop("gradient_accumulation_steps", None)
         for name in ("damping", "factor_interval", "inverse_interval", "rest_learning_rate"):

@@ -1,10 +1,15 @@
 """Pairs the variables an optimizer is given into blocks: kernel, bias and the statistics that describe both."""
 
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from keras_ngd import backend, keras_private
+from keras_ngd.typing import Tensor, Variable
+
+if TYPE_CHECKING:
+    from keras_ngd.layers.rows import Rows
 
 
 @dataclass(frozen=True, eq=False)
@@ -12,21 +17,21 @@ class Block:
     """One captured layer as the optimizer sees it."""
 
     layer: str
-    kernel: Any
-    bias: Any
+    kernel: Variable
+    bias: Variable | None
     statistics: Any
 
     @property
-    def rows(self):
+    def rows(self) -> "Rows":
         return self.statistics.rows
 
     @property
-    def shape(self):
+    def shape(self) -> tuple[int, int, Any]:
         """`(input_dim, output_dim, dtype)`."""
         return self.rows.input_dim, self.rows.output_dim, self.statistics.averages[0].dtype
 
     @property
-    def kind(self):
+    def kind(self) -> tuple[Any, ...]:
         """Blocks of one kind, whose statistics have equal shapes too, share batched computations."""
         return (*self.shape, *(tuple(v.shape[1:]) for v in self.statistics.averages))
 
@@ -35,18 +40,18 @@ class Block:
 class Group:
     """All blocks of one kind, and their curvature."""
 
-    blocks: list = field(default_factory=list)
+    blocks: list[Block] = field(default_factory=list)
     curvature: Any = None
 
     @property
-    def count(self):
+    def count(self) -> int:
         return sum(block.rows.groups for block in self.blocks)
 
-    def stacked(self, tensors):
+    def stacked(self, tensors: Mapping[Block, Sequence[Tensor]]) -> list[Tensor]:
         """The tensors of a dict from blocks to lists of them, joined over the blocks of the group: a list."""
         return [backend.joined(parts) for parts in zip(*(tensors[block] for block in self.blocks), strict=True)]
 
-    def parts(self, stacked):
+    def parts(self, stacked: Tensor) -> Iterable[tuple[Block, Tensor]]:
         """Pairs of every block and its part of what the curvature stacks."""
         return zip(self.blocks, backend.parts(stacked, [block.rows.groups for block in self.blocks]), strict=True)
 
@@ -61,28 +66,34 @@ class Signals:
         is_overwritten: function that tells whether a variable is overwritten with its gradient.
     """
 
-    def __init__(self, grads, variables, key, is_overwritten):
+    def __init__(
+        self,
+        grads: Sequence[Tensor],
+        variables: Sequence[Variable],
+        key: Callable[[Variable], Any],
+        is_overwritten: Callable[[Variable], bool],
+    ) -> None:
         self.grads, self.variables, self.key, self.is_overwritten = grads, variables, key, is_overwritten
         self._positions = {key(v): i for i, v in enumerate(variables)}
 
-    def index(self, variable):
+    def index(self, variable: Variable) -> int:
         """The position of a variable."""
         return self._positions[self.key(variable)]
 
-    def of(self, variable):
+    def of(self, variable: Variable) -> Tensor:
         """The gradient of a variable."""
         return self.grads[self.index(variable)]
 
-    def of_block(self, block):
+    def of_block(self, block: Block) -> list[Tensor | None]:
         """The gradients of a block's kernel and bias, the latter None where there is none."""
         return [None if v is None else self.of(v) for v in (block.kernel, block.bias)]
 
-    def with_gradients(self, grads):
+    def with_gradients(self, grads: Sequence[Tensor]) -> "Signals":
         """The same of other gradients."""
         return Signals(grads, self.variables, self.key, self.is_overwritten)
 
 
-def find_blocks(variables, key):
+def find_blocks(variables: Sequence[Variable], key: Callable[[Variable], Any]) -> list[Block]:
     """The blocks among `variables`, in their order; `key` gives a variable's identity.
 
     Raises:
@@ -110,17 +121,17 @@ def find_blocks(variables, key):
 class Layout:
     """The blocks of a model, and the same blocks grouped by kind, in order of first appearance."""
 
-    def __init__(self, blocks=()):
+    def __init__(self, blocks: Iterable[Block] = ()) -> None:
         self.blocks = list(blocks)
 
     @cached_property
-    def groups(self):
-        groups = {}
+    def groups(self) -> list[Group]:
+        groups: dict[tuple[Any, ...], Group] = {}
         for block in self.blocks:
             groups.setdefault(block.kind, Group()).blocks.append(block)
         return list(groups.values())
 
-    def part(self, blocks, make_curvature):
+    def part(self, blocks: Iterable[Block], make_curvature: Callable[[Group], Any]) -> "Layout":
         """The layout of some of the blocks, with curvatures for these from `make_curvature(group)`."""
         part = Layout(blocks)
         for group in part.groups:

@@ -1,8 +1,14 @@
 """How long a step may be."""
 
+from typing import TYPE_CHECKING
+
 from keras import ops
 
 from keras_ngd import schedules
+from keras_ngd.typing import AddVariable, Tensor
+
+if TYPE_CHECKING:
+    from keras_ngd.optimizers.natural_gradient import NaturalGradient
 
 # From which share of the steps, and from how many, the user is told that they were clipped.
 INERT_SHARE, INERT_STEPS = 0.95, 100
@@ -11,7 +17,7 @@ INERT_SHARE, INERT_STEPS = 0.95, 100
 SMALLEST_LENGTH = 1e-30
 
 
-def checked_clips(loss_clip, kl_clip):
+def checked_clips(loss_clip: float | str | None, kl_clip: float | None) -> tuple[float | None, float | None]:
     """The arguments `loss_clip` and `kl_clip`; a `ValueError` names what is wrong."""
     if kl_clip is not None and not (schedules.is_number(kl_clip) and 0 < kl_clip < float("inf")):
         raise ValueError(f"`kl_clip` must be a positive float or None. Received: kl_clip={kl_clip!r}")
@@ -38,19 +44,19 @@ class Bound:
         add: its `StateLayout.add`.
     """
 
-    def __init__(self, optimizer, add):
+    def __init__(self, optimizer: "NaturalGradient", add: AddVariable) -> None:
         self._optimizer = optimizer
         self.clipped_steps = add((), "zeros", "int", "clipped_steps")
         self.sum_of_scales = add((), "zeros", "float32", "sum_of_step_scales")
 
-    def read(self, name):
+    def read(self, name: str) -> float:
         """`"clipped_steps"`, an int, or `"mean_step_scale"`, the mean over all steps of `nu`, a float."""
         if name == "clipped_steps":
             return int(ops.convert_to_numpy(self.clipped_steps))
         steps = int(ops.convert_to_numpy(self._optimizer.iterations))
         return float(ops.convert_to_numpy(self.sum_of_scales)) / steps if steps else 1.0
 
-    def notices(self):
+    def notices(self) -> list[tuple[str, str]]:
         """Pairs of a key and a message, of what the user should know of."""
         clipped, steps = self.read("clipped_steps"), int(ops.convert_to_numpy(self._optimizer.iterations))
         kl_clip = self._optimizer.kl_clip
@@ -65,7 +71,7 @@ class Bound:
             )
         ]
 
-    def scale(self, length, loss, finite):
+    def scale(self, length: Tensor, loss: Tensor, finite: Tensor) -> Tensor:
         """`nu`, which is counted.
 
         Args:

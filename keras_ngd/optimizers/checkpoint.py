@@ -1,8 +1,15 @@
 """Saving and loading of optimizer state without ever losing any of it."""
 
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
 import numpy as np
 
 from keras_ngd import sharding
+from keras_ngd.typing import Store
+
+if TYPE_CHECKING:
+    from keras_ngd.optimizers.natural_gradient import NaturalGradient
 
 ADVICE = (
     "The checkpoint was written by another optimizer, with other settings, or for a model captured differently; "
@@ -29,17 +36,18 @@ class StrictCheckpoint:
         from_config: whether the optimizer was made by `from_config`, as with a model that is loaded.
     """
 
-    def __init__(self, optimizer):
+    def __init__(self, optimizer: "NaturalGradient") -> None:
         self._optimizer, self.from_config = optimizer, False
-        self._pending, self._error = None, None
+        self._pending: dict[str, np.ndarray] | None = None
+        self._error: ValueError | None = None
 
-    def being_loaded(self):
+    def being_loaded(self) -> bool:
         """Whether the optimizer was made with a model that is loaded, and has not been used."""
         optimizer = self._optimizer
         unused = not optimizer.built or int(sharding.to_numpy(optimizer.iterations)) == 0
         return self.from_config and optimizer.captured_model() is None and unused
 
-    def until_trained(self, function):
+    def until_trained(self, function: Callable[[], Any]) -> Any:
         """The value of a function; where it raises an error and a model is being loaded, None, and the error is kept."""
         try:
             return function()
@@ -49,19 +57,19 @@ class StrictCheckpoint:
             self._error = error
             return None
 
-    def check(self):
+    def check(self) -> None:
         """Raises what was kept while the model was loaded."""
         if self._error is not None:
             raise self._error
         self.restore_pending()
 
-    def save(self, store):
+    def save(self, store: Store) -> None:
         """Writes the state to one of Keras's stores."""
         # What could not be restored is still what there is to be saved.
         for key, value in (self._state() if self._pending is None else self._pending).items():
             store[key] = value
 
-    def load(self, store):
+    def load(self, store: Store) -> None:
         """Restores the optimizer's variables from one of Keras's stores.
 
         A checkpoint without optimizer state (one of weights only), or with that of an optimizer that has not made a step, has
@@ -84,33 +92,33 @@ class StrictCheckpoint:
                 raise
             self._pending = state
 
-    def step(self):
+    def step(self) -> int:
         """The step that training goes on from, as a number; 0 at a fresh start."""
         if self._optimizer.built:
             return int(sharding.to_numpy(self._optimizer.iterations))
         return 0 if self._pending is None else int(self._pending["0"])
 
-    def current(self):
+    def current(self) -> dict[str, np.ndarray] | None:
         """Copies of all variables' values, as a checkpoint has them, of an optimizer that goes on from somewhere."""
         return self._state() if self._optimizer.built else self._pending
 
-    def restore(self, state):
+    def restore(self, state: dict[str, np.ndarray] | None) -> None:
         """Takes over what `current` gave, now or once the optimizer is built."""
         self._pending = state
         if self._optimizer.built:
             self.restore_pending()
 
-    def restore_pending(self):
+    def restore_pending(self) -> bool:
         """Restores what was loaded before the optimizer was built; whether there was anything."""
         if self._pending is None:
             return False
         self._assign(self._pending)
         return True
 
-    def _state(self):
+    def _state(self) -> dict[str, np.ndarray]:
         return {str(i): sharding.to_numpy(v) for i, v in enumerate(self._optimizer.variables)}
 
-    def _assign(self, state):
+    def _assign(self, state: dict[str, np.ndarray]) -> None:
         optimizer, renewed = self._optimizer, []
         variables = optimizer.variables
         if len(state) != len(variables):
@@ -134,6 +142,6 @@ class StrictCheckpoint:
         optimizer.restored(bool(renewed))
 
 
-def _is_untouched(state):
+def _is_untouched(state: dict[str, np.ndarray]) -> bool:
     """Whether a state is that of an optimizer compiled but never built: step 0 and perhaps a learning rate."""
     return len(state) <= 2 and all(v.shape == () for v in state.values()) and state.get("0") == 0

@@ -1,17 +1,26 @@
 """What an optimizer refuses to train with, and how it says so."""
 
 import sys
+import types
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
 
 import keras
 
 from keras_ngd import distributed, schedules
+from keras_ngd.distributed.communicator import Communicator
+from keras_ngd.optimizers.blocks import Block, Signals
 from keras_ngd.optimizers.coverage import check_statistics_given, fail_on_changed_variables
 from keras_ngd.optimizers.state_layout import check_shard_state
+from keras_ngd.typing import Variable
+
+if TYPE_CHECKING:
+    from keras_ngd.optimizers.natural_gradient import NaturalGradient
 
 
-def _called_by(kind):
+def _called_by(kind: type) -> bool:
     """Whether a method of an object of this class is being called, and calls what asks."""
-    frame = sys._getframe(1)
+    frame: types.FrameType | None = sys._getframe(1)
     while frame is not None:
         if isinstance(frame.f_locals.get("self"), kind):
             return True
@@ -19,7 +28,7 @@ def _called_by(kind):
     return False
 
 
-def check_own_arguments(name, factor_decay, kwargs):
+def check_own_arguments(name: str, factor_decay: float, kwargs: dict[str, Any]) -> None:
     """Of the optimizer called `name`."""
     if kwargs.get("gradient_accumulation_steps"):
         raise ValueError(
@@ -31,7 +40,9 @@ def check_own_arguments(name, factor_decay, kwargs):
         raise ValueError(f"`factor_decay` must be in [0, 1). Received: factor_decay={factor_decay!r}")
 
 
-def check_division(communicator, gradient_worker_fraction, reduce_scatter, shard_state):
+def check_division(
+    communicator: Communicator | str, gradient_worker_fraction: float, reduce_scatter: bool, shard_state: bool
+) -> None:
     """Of arguments that say how several workers or devices share the work."""
     distributed.check(communicator)
     if not schedules.is_number(gradient_worker_fraction) or not 0 <= gradient_worker_fraction <= 1:
@@ -49,7 +60,7 @@ def check_division(communicator, gradient_worker_fraction, reduce_scatter, shard
     check_shard_state(shard_state, gradient_worker_fraction)
 
 
-def check_blocks(optimizer, blocks, variables):
+def check_blocks(optimizer: "NaturalGradient", blocks: Sequence[Block], variables: Sequence[Variable]) -> None:
     """Raises a `ValueError` if there are no blocks among the variables that an optimizer is built on, or those of another."""
     name = type(optimizer).__name__
     # A MultiOptimizer in between may have kept to itself that it is wrapped.
@@ -70,7 +81,7 @@ def check_blocks(optimizer, blocks, variables):
             )
 
 
-def check_loss_scale(optimizer):
+def check_loss_scale(optimizer: "NaturalGradient") -> None:
     """Called where a LossScaleOptimizer would set a scale, or build this optimizer."""
     if _called_by(keras.optimizers.LossScaleOptimizer):
         raise ValueError(
@@ -80,7 +91,7 @@ def check_loss_scale(optimizer):
         )
 
 
-def check_step(optimizer, signals):
+def check_step(optimizer: "NaturalGradient", signals: Signals) -> None:
     """Raises a `ValueError` if a built optimizer is given other variables than it was built on, or a layer's statistics cannot
     arrive."""
     known = optimizer._trainable_variables_indices
@@ -101,7 +112,7 @@ def check_step(optimizer, signals):
         block.statistics.forget_trace()
 
 
-def several_calls_message(optimizer, block):
+def several_calls_message(optimizer: "NaturalGradient", block: Block) -> str:
     """What to say where rows of several calls, or passes, of a layer cannot be put together."""
     name = type(optimizer).__name__
     if block.statistics.several_calls:

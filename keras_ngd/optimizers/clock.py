@@ -1,8 +1,14 @@
 """When statistics are recorded and inverses refreshed."""
 
+from typing import TYPE_CHECKING
+
 from keras import ops
 
 from keras_ngd import schedules
+from keras_ngd.typing import AddVariable, IntervalLike, Tensor
+
+if TYPE_CHECKING:
+    from keras_ngd.optimizers.natural_gradient import NaturalGradient
 
 
 class Clock:
@@ -14,20 +20,22 @@ class Clock:
         refreshes_what_was_recorded: whether inverses are made of each batch that was recorded, and of no other.
     """
 
-    def __init__(self, optimizer, add, refreshes_what_was_recorded=False):
+    def __init__(
+        self, optimizer: "NaturalGradient", add: AddVariable, refreshes_what_was_recorded: bool = False
+    ) -> None:
         self._optimizer, self._tied = optimizer, refreshes_what_was_recorded
         self.next_factors = add((), "zeros", "int", "next_factor_step")
         self.next_inverses = add((), "zeros", "int", "next_inverse_step")
 
-    def records_next(self, step):
+    def records_next(self, step: Tensor) -> Tensor:
         """Whether the batch after that of `step` is to enter the statistics."""
         return step + 1 >= ops.convert_to_tensor(self.next_factors)
 
-    def recorded(self, step, done):
+    def recorded(self, step: Tensor, done: Tensor) -> None:
         """Told whether the batch of `step` has entered the statistics, or is not to be tried again at once."""
         self._set("next_factors", self._optimizer.factor_interval, step, done)
 
-    def refresh_due(self, step, recorded, known):
+    def refresh_due(self, step: Tensor, recorded: Tensor, known: Tensor) -> Tensor:
         """Whether inverses are to be refreshed at `step`.
 
         Args:
@@ -37,15 +45,15 @@ class Clock:
         """
         return recorded if self._tied else known & (step >= ops.convert_to_tensor(self.next_inverses))
 
-    def refreshed(self, step, due):
+    def refreshed(self, step: Tensor, due: Tensor) -> None:
         """Told whether inverses were refreshed at `step`."""
         self._set("next_inverses", self._optimizer.inverse_interval, step, due)
 
-    def refresh_at_once(self):
+    def refresh_at_once(self) -> None:
         """Has the inverses refreshed at the next step."""
         self.next_inverses.assign(0)
 
-    def _set(self, name, interval, step, done):
+    def _set(self, name: str, interval: IntervalLike, step: Tensor, done: Tensor) -> None:
         variable = getattr(self, name)
         following = step + schedules.interval_at(interval, step, self._optimizer.interval_growth)
         self._optimizer.assign(variable, ops.where(done, following, ops.convert_to_tensor(variable)))

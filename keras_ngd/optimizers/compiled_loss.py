@@ -10,10 +10,14 @@ that is done otherwise.
 
 import math
 import weakref
+from collections.abc import Iterable
+from typing import Any
 
+import keras
 from keras import ops
 
 from keras_ngd import backend, keras_private, replica
+from keras_ngd.typing import Tensor
 
 MEANS = ("sum_over_batch_size", "mean", "mean_with_sample_weight")
 
@@ -29,21 +33,21 @@ class Heard:
                     taken for as many values `C / B` as the batch has examples
     """
 
-    def __init__(self):
+    def __init__(self) -> None:
         # Replicas of a strategy are traced one after the other, each in a thread of its own.
-        self._told = {}
+        self._told: dict[Any, list[tuple[Any, Any]]] = {}
 
-    def forget(self):
+    def forget(self) -> None:
         """Told at a layer's call: what was told before is of another step."""
         # Where TensorFlow traces, a layer may be called once more in the backward pass, and steps are told apart by their graphs.
         graph = backend.graph()
         told = self._told.get(replica.number(), []) if graph is not None else []
         self._told[replica.number()] = [(of, sums) for of, sums in told if of is graph]
 
-    def tell(self, sums):
+    def tell(self, sums: Any) -> None:
         self._told.setdefault(replica.number(), []).append((backend.graph(), sums))
 
-    def take(self):
+    def take(self) -> Any:
         """`(absolute, squares, whole)`, or None where nothing was told that can be used here."""
         told = [sums for of, sums in self._told.pop(replica.number(), []) if backend.within(of)]
         if not told or not all(backend.usable(t) for sums in told for t in sums):
@@ -51,21 +55,21 @@ class Heard:
         return tuple(sum(parts) for parts in zip(*told, strict=True))
 
 
-def compiled_losses(model):
+def compiled_losses(model: keras.Model | None) -> list[Any]:
     """The compiled losses that may be called after a captured layer of `model` was: its own, and that of what it is inside of."""
     found = {id(m): m for m in (model, getattr(keras_private.call_context(), "entry_layer", None)) if m is not None}
     losses = [keras_private.compiled_loss(m) for m in found.values()]
     return [loss for loss in losses if loss is not None]
 
 
-def listen(compile_loss, heard):
+def listen(compile_loss: Any, heard: Heard) -> None:
     """Has a `CompileLoss` tell `heard` about every call."""
     listeners = getattr(compile_loss, "keras_ngd_listeners", None)
     if listeners is None:
         listeners = compile_loss.keras_ngd_listeners = weakref.WeakSet()
         build = compile_loss.build
 
-        def build_and_replace(y_true, y_pred):
+        def build_and_replace(y_true: Tensor, y_pred: Tensor) -> None:
             build(y_true, y_pred)
             _replace(compile_loss, listeners)
 
@@ -75,7 +79,7 @@ def listen(compile_loss, heard):
     listeners.add(heard)
 
 
-def _replace(compile_loss, listeners):
+def _replace(compile_loss: Any, listeners: Iterable[Heard]) -> None:
     entries = keras_private.flat_losses(compile_loss)
     told = [entry._replace(loss=Telling(entry.loss, entry.loss_weights, listeners)) for entry in entries]
     keras_private.replace_flat_losses(compile_loss, told)
@@ -90,17 +94,17 @@ class Telling:
         listeners: a set of `Heard`.
     """
 
-    def __init__(self, loss, weight, listeners):
+    def __init__(self, loss: Any, weight: float | None, listeners: Iterable[Heard]) -> None:
         self._loss, self._weight, self._listeners = loss, weight, listeners
 
-    def __getattr__(self, name):
+    def __getattr__(self, name: str) -> Any:
         return getattr(self._loss, name)
 
-    def __call__(self, y_true, y_pred, sample_weight=None):
+    def __call__(self, y_true: Tensor, y_pred: Tensor, sample_weight: Tensor | None = None) -> Tensor:
         loss, seen, own = self._loss, [], vars(self._loss).get("call")
         call = loss.call
 
-        def seen_call(*args, **kwargs):
+        def seen_call(*args: Any, **kwargs: Any) -> Tensor:
             values = call(*args, **kwargs)
             seen.append(ops.convert_to_tensor(values))
             return values
@@ -125,7 +129,7 @@ class Telling:
         return result
 
 
-def coefficients(values, sample_weight, masks, reduction):
+def coefficients(values: Tensor, sample_weight: Tensor | None, masks: Any, reduction: str | None) -> Any:
     """The sums that `Heard` keeps, of one loss without its weight among others.
 
     The coefficients are those of Keras's `reduce_weighted_values`. Statistics and gradients undo that means are divided by the
@@ -163,7 +167,7 @@ def coefficients(values, sample_weight, masks, reduction):
     return absolute, squares, 0.0
 
 
-def _size(tensor):
+def _size(tensor: Tensor) -> Tensor:
     """How many numbers a tensor has: a float, or a scalar tensor where that is not known yet."""
     shape = ops.shape(tensor)
     if all(isinstance(size, int) for size in shape):
@@ -171,7 +175,7 @@ def _size(tensor):
     return ops.prod(ops.stack([ops.cast(size, "float32") for size in shape]))
 
 
-def _quotient(value, divisor):
+def _quotient(value: Tensor, divisor: Tensor) -> Tensor:
     if isinstance(value, float) and isinstance(divisor, float):
         return value / divisor if divisor else 0.0
     return ops.divide_no_nan(ops.convert_to_tensor(value, "float32"), ops.convert_to_tensor(divisor, "float32"))

@@ -6,17 +6,20 @@ variables while it is traced is traced once more. With a second-order step in it
 `tf_tests/optimizers/test_one_trace.py` fails where that is done otherwise.
 """
 
+import keras
+
 from keras_ngd import backend, keras_private
+from keras_ngd.typing import Tensor
 
 
-def make_outside_of_traces(model):
+def make_outside_of_traces(model: keras.Model | None) -> None:
     """Has the metrics of a compiled model (or None) make their variables outside of the trace in which they are first updated."""
     metrics = keras_private.compiled_metrics(model)
     if metrics is None or metrics.built or not backend.makes_variables() or "build" in metrics.__dict__:
         return
     build = metrics.build
 
-    def built_outside(y_true, y_pred):
+    def built_outside(y_true: Tensor, y_pred: Tensor) -> None:
         # What is traced is looked at for its shapes alone.
         with backend.outside_trace():
             build(y_true, y_pred)

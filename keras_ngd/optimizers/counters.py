@@ -1,6 +1,14 @@
 """What an optimizer counts, and what there is to say about it."""
 
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
 from keras import ops
+
+from keras_ngd.typing import AddVariable, LossesPerExample, Tensor
+
+if TYPE_CHECKING:
+    from keras_ngd.optimizers.natural_gradient import NaturalGradient
 
 # What can have happened to statistics on their way from the probes to the optimizer.
 CHANGES = ("distorted", "scaled", "accumulated", "mixed")
@@ -20,13 +28,13 @@ class Count:
         initial: its value before the optimizer is built. Default 0.
     """
 
-    def __init__(self, part, doc, initial=0):
+    def __init__(self, part: str, doc: str, initial: float = 0) -> None:
         self._part, self.__doc__, self._initial = part, doc, initial
 
-    def __set_name__(self, owner, name):
+    def __set_name__(self, owner: type, name: str) -> None:
         self._name = name
 
-    def __get__(self, optimizer, owner=None):
+    def __get__(self, optimizer: Any, owner: type | None = None) -> Any:
         if optimizer is None:
             return self
         part = getattr(optimizer, self._part)
@@ -41,7 +49,7 @@ class Counters:
         add: its `StateLayout.add`.
     """
 
-    def __init__(self, optimizer, add):
+    def __init__(self, optimizer: "NaturalGradient", add: AddVariable) -> None:
         self._optimizer = optimizer
         self.factor_updates = add((), "zeros", "int", "factor_updates")
         self.inverse_updates = add((), "zeros", "int", "inverse_updates")
@@ -49,29 +57,29 @@ class Counters:
         self.skipped_steps = add((), "zeros", "int", "skipped_steps")
         self.changes = add((len(CHANGES),), "zeros", "int", "changed_statistics")
 
-    def count(self, name, happened):
+    def count(self, name: str, happened: Tensor) -> None:
         """Adds 1 to a counter if `happened`, a scalar boolean."""
         counter = getattr(self, name)
         self._optimizer.assign_add(counter, ops.cast(happened, counter.dtype))
 
-    def count_changes(self, happened):
+    def count_changes(self, happened: Mapping[str, Tensor]) -> None:
         """Counts a step for each of `CHANGES` that is True in the dict `happened`, of scalars."""
         none = ops.zeros((), "bool")
         found = ops.stack([happened.get(name, none) for name in CHANGES])
         self._optimizer.assign_add(self.changes, ops.cast(found, self.changes.dtype))
 
-    def read(self, name):
+    def read(self, name: str) -> int:
         """A counter as an int; `"distorted_statistics"` is one of the changes."""
         if name == "distorted_statistics":
             return self.changed("distorted")
         # Not `int` of the variable: a strategy's has none.
         return int(ops.convert_to_numpy(getattr(self, name)))
 
-    def changed(self, name):
+    def changed(self, name: str) -> int:
         """How often one of `CHANGES` was counted, an int."""
         return int(ops.convert_to_numpy(self.changes)[CHANGES.index(name)])
 
-    def notices(self, losses_per_example):
+    def notices(self, losses_per_example: LossesPerExample) -> list[tuple[str, str]]:
         """Pairs of a key and a message, of what the user should know of."""
         found, name = [], type(self._optimizer).__name__
         counts = {change: self.changed(change) for change in CHANGES}

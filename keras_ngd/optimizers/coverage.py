@@ -1,28 +1,37 @@
 """Which of the variables an optimizer is given are captured, and what it says where more are not than should be."""
 
 import warnings
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+import keras
 
 from keras_ngd import keras_private
+from keras_ngd.optimizers.blocks import Block
+from keras_ngd.typing import Variable
+
+if TYPE_CHECKING:
+    from keras_ngd.optimizers.natural_gradient import NaturalGradient
 
 
-def _named(variables):
+def _named(variables: Sequence[Variable]) -> str:
     """The paths of a few variables, for a message."""
     paths = [getattr(v, "path", v.name) for v in variables]
     return ", ".join(map(repr, paths[:3])) + (f" and {len(paths) - 3} more" if len(paths) > 3 else "")
 
 
-def _is_kernel(variable):
+def _is_kernel(variable: Variable) -> bool:
     return len(variable.shape) >= 2 and not getattr(variable, "overwrite_with_gradient", False)
 
 
-def count_not_captured(variables):
+def count_not_captured(variables: Sequence[Variable]) -> int:
     """How many kernels among a model's trainable variables `capture` has left out."""
     owners = [v.keras_ngd_statistics.owner() for v in variables if hasattr(v, "keras_ngd_statistics")]
     captured = {id(keras_private.kernel_of(owner)) for owner in owners}
     return sum(_is_kernel(v) and id(v) not in captured for v in variables)
 
 
-def check_coverage(optimizer, variables, blocks):
+def check_coverage(optimizer: "NaturalGradient", variables: Sequence[Variable], blocks: Sequence[Block]) -> None:
     """Warns if more kernels are not captured than `optimizer.not_captured`, which `capture` left out."""
     left_out = optimizer.not_captured
     captured = {optimizer._var_key(block.kernel) for block in blocks}
@@ -42,7 +51,7 @@ def check_coverage(optimizer, variables, blocks):
         )
 
 
-def check_statistics_given(optimizer, variables):
+def check_statistics_given(optimizer: "NaturalGradient", variables: Sequence[Variable]) -> None:
     """Raises an error if kernels of captured layers are among the variables, without their statistics."""
     model = optimizer.captured_model()
     statistics = {} if model is None else {id(v): v.keras_ngd_statistics for v in _statistics_weights(model)}
@@ -57,7 +66,9 @@ def check_statistics_given(optimizer, variables):
         )
 
 
-def fail_on_changed_variables(optimizer, count, variables=None):
+def fail_on_changed_variables(
+    optimizer: "NaturalGradient", count: int, variables: Sequence[Variable] | None = None
+) -> None:
     """Raises the error for a step on other variables than the optimizer was built on."""
     what = f"{type(optimizer).__name__} was built on {len(optimizer.built_on)} variables but is given {count}"
     if variables is not None:
@@ -74,5 +85,5 @@ def fail_on_changed_variables(optimizer, count, variables=None):
     )
 
 
-def _statistics_weights(model):
+def _statistics_weights(model: keras.Model) -> list[Variable]:
     return [v for v in model.weights if hasattr(v, "keras_ngd_statistics")]

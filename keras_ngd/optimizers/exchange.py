@@ -3,12 +3,20 @@
 import dataclasses
 import functools
 import weakref
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any
 
 from keras import ops
 
 from keras_ngd import backend, distributed
-from keras_ngd.optimizers.blocks import Group, find_blocks
+from keras_ngd.distributed.communicator import Communicator
+from keras_ngd.optimizers.blocks import Block, Group, Layout, Signals, find_blocks
 from keras_ngd.optimizers.worker_exchange import Workers
+from keras_ngd.typing import Tensor, Variable
+
+if TYPE_CHECKING:
+    from keras_ngd.optimizers.arrivals import Arrived
+    from keras_ngd.optimizers.natural_gradient import NaturalGradient
 
 
 class Exchange:
@@ -20,38 +28,40 @@ class Exchange:
         optimizer: whose it is: its `communicator`, `gradient_worker_fraction` and `reduce_scatter` are looked at.
     """
 
-    def __init__(self, optimizer):
+    def __init__(self, optimizer: "NaturalGradient") -> None:
         self._optimizer = optimizer
-        self._workers_of_rank, self._started, self._connection, self._gathered_at = None, False, None, 0
+        self._workers_of_rank: Callable[[int | None], Workers] | None = None
+        self._connection: Communicator | None = None
+        self._started, self._gathered_at = False, 0
 
-    def connect(self):
+    def connect(self) -> Communicator:
         """The communicator that the argument of this name stands for; Horovod may be initialised after the optimizer is made."""
         if self._connection is None or self._connection.size == 1:
             self._connection = distributed.resolve(self._optimizer.communicator, self._optimizer)
         return self._connection
 
     @property
-    def communicator(self):
+    def communicator(self) -> Communicator:
         """See `connect`."""
         return self.connect()
 
     @property
-    def workers(self):
+    def workers(self) -> Workers | None:
         """What this worker does with others, `Workers`; None where it is alone."""
         return None if self._workers_of_rank is None else self._workers_of_rank(self.communicator.rank)
 
     @property
-    def local_layout(self):
+    def local_layout(self) -> Layout:
         """The part of the layout whose inverses this worker has."""
         return self._optimizer.layout if self.workers is None else self.workers.local_layout
 
-    def received_bytes(self):
+    def received_bytes(self) -> dict[str, int]:
         """See `NaturalGradient.received_bytes`."""
         return self.communicator.received_bytes()
 
     # Before the first step
 
-    def start(self, variables):
+    def start(self, variables: Sequence[Variable]) -> None:
         """Once: makes sure that all workers are about to train the same variables, and gives them worker 0's values."""
         communicator, optimizer = self.communicator, self._optimizer
         if self._started or communicator.size == 1:
@@ -70,7 +80,7 @@ class Exchange:
                     optimizer.separate_draws()
         self._started = True
 
-    def _description(self, variables):
+    def _description(self, variables: Sequence[Variable]) -> dict[str, Any]:
         optimizer = self._optimizer
         blocks = find_blocks(variables, optimizer._var_key)
         return {
@@ -82,7 +92,7 @@ class Exchange:
             "recorded of captured layer": {str(i): repr(b.statistics.spec) for i, b in enumerate(blocks)},
         }
 
-    def _take_over_state(self, communicator):
+    def _take_over_state(self, communicator: Communicator) -> None:
         """Gives all workers the optimizer state that worker 0 has loaded, if it has."""
         checkpoint = self._optimizer.checkpoint
         steps = communicator.gather_objects(checkpoint.step())
@@ -97,13 +107,13 @@ class Exchange:
             if communicator.rank:
                 checkpoint.restore(state)
 
-    def _other_variables(self, variables):
+    def _other_variables(self, variables: Sequence[Variable]) -> list[Variable]:
         """The captured model's weights besides these, if the model is known; not its random seeds, which are to differ."""
         model, key = self._optimizer.captured_model(), self._optimizer._var_key
         known = {key(v) for v in variables}
         return [] if model is None else [v for v in model.weights if key(v) not in known]
 
-    def build(self, layout):
+    def build(self, layout: Layout) -> None:
         """Divides the blocks of the layout that the optimizer is built on."""
         communicator, optimizer = self.communicator, self._optimizer
         if communicator.size == 1:
@@ -121,7 +131,7 @@ class Exchange:
 
         # Of one rank, but where this process has several replicas.
         @functools.cache
-        def workers(rank):
+        def workers(rank: int | None) -> Workers:
             return Workers(
                 communicator,
                 rank,
@@ -137,7 +147,9 @@ class Exchange:
 
     # In every step
 
-    def mean_gradients(self, signals, arrived, numbers, carrier):
+    def mean_gradients(
+        self, signals: Signals, arrived: "Arrived", numbers: Tensor | None, carrier: Variable | None
+    ) -> "tuple[Signals, Arrived, Tensor | None, Tensor | None]":
         """What one worker with all examples would see.
 
         Args:
@@ -167,10 +179,10 @@ class Exchange:
         if self.communicator.together:
             # Their gathering takes equal lengths only.
             grads = [backend.dense(g) if backend.is_sparse(g) else g for g in grads]
-        means, share, left_out, numbers = workers.mean_gradients(
+        found, share, left_out, numbers = workers.mean_gradients(
             [grads[i] for i in known], [owners[i] for i in known], examples, left_out, numbers
         )
-        means = dict(zip(known, means, strict=True))
+        means = dict(zip(known, found, strict=True))
         refused, absent, distorted = ops.unstack(ops.reshape(left_out, (3, -1)))
         arrived = dataclasses.replace(
             arrived, refused=refused, absent=absent & ~refused, distorted=distorted & ~refused
@@ -178,7 +190,9 @@ class Exchange:
         signals = signals.with_gradients([means.get(i, gradient) for i, gradient in enumerate(grads)])
         return signals, arrived, numbers, share
 
-    def mean_statistics(self, averages, share, refused):
+    def mean_statistics(
+        self, averages: dict[Block, list[Tensor]], share: Tensor | None, refused: Tensor
+    ) -> dict[Block, list[Tensor]]:
         """For each block what its statistics go on with, from what this worker's probes emitted.
 
         Args:
@@ -188,7 +202,9 @@ class Exchange:
         """
         return averages if self.workers is None else self.workers.mean_statistics(averages, share, refused)
 
-    def refreshed_states(self, renew, states, update):
+    def refreshed_states(
+        self, renew: Callable[..., list[list[Tensor]]], states: list[list[Tensor]], update: dict[Block, Tensor] | None
+    ) -> list[list[Tensor]]:
         """New states of the groups of `local_layout`.
 
         Args:
@@ -200,40 +216,41 @@ class Exchange:
             return renew(self._optimizer.layout, states)
         return self.workers.refresh(renew, states, update)
 
-    def agreed(self, tensors):
+    def agreed(self, tensors: Sequence[Tensor]) -> Sequence[Tensor]:
         """Decisions, the same on all workers."""
         return tensors if self.workers is None else self.workers.agreed(tensors)
 
-    def all_preconditioned(self, found, length):
+    def all_preconditioned(self, found: dict[Block, Tensor], length: Tensor) -> tuple[dict[Block, Tensor], Tensor]:
         """Preconditioned gradients of all blocks from those of the blocks of `local_layout`, and the length of all.
 
         Args:
             found: dict from each block of `local_layout` to its preconditioned gradient.
             length: scalar, the sum of these blocks' `<P, V>`.
         """
-        if self.local_layout is self._optimizer.layout:
+        workers = self.workers
+        if workers is None or workers.local_layout is self._optimizer.layout:
             return found, length
-        return self.workers.preconditioned(found, length)
+        return workers.preconditioned(found, length)
 
     # Statistics that are scattered over their owners
 
-    def gather_statistics(self):
+    def gather_statistics(self) -> None:
         """See `NaturalGradient.gather_statistics`."""
         if self.workers is not None and self.workers.scatter:
             self.workers.gather_statistics()
             self.gathered = True
 
     @property
-    def gathered(self):
+    def gathered(self) -> bool:
         """Whether this worker has the statistics of all layers."""
         scattered = self.workers is not None and self.workers.scatter
         return not scattered or self._gathered_at == self._optimizer.factor_updates
 
     @gathered.setter
-    def gathered(self, value):
+    def gathered(self, value: bool) -> None:
         self._gathered_at = self._optimizer.factor_updates if value else -1
 
 
-def _check_gathered(exchange):
+def _check_gathered(exchange: Exchange | None) -> None:
     if exchange is not None and not exchange.gathered:
         raise ValueError(distributed.NOT_GATHERED)

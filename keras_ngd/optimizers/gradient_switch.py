@@ -3,20 +3,21 @@
 from keras import ops
 
 from keras_ngd.statistics.low_rank import KID, KIS
+from keras_ngd.typing import Tensor
 
 # The mode of the present epoch, how many are over, the norms of the last two sums of gradients (the last first), and the
 # learning rates at the start of the present and of the previous epoch.
 STATE = ("mode", "epochs", "norm", "previous_norm", "rate", "previous_rate")
 
 
-def initial_state(mode=KID):
+def initial_state(mode: float = KID) -> Tensor:
     """The state before the first step."""
     return ops.stack(
         [ops.cast(mode, "float32"), *ops.unstack(ops.convert_to_tensor([0.0, 0.0, 0.0, -1.0, -1.0], "float32"))]
     )
 
 
-def after_epoch(state, norm, rate, eta, decay_ratio):
+def after_epoch(state: Tensor, norm: Tensor, rate: Tensor, eta: float, decay_ratio: float) -> Tensor:
     """The state after an epoch.
 
     With `D` the sum of the gradients of all steps of an epoch, the next epoch is KID where
@@ -40,12 +41,12 @@ def after_epoch(state, norm, rate, eta, decay_ratio):
     return ops.stack([mode, epochs + 1, norm, before, rate, last_rate])
 
 
-def at_first_step(state, rate, decay_ratio):
+def at_first_step(state: Tensor, rate: Tensor, decay_ratio: float) -> Tensor:
     """The state once the first step of an epoch shows its learning rate: callbacks set it after the last epoch's end."""
     mode, *rest, _, last_rate = ops.unstack(state, num=len(STATE))
     mode = ops.where(_decayed(rate, last_rate, decay_ratio), KID, mode)
     return ops.stack([mode, *rest, rate, last_rate])
 
 
-def _decayed(rate, before, ratio):
+def _decayed(rate: Tensor, before: Tensor, ratio: float) -> Tensor:
     return (before > 0) & (rate <= ratio * before)

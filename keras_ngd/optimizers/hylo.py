@@ -2,6 +2,8 @@
 
 import math
 import numbers
+from collections.abc import Sequence
+from typing import Any
 
 import keras
 from keras import ops
@@ -10,11 +12,14 @@ from keras_ngd import backend, schedules
 from keras_ngd.linalg.sampling import SAMPLINGS
 from keras_ngd.optimizers import gradient_switch, joining
 from keras_ngd.optimizers.arguments import NOT_OF_ROWS, documented
+from keras_ngd.optimizers.blocks import Block, Layout
 from keras_ngd.optimizers.row_method import steps_in
 from keras_ngd.optimizers.sngd import SNGD
 from keras_ngd.statistics import LowRankStatistics
 from keras_ngd.statistics.draws import LAYERS, draw_number
 from keras_ngd.statistics.low_rank import KID, KIS
+from keras_ngd.statistics.statistics import Statistics
+from keras_ngd.typing import Config, DampingLike, IntervalLike, LossesPerExample, RateLike, Shape, Tensor, Variable
 
 MODES = ("switch", "kid", "kis", "random")
 
@@ -72,26 +77,26 @@ class HyLo(SNGD):
 
     def __init__(
         self,
-        learning_rate=0.02,
-        damping=None,
-        momentum=0.9,
-        interval=10,
-        batch_size=None,
-        rank=0.1,
-        mode="switch",
-        sampling="priority",
-        power=2.0,
-        residual=True,
-        eta=0.25,
-        decay_ratio=0.9,
-        steps_per_epoch=None,
-        losses_per_example="auto",
-        kl_clip=None,
-        damping_mode=None,
-        seed=0,
-        name="hylo",
-        **kwargs,
-    ):
+        learning_rate: RateLike = 0.02,
+        damping: DampingLike | None = None,
+        momentum: float = 0.9,
+        interval: IntervalLike = 10,
+        batch_size: int | None = None,
+        rank: int | float = 0.1,
+        mode: str = "switch",
+        sampling: str = "priority",
+        power: float = 2.0,
+        residual: bool = True,
+        eta: float = 0.25,
+        decay_ratio: float = 0.9,
+        steps_per_epoch: int | None = None,
+        losses_per_example: LossesPerExample = "auto",
+        kl_clip: float | None = None,
+        damping_mode: str | None = None,
+        seed: int = 0,
+        name: str = "hylo",
+        **kwargs: Any,
+    ) -> None:
         if mode not in MODES:
             raise ValueError(f"`mode` must be one of {MODES}. Received: mode={mode!r}")
         if sampling not in SAMPLINGS:
@@ -121,21 +126,21 @@ class HyLo(SNGD):
         self.decay_ratio, self.steps_per_epoch = float(decay_ratio), steps_per_epoch
         self.seed = schedules.check_seed("seed", seed)
 
-    def measure(self, model, data, analysis):
+    def measure(self, model: Any, data: Any, analysis: Any) -> None:
         super().measure(model, data, analysis)
         _check_rank(self.rank, self.batch_size or self.found_batch_size)
         if self.mode in ("switch", "random") and self.steps_per_epoch is None:
             self.steps_per_epoch = steps_in(data) or None
 
     @property
-    def rows(self):
+    def rows(self) -> int:
         """How many rows are chosen of a batch."""
         if isinstance(self.rank, float):
             return max(round(self.rank * self.room), 1)
         # Of a smaller batch, all rows stand for themselves.
         return min(max(round(self.rank * self.exchange.communicator.batch_share), 1), self.room)
 
-    def make_statistics(self, layer):
+    def make_statistics(self, layer: keras.layers.Layer) -> Statistics:
         return LowRankStatistics(
             self.rows,
             self.room,
@@ -148,22 +153,22 @@ class HyLo(SNGD):
             strict=self.strict,
         )
 
-    def curvature_input(self, statistics, averages, calls):
+    def curvature_input(self, statistics: Statistics, averages: Sequence[Tensor], calls: Tensor) -> list[Tensor]:
         a, g, weights, damping = averages
         # A damping that was relative to the probe's rows is scaled with these, and others as they were on their way there.
         units = self._units_of_probe(self.ratio_of(statistics, before=self.damping_mode == "absolute"))
         return [a, self.scaled_rows(statistics, g), weights, damping / ops.cast(units, damping.dtype)]
 
-    def joins(self, shapes):
+    def joins(self, shapes: Sequence[Shape]) -> list[int]:
         relative = self.damping_mode == "relative"
         return [*super().joins(shapes), joining.WEIGHTS, joining.MEAN if relative else joining.SAME]
 
-    def weights_travel(self, block):
+    def weights_travel(self, block: Block) -> Tensor:
         return block.statistics.gate > (KIS + KID) / 2 if self.mode in ("switch", "random") else self.mode == "kid"
 
     # The switch
 
-    def build_own_state(self, layout):
+    def build_own_state(self, layout: Layout) -> None:
         super().build_own_state(layout)
         self._sums = []
         if self.mode not in ("switch", "random"):
@@ -179,47 +184,47 @@ class HyLo(SNGD):
         for variable in (v for block in layout.blocks for v in _parts(block)):
             self._sums.append(self.add_variable_from_reference(variable, "gradient_sum"))
 
-    def further_bytes(self, block):
+    def further_bytes(self, block: Block) -> int:
         rows = super().further_bytes(block)
         if self.mode != "switch":
             return rows
         return rows + sum(math.prod(v.shape) * backend.itemsize(v.dtype) for v in _parts(block))
 
-    def start_statistics(self, statistics, number):
+    def start_statistics(self, statistics: Statistics, number: int) -> None:
         super().start_statistics(statistics, number)
         statistics.start_draws(self.worker_seed(), number)
         # The ratio of the loss is not known before the first batch, whose rows KID weighs as for a mean over the examples.
         statistics.damping.assign(self._damping_for_probe(0, 1.0))
         statistics.gate.assign(self._first_mode())
 
-    def _first_mode(self):
+    def _first_mode(self) -> Tensor:
         return self._coin(0.0) if self.mode == "random" else ops.convert_to_tensor(KIS if self.mode == "kis" else KID)
 
-    def _units_of_probe(self, ratio):
+    def _units_of_probe(self, ratio: Tensor) -> Tensor:
         """How many times larger rows' outer products are in the probe than those that the damping is added to."""
         # A worker compares the damping with the sum over its own examples' rows; all workers' is as much larger.
         return self.exchange.communicator.size * self.loss_scale**2 / ratio
 
-    def _damping_for_probe(self, step, ratio):
+    def _damping_for_probe(self, step: Tensor, ratio: Tensor) -> Tensor:
         damping = schedules.value_at(self.damping, step)
         return damping if self.damping_mode == "relative" else damping * self._units_of_probe(ratio)
 
-    def control_values(self, block, step):
+    def control_values(self, block: Block, step: Tensor) -> list[tuple[Variable, Tensor]]:
         return [(block.statistics.damping, self._damping_for_probe(step + 1, self.ratio_of(block.statistics)))]
 
-    def _coin(self, epoch):
+    def _coin(self, epoch: Tensor) -> Tensor:
         seed = ops.stack([float(draw_number(self.seed, LAYERS - 1)), epoch])
         return ops.where(backend.uniform((), ops.cast(seed, "int32"), "float32") < 0.5, KIS, KID)
 
-    def _mode(self):
+    def _mode(self) -> Tensor:
         if self.mode in ("kid", "kis"):
             return KID if self.mode == "kid" else KIS
         return ops.convert_to_tensor(self._switch)[gradient_switch.STATE.index("mode")]
 
-    def gates(self, gates):
+    def gates(self, gates: Tensor) -> Tensor:
         return super().gates(ops.where(gates > 0, self._mode(), 0.0))
 
-    def watch(self, gradients, finite, step):
+    def watch(self, gradients: dict[Block, list[Tensor]], finite: Tensor, step: Tensor) -> None:
         if self.mode not in ("switch", "random"):
             return
         state = ops.convert_to_tensor(self._switch)
@@ -234,7 +239,7 @@ class HyLo(SNGD):
             following = self._learning_rate_at(step + 1)
             state = ops.where(begins, gradient_switch.at_first_step(state, now, self.decay_ratio), state)
 
-        def decided():
+        def decided() -> list[Tensor]:
             if self.mode == "random":
                 epoch = state[gradient_switch.STATE.index("epochs")] + 1
                 return [ops.stack([self._coin(epoch), epoch, *ops.unstack(state, num=len(gradient_switch.STATE))[2:]])]
@@ -248,12 +253,12 @@ class HyLo(SNGD):
         for variable, value in zip([self._switch, *self._sums], [new, *sums], strict=True):
             self.assign(variable, value)
 
-    def _learning_rate_at(self, step):
+    def _learning_rate_at(self, step: Tensor) -> Tensor:
         rate = self._learning_rate
         schedule = isinstance(rate, keras.optimizers.schedules.LearningRateSchedule)
         return ops.cast(rate(step) if schedule else self.learning_rate, "float32")
 
-    def switch_report(self):
+    def switch_report(self) -> dict[str, Any]:
         """What the switch knows: a dict of `mode` (`"kid"` or `"kis"`), `epochs` that are over, `norm` and `previous_norm`."""
         if self.mode in ("kid", "kis") or not self.built:
             return {"mode": "kis" if self.mode == "kis" else "kid", "epochs": 0, "norm": 0.0, "previous_norm": 0.0}
@@ -265,7 +270,7 @@ class HyLo(SNGD):
             "previous_norm": float(found["previous_norm"]),
         }
 
-    def get_config(self):
+    def get_config(self) -> Config:
         return {
             **super().get_config(),
             "rank": self.rank,
@@ -280,11 +285,11 @@ class HyLo(SNGD):
         }
 
 
-def _parts(block):
+def _parts(block: Block) -> list[Variable]:
     return [variable for variable in (block.kernel, block.bias) if variable is not None]
 
 
-def _check_rank(rank, batch_size):
+def _check_rank(rank: Any, batch_size: int | None) -> int | float:
     if schedules.is_count(rank):
         if batch_size is not None and rank > batch_size:
             raise ValueError(f"`rank` must not exceed the batch size. Received: rank={rank}, batch_size={batch_size}")

@@ -5,7 +5,9 @@ import functools
 from keras import ops
 
 from keras_ngd import backend
+from keras_ngd.distributed.communicator import Communicator
 from keras_ngd.linalg.packing import pack, unpack
+from keras_ngd.typing import Shape, Tensor
 
 # How one tensor that a curvature takes, `[groups, ...]`, is made of those of all workers:
 #   rows             [groups, n, d]: one worker's after the other's
@@ -18,7 +20,7 @@ from keras_ngd.linalg.packing import pack, unpack
 ROWS, WEIGHTED_ROWS, WEIGHTS, FACTOR, ROWS_OF_FACTOR, SAME, MEAN = range(7)
 
 
-def joined_shape(shape, kind, size):
+def joined_shape(shape: Shape, kind: int, size: int) -> Shape:
     """The shape of what `size` workers' tensors of this shape make together."""
     shape = tuple(shape)
     if kind in (ROWS, WEIGHTED_ROWS):
@@ -28,7 +30,7 @@ def joined_shape(shape, kind, size):
     return (shape[0], shape[2], shape[2]) if kind == ROWS_OF_FACTOR else shape
 
 
-def join(communicator, tensor, kind, share, travels, name):
+def join(communicator: Communicator, tensor: Tensor, kind: int, share: Tensor, travels: Tensor, name: str) -> Tensor:
     """What all workers' tensors make together, of the shape `joined_shape`, on all workers.
 
     Args:
@@ -53,12 +55,12 @@ def join(communicator, tensor, kind, share, travels, name):
     if kind == WEIGHTED_ROWS:
         tensor = tensor * ops.sqrt(share)
 
-    def gathered(tensor):
+    def gathered(tensor: Tensor) -> Tensor:
         [all_of_them] = communicator.all_gather([tensor[None]], "statistics", name)
         # All are of one shape, whatever their batches were.
         return ops.reshape(all_of_them, (communicator.size, *tensor.shape))
 
-    def weights():
+    def weights() -> Tensor:
         triangles = ops.reshape(gathered(pack(tensor)), (communicator.size * tensor.shape[0], -1))
         return diagonal(ops.reshape(unpack(triangles, tensor.shape[-1]), (communicator.size, *tensor.shape)))
 
@@ -72,12 +74,12 @@ def join(communicator, tensor, kind, share, travels, name):
     )
 
 
-def _identities(tensor, size):
+def _identities(tensor: Tensor, size: int) -> Tensor:
     groups, n, _ = tensor.shape
     return ops.broadcast_to(ops.eye(size * n, dtype=tensor.dtype), (groups, size * n, size * n))
 
 
-def diagonal(blocks):
+def diagonal(blocks: Tensor) -> Tensor:
     """`[groups, P n, P n]` with the blocks `[P, groups, n, n]` along the diagonal."""
     size, _, n, _ = blocks.shape
     padded = [

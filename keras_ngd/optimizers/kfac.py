@@ -1,15 +1,22 @@
 """KFAC: Kronecker-factored approximate curvature."""
 
+from collections.abc import Sequence
+from typing import Any
+
 import keras
 from keras import ops
 
 from keras_ngd.curvature import KroneckerCurvature
+from keras_ngd.curvature.curvature import Curvature
 from keras_ngd.curvature.kronecker import DAMPING_MODES, INVERSES
 from keras_ngd.optimizers.arguments import documented
+from keras_ngd.optimizers.blocks import Group
 from keras_ngd.optimizers.loss_ratio import check_losses_per_example
 from keras_ngd.optimizers.natural_gradient import NaturalGradient
 from keras_ngd.optimizers.settings import settled_damping
 from keras_ngd.statistics import KroneckerStatistics
+from keras_ngd.statistics.statistics import Statistics
+from keras_ngd.typing import Config, DampingLike, IntervalLike, LossesPerExample, RateLike, Tensor
 
 
 @keras.saving.register_keras_serializable("keras_ngd")
@@ -67,21 +74,21 @@ class KFAC(NaturalGradient):
 
     def __init__(
         self,
-        learning_rate=0.02,
-        damping=None,
-        momentum=0.9,
-        factor_decay=0.95,
-        factor_interval=10,
-        inverse_interval=100,
-        inverse="auto",
-        damping_mode=None,
-        weight_sharing="expand",
-        losses_per_example="auto",
-        statistics_fraction=1.0,
-        kl_clip=None,
-        name="kfac",
-        **kwargs,
-    ):
+        learning_rate: RateLike = 0.02,
+        damping: DampingLike | None = None,
+        momentum: float = 0.9,
+        factor_decay: float = 0.95,
+        factor_interval: IntervalLike = 10,
+        inverse_interval: IntervalLike = 100,
+        inverse: str = "auto",
+        damping_mode: str | None = None,
+        weight_sharing: str = "expand",
+        losses_per_example: LossesPerExample = "auto",
+        statistics_fraction: float = 1.0,
+        kl_clip: float | None = None,
+        name: str = "kfac",
+        **kwargs: Any,
+    ) -> None:
         if inverse not in INVERSES:
             raise ValueError(f"`inverse` must be one of {INVERSES}. Received: inverse={inverse!r}")
         damping, damping_mode = settled_damping(damping, damping_mode, "pi")
@@ -107,19 +114,21 @@ class KFAC(NaturalGradient):
         self.losses_per_example = losses_per_example
         self.statistics_fraction = statistics.statistics_fraction
 
-    def make_statistics(self, layer):
+    def make_statistics(self, layer: keras.layers.Layer) -> Statistics:
         return KroneckerStatistics(self.weight_sharing, self.losses_in_statistics, self.statistics_fraction)
 
-    def make_curvature(self, group):
-        return KroneckerCurvature(group.count, *group.blocks[0].shape, self.inverse, self.damping_mode)
+    def make_curvature(self, group: Group) -> Curvature:
+        return KroneckerCurvature(
+            group.count, *group.blocks[0].shape, inverse_method=self.inverse, damping_mode=self.damping_mode
+        )
 
-    def curvature_input(self, statistics, averages, calls):
+    def curvature_input(self, statistics: Statistics, averages: Sequence[Tensor], calls: Tensor) -> list[Tensor]:
         # G is made of squared gradients: a loss scale enters squared. What is averaged is its mean over the calls.
         scale, inputs = self.loss_scale, statistics.input_parts
         ratio = self.ratio_of(statistics, averages[-1].dtype)
         return [*averages[:inputs], *(g * ops.cast(calls, g.dtype) * ratio / scale**2 for g in averages[inputs:])]
 
-    def get_config(self):
+    def get_config(self) -> Config:
         config = super().get_config()
         config.update(
             inverse=self.inverse,

@@ -1,13 +1,23 @@
 """The loss's own scale: what statistics are multiplied with to be the curvature of the loss that is differentiated."""
 
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+import keras
 import numpy as np
 from keras import ops
 
 from keras_ngd import schedules
 from keras_ngd.optimizers import compiled_loss
+from keras_ngd.optimizers.blocks import Block
+from keras_ngd.statistics.statistics import Statistics
+from keras_ngd.typing import AddVariable, LossesPerExample, Tensor, Variable
+
+if TYPE_CHECKING:
+    from keras_ngd.optimizers.natural_gradient import NaturalGradient
 
 
-def check_losses_per_example(value):
+def check_losses_per_example(value: Any) -> LossesPerExample:
     """`value` as `"auto"` or a float."""
     if isinstance(value, str) and value == "auto":
         return value
@@ -38,26 +48,28 @@ class LossRatio:
             take for it, and there is no ratio. Its `fisher_scale` is looked at, too.
     """
 
-    def __init__(self, optimizer):
+    def __init__(self, optimizer: "NaturalGradient") -> None:
         self._optimizer = optimizer
         # Whether a compiled loss was ever heard of.
         self.heard_losses = False
-        self._heard, self._sums, self._blocks = compiled_loss.Heard(), None, ()
+        self._heard = compiled_loss.Heard()
+        self._sums: Variable | None = None
+        self._blocks: Sequence[Block] = ()
 
-    def build(self, blocks, add):
+    def build(self, blocks: Sequence[Block], add: AddVariable) -> None:
         """Creates the averages of every block's `sum of c_j` and `B * sum of c_j^2`, and its ratio before the last batch."""
         self._blocks = blocks
         if self._optimizer.losses_per_example == "auto":
             self._sums = add((3, len(blocks)), "ones", "float32", "loss_sums")
 
-    def read(self):
+    def read(self) -> float:
         """The largest ratio, a float; 1 where there is none."""
         if self._sums is None:
             return 1.0
         absolute, squares, _ = ops.convert_to_numpy(ops.convert_to_tensor(self._sums))
         return float(np.max(absolute / squares))
 
-    def listen(self, model):
+    def listen(self, model: keras.Model | None) -> None:
         """Has the losses that a model (or None) is compiled with tell what they make of each loss value, in this trace."""
         if self._optimizer.losses_per_example != "auto":
             return
@@ -65,7 +77,7 @@ class LossRatio:
         for loss in compiled_loss.compiled_losses(model):
             compiled_loss.listen(loss, self._heard)
 
-    def of_batch(self, examples):
+    def of_batch(self, examples: Tensor) -> Tensor | None:
         """`[1 + blocks]`, this batch's sums: the first is the same for all blocks. None where there is no ratio.
 
         Args:
@@ -80,7 +92,7 @@ class LossRatio:
         absolute, squares, whole = (ops.cast(ops.convert_to_tensor(t), "float32") for t in told)
         return ops.concatenate([ops.reshape(absolute, (1,)), examples * squares + whole])
 
-    def take_in(self, sums, recorded):
+    def take_in(self, sums: Tensor | None, recorded: Tensor) -> None:
         """Takes a batch's sums into the averages of the layers that recorded it, `[blocks]` booleans."""
         if sums is None:
             return
@@ -95,7 +107,7 @@ class LossRatio:
         before = ops.where(recorded, old[0] / old[1], before)
         self._optimizer.assign(self._sums, ops.concatenate([new, before[None]]))
 
-    def of(self, statistics, factor, dtype="float32", before=False):
+    def of(self, statistics: Statistics, factor: Tensor, dtype: str = "float32", before: bool = False) -> Tensor:
         """What a block's statistics are multiplied with: the ratio and a further `factor`, in one scalar tensor.
 
         Args:

@@ -7,9 +7,7 @@ from typing import Any
 from keras_ngd.curvature import Curvature
 from keras_ngd.optimizers.blocks import Block, Group, Layout
 from keras_ngd.statistics import Statistics
-
-# Of TensorFlow or JAX.
-Tensor = Any
+from keras_ngd.typing import LossesPerExample, Tensor, Variable
 
 # What the curvatures of some blocks are refreshed with: function of a list of blocks to a dict from these to lists of tensors.
 Inputs = Callable[[Sequence[Block]], dict[Block, list[Tensor]]]
@@ -31,7 +29,7 @@ class Method(abc.ABC):
     one_clock: bool = True
     refreshes_what_was_recorded: bool = False
     whole_factors: bool = False
-    losses_per_example: float | str = 1.0
+    losses_per_example: LossesPerExample = 1.0
 
     @abc.abstractmethod
     def make_statistics(self, layer: Any) -> Statistics:
@@ -76,7 +74,7 @@ class Method(abc.ABC):
 
     # Loading
 
-    def can_renew(self, variable: Any) -> bool:
+    def can_renew(self, variable: Variable) -> bool:
         """Whether training can go on without a variable's value, if it is of another shape than here."""
         return False
 
@@ -103,7 +101,7 @@ class Method(abc.ABC):
         raise NotImplementedError
 
     @property
-    def decided_variables(self) -> list[Any]:
+    def decided_variables(self) -> list[Variable]:
         """Variables that a refresh renews besides the curvatures'; see `decide`."""
         return []
 
@@ -129,6 +127,6 @@ class Method(abc.ABC):
         """`[blocks]`, the gates of the layout's blocks for the next batch, from those that the intervals ask for."""
         return gates
 
-    def control_values(self, block: Block, step: Tensor) -> list[tuple[Any, Tensor]]:
+    def control_values(self, block: Block, step: Tensor) -> list[tuple[Variable, Tensor]]:
         """Pairs of a control of a block's statistics and its value for the next step."""
         return []

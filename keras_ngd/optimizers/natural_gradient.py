@@ -1,5 +1,8 @@
 """The flow of a natural-gradient step, once for all methods."""
 
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
 import keras
 from keras import ops
 
@@ -8,12 +11,17 @@ from keras_ngd.curvature import refreshed
 from keras_ngd.optimizers import checks, coverage, state_layout
 from keras_ngd.optimizers.arrivals import Arrivals
 from keras_ngd.optimizers.assembled import AssembledOptimizer
-from keras_ngd.optimizers.blocks import Layout, Signals, find_blocks
+from keras_ngd.optimizers.blocks import Block, Layout, Signals, find_blocks
 from keras_ngd.optimizers.bound import Bound
 from keras_ngd.optimizers.clock import Clock
 from keras_ngd.optimizers.counters import Counters
 from keras_ngd.optimizers.loss_value import MeanLoss, average_weight
+from keras_ngd.optimizers.method import Inputs
 from keras_ngd.optimizers.rest import RestRule
+from keras_ngd.typing import Initializer, Shape, Tensor, Variable
+
+if TYPE_CHECKING:
+    from keras_ngd.optimizers.arrivals import Arrived
 
 
 class NaturalGradient(AssembledOptimizer):
@@ -48,7 +56,7 @@ class NaturalGradient(AssembledOptimizer):
     # Set-up
 
     @backend.unconverted
-    def build(self, variables):
+    def build(self, variables: Sequence[Variable]) -> None:
         """Creates momenta, inverses and counters for a model's trainable variables.
 
         Raises:
@@ -61,7 +69,7 @@ class NaturalGradient(AssembledOptimizer):
         with backend.outside_trace():
             self._build_on(list(variables))
 
-    def _build_on(self, variables):
+    def _build_on(self, variables: Sequence[Variable]) -> None:
         layout = self.checkpoint.until_trained(lambda: self._checked_layout(variables))
         sharding.check([*variables, *self.variables])
         super().build(variables)
@@ -94,26 +102,26 @@ class NaturalGradient(AssembledOptimizer):
         if self.exchange.workers is not None:
             self.separate_draws()
 
-    def _checked_layout(self, variables):
+    def _checked_layout(self, variables: Sequence[Variable]) -> Layout:
         layout = Layout(find_blocks(variables, self._var_key))
         checks.check_blocks(self, layout.blocks, variables)
         coverage.check_coverage(self, variables, layout.blocks)
         return layout
 
-    def _add_counters(self, blocks):
+    def _add_counters(self, blocks: Sequence[Block]) -> None:
         self.clock = Clock(self, self.state.add, self.refreshes_what_was_recorded)
         self.counters = Counters(self, self.state.add)
         self.arrivals = Arrivals(self, blocks, self.state.add)
 
     @property
-    def local_layout(self):
+    def local_layout(self) -> Layout:
         """The part of the layout whose inverses this worker has."""
         return self.exchange.local_layout
 
     # The step
 
     @backend.unconverted
-    def apply(self, grads, trainable_variables=None):
+    def apply(self, grads: Sequence[Tensor], trainable_variables: Sequence[Variable] | None = None) -> None:
         """One step; see the class. Arguments as for `keras.optimizers.Optimizer.apply`."""
         variables = self.built_on if trainable_variables is None else list(trainable_variables)
         self.exchange.start(variables)
@@ -129,12 +137,14 @@ class NaturalGradient(AssembledOptimizer):
             new = self._natural_gradients(signals)
         super().apply(new, variables)
 
-    def stateless_apply(self, optimizer_variables, grads, trainable_variables):
+    def stateless_apply(
+        self, optimizer_variables: Sequence[Tensor], grads: Sequence[Tensor], trainable_variables: Sequence[Variable]
+    ) -> Any:
         if self.built and len(trainable_variables) != len(self.built_on):
             coverage.fail_on_changed_variables(self, len(trainable_variables))
         return super().stateless_apply(optimizer_variables, grads, trainable_variables)
 
-    def _natural_gradients(self, signals):
+    def _natural_gradients(self, signals: Signals) -> list[Tensor]:
         """The gradients as the update rules and the overwriting of statistics are to see them, from `signals`, as they came."""
         step = ops.convert_to_tensor(self._iterations)
         arrived = self.arrivals.take_in(signals)
@@ -147,7 +157,7 @@ class NaturalGradient(AssembledOptimizer):
         averages, joined = self.share_statistics(arrived.averages, arrived.calls, share, arrived.kept)
         damping = schedules.value_at(self.damping, step)
 
-        def inputs(blocks):
+        def inputs(blocks: Sequence[Block]) -> dict[Block, list[Tensor]]:
             return {
                 b: joined.get(b)
                 or self.curvature_input(b.statistics, state_layout.whole_averages(b, averages), arrived.calls[b])
@@ -163,7 +173,7 @@ class NaturalGradient(AssembledOptimizer):
         new |= self._next_statistics(signals, arrived, averages, step)
         return [new.get(i, gradient) for i, gradient in enumerate(signals.grads)]
 
-    def _count(self, arrived, step, loss):
+    def _count(self, arrived: "Arrived", step: Tensor, loss: Tensor) -> Tensor:
         """Counts what arrived, and takes the loss into its average; whether any statistics were recorded."""
         opened, recorded = ops.any(arrived.opened), ops.any(arrived.recorded)
         refused = ops.any(arrived.refused)
@@ -177,10 +187,12 @@ class NaturalGradient(AssembledOptimizer):
         self.counters.count_changes(arrived.changes | {"distorted": ops.any(arrived.distorted)})
         return recorded
 
-    def share_statistics(self, averages, calls, share, refused):
+    def share_statistics(
+        self, averages: dict[Block, list[Tensor]], calls: dict[Block, Tensor], share: Tensor | None, refused: Tensor
+    ) -> tuple[dict[Block, list[Tensor]], dict[Block, list[Tensor]]]:
         return self.exchange.mean_statistics(averages, share, refused), {}
 
-    def _refresh(self, inputs, damping, step, recorded):
+    def _refresh(self, inputs: Inputs, damping: Tensor, step: Tensor, recorded: Tensor) -> None:
         """Replaces the curvatures' states where a refresh is due."""
         variables = [v for group in self.local_layout.groups for v in group.curvature.variables]
         variables += self.decided_variables
@@ -193,7 +205,7 @@ class NaturalGradient(AssembledOptimizer):
         self.clock.refreshed(step, due)
         self.counters.count("inverse_updates", due)
 
-    def _renewed(self, inputs, damping, old):
+    def _renewed(self, inputs: Inputs, damping: Tensor, old: Sequence[Tensor]) -> list[Tensor]:
         """New values of all variables that a refresh renews, from the old ones."""
         groups, values = self.local_layout.groups, iter(old)
         states = [
@@ -201,7 +213,7 @@ class NaturalGradient(AssembledOptimizer):
         ]
         decided, update = self.decide(inputs, damping, list(values))
 
-        def renew(layout, states):
+        def renew(layout: Layout, states: Sequence[Sequence[Tensor]]) -> list[list[Tensor]]:
             tensors, chosen = inputs(layout.blocks), None
             if update is not None:
                 chosen = [
@@ -217,9 +229,11 @@ class NaturalGradient(AssembledOptimizer):
         stored = [t for group, state in zip(groups, new, strict=True) for t in state_layout.stored_state(group, state)]
         return stored + list(decided)
 
-    def _precondition(self, signals, inputs, damping):
+    def _precondition(self, signals: Signals, inputs: Inputs, damping: Tensor) -> tuple[dict[int, Tensor], Tensor]:
         """Preconditioned kernel and bias gradients by position, and the sum of all `<P, V>`."""
-        gradients, found, lengths = {}, {}, []
+        gradients: dict[Block, Tensor] = {}
+        found: dict[Block, Tensor] = {}
+        lengths = []
         for block in self.local_layout.blocks:
             gradients[block] = ops.cast(block.rows.matrix(*signals.of_block(block)), block.shape[2])
         for group in self.local_layout.groups:
@@ -239,7 +253,7 @@ class NaturalGradient(AssembledOptimizer):
                 preconditioned[signals.index(block.bias)] = bias
         return preconditioned, length
 
-    def _all_finite(self, signals, preconditioned, length):
+    def _all_finite(self, signals: Signals, preconditioned: dict[int, Tensor], length: Tensor) -> Tensor:
         """Whether all gradients are finite; steps in which they are not are counted."""
         finite = ops.isfinite(length)
         for i, (gradient, variable) in enumerate(zip(signals.grads, signals.variables, strict=True)):
@@ -250,7 +264,9 @@ class NaturalGradient(AssembledOptimizer):
         self.counters.count("skipped_steps", ~finite)
         return finite
 
-    def _bounded(self, signals, preconditioned, nu, finite):
+    def _bounded(
+        self, signals: Signals, preconditioned: dict[int, Tensor], nu: Tensor, finite: Tensor
+    ) -> dict[int, Tensor]:
         """By position: `nu P` of all blocks, and the gradients of all other variables that are trained; zeros unless `finite`."""
         others = [
             i
@@ -268,9 +284,11 @@ class NaturalGradient(AssembledOptimizer):
                 new[i] = backend.sparse_zero_unless(finite, gradient)
         return new
 
-    def _next_statistics(self, signals, arrived, averages, step):
+    def _next_statistics(
+        self, signals: Signals, arrived: "Arrived", averages: dict[Block, list[Tensor]], step: Tensor
+    ) -> dict[int, Tensor]:
         """By position: what the statistics' weights are overwritten with, for the next backward pass."""
-        new = {}
+        new: dict[int, Tensor] = {}
         due = ops.where(self.clock.records_next(step), self.arrivals.rates(), 0.0)
         for i, (block, gate) in enumerate(zip(self.layout.blocks, ops.unstack(self.gates(due)), strict=True)):
             statistics = block.statistics
@@ -285,13 +303,13 @@ class NaturalGradient(AssembledOptimizer):
             new |= {signals.index(variable): value for variable, value in values}
         return new
 
-    def update_step(self, gradient, variable, learning_rate):
+    def update_step(self, gradient: Tensor, variable: Variable, learning_rate: Tensor) -> None:
         if self.rest_rule.follows(self._get_variable_index(variable)):
             self.rest_rule.update_step(gradient, variable, learning_rate, super().update_step)
         else:
             super().update_step(gradient, variable, learning_rate)
 
 
-def _unsaved(shape, initializer, dtype, name):
+def _unsaved(shape: Shape, initializer: Initializer, dtype: str, name: str) -> Variable:
     """A variable that is not a part of the optimizer's state: workers have different ones."""
     return keras.Variable(initializer, shape, dtype, trainable=False, name=name)

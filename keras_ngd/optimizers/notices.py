@@ -1,6 +1,7 @@
 """What an optimizer says once, after training: what went on in its steps that the user should know of."""
 
 import warnings
+from collections.abc import Iterable
 
 
 class Notices:
@@ -10,10 +11,11 @@ class Notices:
         name: of the optimizer.
     """
 
-    def __init__(self, name):
-        self._name, self._given = name, set()
+    def __init__(self, name: str) -> None:
+        self._name = name
+        self._given: set[str] = set()
 
-    def give(self, found):
+    def give(self, found: Iterable[tuple[str, str]]) -> None:
         """Warns of those of the pairs `(key, message)` whose key was not seen before."""
         for key, message in found:
             if key not in self._given:

@@ -1,11 +1,14 @@
 """Keras's SGD beside variables that are overwritten, such as statistics."""
 
 import contextlib
+from collections.abc import Iterable, Iterator, Sequence
+from typing import Any
 
 import keras
 from keras import ops
 
 from keras_ngd import replica
+from keras_ngd.typing import Tensor, Variable
 
 
 class OverwritingSGD(keras.optimizers.SGD):
@@ -21,16 +24,16 @@ class OverwritingSGD(keras.optimizers.SGD):
     """
 
     @property
-    def built_on(self):
+    def built_on(self) -> list[Variable]:
         """All variables the optimizer was built on, in their order."""
-        return self.__dict__.get("_built_on", self._trainable_variables)
+        return self._listed("_built_on")
 
     @property
-    def gradients_are_reduced(self):
+    def gradients_are_reduced(self) -> bool:
         """Whether the gradients that Keras is given are the same on all replicas of a strategy. Default: no."""
         return False
 
-    def build(self, variables):
+    def build(self, variables: Sequence[Variable]) -> None:
         super().build(variables)
         if self.use_ema:
             pairs = zip(self._trainable_variables, self._model_variables_moving_average, strict=True)
@@ -43,8 +46,12 @@ class OverwritingSGD(keras.optimizers.SGD):
                 _model_variables_moving_average=list(averages),
             )
 
+    def _listed(self, name: str) -> Any:
+        """One of the lists that `build` makes, or Keras's where it makes none."""
+        return self.__dict__.get(name, self._trainable_variables)
+
     @contextlib.contextmanager
-    def _listing(self, variables):
+    def _listing(self, variables: Sequence[Variable]) -> Iterator[None]:
         before = self._trainable_variables
         self.__dict__["_trainable_variables"] = variables
         try:
@@ -52,15 +59,17 @@ class OverwritingSGD(keras.optimizers.SGD):
         finally:
             self.__dict__["_trainable_variables"] = before
 
-    def stateless_apply(self, optimizer_variables, grads, trainable_variables):
+    def stateless_apply(
+        self, optimizer_variables: Sequence[Tensor], grads: Sequence[Tensor], trainable_variables: Sequence[Variable]
+    ) -> Any:
         with self._listing(self.built_on):
             return super().stateless_apply(optimizer_variables, grads, trainable_variables)
 
-    def _backend_apply_gradients(self, grads, trainable_variables):
-        with self._listing(self.__dict__.get("_averaged", self._trainable_variables)):
+    def _backend_apply_gradients(self, grads: Sequence[Tensor], trainable_variables: Sequence[Variable]) -> None:
+        with self._listing(self._listed("_averaged")):
             super()._backend_apply_gradients(grads, trainable_variables)
 
-    def finalize_variable_values(self, var_list):
+    def finalize_variable_values(self, var_list: Sequence[Variable]) -> None:
         """Replaces the model's variables with their averages, where `use_ema` is set."""
         if self.use_ema:
             super().finalize_variable_values(self._trainable_variables)
@@ -68,13 +77,15 @@ class OverwritingSGD(keras.optimizers.SGD):
             for average in self._model_variables_moving_average:
                 average.assign(ops.copy(average))
 
-    def assign(self, variable, value):
+    def assign(self, variable: Variable, value: Tensor) -> None:
         super().assign(replica.local(variable), value)
 
-    def assign_add(self, variable, value):
+    def assign_add(self, variable: Variable, value: Tensor) -> None:
         super().assign_add(replica.local(variable), value)
 
-    def _overwrite_variables_directly_with_gradients(self, grads, variables):
+    def _overwrite_variables_directly_with_gradients(
+        self, grads: Sequence[Tensor], variables: Sequence[Variable]
+    ) -> tuple[list[Tensor], list[Variable]]:
         if replica.context() is None:
             return super()._overwrite_variables_directly_with_gradients(grads, variables)
         others = []
@@ -85,7 +96,9 @@ class OverwritingSGD(keras.optimizers.SGD):
                 others.append((gradient, variable))
         return [gradient for gradient, _ in others], [variable for _, variable in others]
 
-    def _all_reduce_sum_gradients(self, grads_and_vars):
+    def _all_reduce_sum_gradients(
+        self, grads_and_vars: Iterable[tuple[Tensor, Variable]]
+    ) -> list[tuple[Tensor, Variable]]:
         # Where there is only one replica, there is nothing to sum up: TensorFlow would register a gradient of the sum, with the
         # whole step's graph, and never let go of it.
         if self.gradients_are_reduced or not replica.several():

@@ -1,10 +1,15 @@
 """What is left of an optimizer without its method."""
 
+from typing import TYPE_CHECKING
+
 import keras
 from keras import ops
 
+if TYPE_CHECKING:
+    from keras_ngd.optimizers.natural_gradient import NaturalGradient
 
-def plain_sgd(optimizer):
+
+def plain_sgd(optimizer: "NaturalGradient") -> keras.optimizers.SGD:
     """A new `keras.optimizers.SGD` at this optimizer's step, with those of its arguments that SGD has."""
     rate = optimizer._learning_rate
     known_to_keras = isinstance(rate, keras.optimizers.schedules.LearningRateSchedule)

@@ -1,8 +1,15 @@
 """The update rule of the variables that no curvature describes."""
 
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any
+
 import keras
 
 from keras_ngd import schedules
+from keras_ngd.typing import DampingLike, Tensor, Variable
+
+if TYPE_CHECKING:
+    from keras_ngd.optimizers.natural_gradient import NaturalGradient
 
 RESTS = ("adam", "sgd")
 
@@ -10,7 +17,7 @@ RESTS = ("adam", "sgd")
 ADAM_SHARE = 0.1
 
 
-def checked_rest(rest, rest_learning_rate):
+def checked_rest(rest: str, rest_learning_rate: DampingLike | None) -> tuple[str, DampingLike | None]:
     """The arguments `rest` and `rest_learning_rate`; a `ValueError` names what is wrong."""
     if rest not in RESTS:
         raise ValueError(f"`rest` must be one of {RESTS}. Received: rest={rest!r}")
@@ -25,10 +32,12 @@ class _Adam:
 
     beta_1, beta_2, epsilon, amsgrad = 0.9, 0.999, 1e-7, False
 
-    def __init__(self, optimizer, momentums, velocities):
+    def __init__(
+        self, optimizer: "NaturalGradient", momentums: Sequence[Variable | None], velocities: Sequence[Variable | None]
+    ) -> None:
         self._optimizer, self._momentums, self._velocities = optimizer, momentums, velocities
 
-    def __getattr__(self, name):
+    def __getattr__(self, name: str) -> Any:
         return getattr(self._optimizer, name)
 
 
@@ -44,13 +53,13 @@ class RestRule:
         captured: for each whether it is one of a block, or overwritten.
     """
 
-    def __init__(self, optimizer, variables, captured):
+    def __init__(self, optimizer: "NaturalGradient", variables: Sequence[Variable], captured: Sequence[bool]) -> None:
         self._optimizer, self._captured = optimizer, captured
         self._adam = None
         if optimizer.rest != "adam":
             return
 
-        def moments(name):
+        def moments(name: str) -> list[Variable | None]:
             return [
                 None if of_block else optimizer.add_variable_from_reference(v, name)
                 for v, of_block in zip(variables, captured, strict=True)
@@ -60,11 +69,17 @@ class RestRule:
         first = optimizer.momentums if optimizer.momentum else moments("rest_momentum")
         self._adam = _Adam(optimizer, first, moments("rest_velocity"))
 
-    def follows(self, index):
+    def follows(self, index: int) -> bool:
         """Whether the variable of this index does."""
         return not self._captured[index]
 
-    def update_step(self, gradient, variable, learning_rate, otherwise):
+    def update_step(
+        self,
+        gradient: Tensor,
+        variable: Variable,
+        learning_rate: Tensor,
+        otherwise: Callable[[Tensor, Variable, Tensor], None],
+    ) -> None:
         """Updates a variable that follows the rule, by `otherwise(gradient, variable, learning_rate)` if that is the blocks'."""
         optimizer = self._optimizer
         if optimizer.rest_learning_rate is not None:

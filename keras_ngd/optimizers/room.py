@@ -2,15 +2,26 @@
 
 import math
 import weakref
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING
 
 from keras_ngd import backend, keras_private, replica
 from keras_ngd.statistics import RowStatistics
+from keras_ngd.statistics.statistics import Statistics
+from keras_ngd.typing import Tensor, Variable
 
 # Where neither data, nor the model, nor the first trace says how large a batch is.
 DEFAULT_ROOM = 128
 
 
-class Room:
+# A mixin, which a type checker is to see as what it is mixed with.
+if TYPE_CHECKING:
+    from keras_ngd.optimizers.natural_gradient import NaturalGradient as Base
+else:
+    Base = object
+
+
+class Room(Base):
     """Mixin for methods on rows: room for a batch is made as late as it can be.
 
     With `batch_size` it is that. Else it is as a checkpoint has it. Else it is the size of the batch that the captured layers are
@@ -25,29 +36,33 @@ class Room:
 
     # What data or the model say, or what was seen; whether less than that may be made; what the first layer was called with,
     # and its statistics; whether gradients have arrived, whose shapes are those of the room.
-    _found_room, _shrinks, _seen, _first, _stepping = None, True, None, None, False
+    _found_room: int | None = None
+    _shrinks: bool = True
+    _seen: int | None = None
+    _first: Callable[[], RowStatistics | None] | None = None
+    _stepping: bool = False
 
     @property
-    def room(self):
+    def room(self) -> int:
         """How many examples of a worker there is room for; of a larger batch the leading ones are recorded."""
         if self.batch_size is not None:
             return self._share(self.batch_size)
         return self._found_room or DEFAULT_ROOM
 
     @property
-    def strict(self):
+    def strict(self) -> bool:
         """Whether larger batches are an error."""
         return self.batch_size is not None
 
-    def _share(self, batch_size):
+    def _share(self, batch_size: int) -> int:
         return math.ceil(batch_size * self.exchange.communicator.batch_share - 1e-6)
 
-    def start_room(self, batch_size):
+    def start_room(self, batch_size: int | None) -> None:
         """Starts with what data or the model say about the size of all workers' batch, or with None."""
         self._found_room = None if batch_size is None else self._share(batch_size)
         self._shrinks, self._seen, self._first = batch_size is None, None, None
 
-    def called(self, statistics, x):
+    def called(self, statistics: Statistics, x: Tensor) -> None:
         super().called(statistics, x)
         if self.strict or self.built or statistics.loaded:
             return
@@ -55,7 +70,8 @@ class Room:
             # Past Keras, which looks into what optimizers have as attributes.
             object.__setattr__(self, "_first", weakref.ref(statistics))
         examples = x.shape[0]
-        if self._first() is not statistics or not isinstance(examples, int) or not examples:
+        first = self._first
+        if first is None or first() is not statistics or not isinstance(examples, int) or not examples:
             return
         if backend.makes_variables():
             if replica.context() is not None or getattr(keras_private.call_context(), "training", None) is False:
@@ -66,7 +82,7 @@ class Room:
         else:
             self._seen = examples
 
-    def _make_room(self):
+    def _make_room(self) -> list[tuple[Variable, Variable]]:
         """Gives all layers room for what was seen. Returns pairs of variables that were and of those in their place."""
         model = self.captured_model()
         if (
@@ -75,7 +91,8 @@ class Room:
             or not (self._seen > self.room or (self._shrinks and self._seen < self.room))
         ):
             return []
-        self._found_room, pairs = self._seen, []
+        self._found_room = self._seen
+        pairs: list[tuple[Variable, Variable]] = []
         found = [
             s for s in keras_private.flatten_layers(model) if isinstance(s, RowStatistics) and s.is_watched_by(self)
         ]
@@ -86,7 +103,7 @@ class Room:
             self.start_statistics(statistics, number)
         return pairs
 
-    def build(self, variables):
+    def build(self, variables: Sequence[Variable]) -> None:
         if self.built:
             return
         variables = list(variables)
@@ -99,6 +116,6 @@ class Room:
             self._found_room = recorded[0].batch_size
         super().build(variables)
 
-    def apply(self, grads, trainable_variables=None):
+    def apply(self, grads: Sequence[Tensor], trainable_variables: Sequence[Variable] | None = None) -> None:
         self._stepping = True
         super().apply(grads, trainable_variables)

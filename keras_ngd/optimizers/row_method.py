@@ -2,6 +2,8 @@
 
 import functools
 import math
+from collections.abc import Sequence
+from typing import Any
 
 import keras
 from keras import ops, tree
@@ -9,21 +11,24 @@ from keras import ops, tree
 from keras_ngd import backend, schedules, sharding
 from keras_ngd.optimizers import joining
 from keras_ngd.optimizers.arguments import NOT_OF_ROWS, documented
+from keras_ngd.optimizers.blocks import Block, Layout
 from keras_ngd.optimizers.loss_ratio import check_losses_per_example
 from keras_ngd.optimizers.natural_gradient import NaturalGradient
 from keras_ngd.optimizers.room import Room
 from keras_ngd.statistics.draws import LAYERS, Draws
+from keras_ngd.statistics.statistics import Statistics
+from keras_ngd.typing import Config, DampingLike, IntervalLike, LossesPerExample, RateLike, Shape, Tensor, Variable
 
 # More examples in one array are not taken for a batch.
 LARGEST_ARRAY = 1024
 
 
-def is_dataset(data):
+def is_dataset(data: Any) -> bool:
     """Whether `data` has batches, rather than being one."""
     return isinstance(data, keras.utils.PyDataset) or hasattr(data, "element_spec")
 
 
-def first_batch(data):
+def first_batch(data: Any) -> Any:
     """The first batch of inputs of what `capture` was given as `data`."""
     if isinstance(data, keras.utils.PyDataset):
         data = data[0]
@@ -32,7 +37,7 @@ def first_batch(data):
     return (data[0] if len(data) else None) if isinstance(data, (tuple, list)) else data
 
 
-def steps_in(data):
+def steps_in(data: Any) -> int | None:
     """Batches in a data set, or None where it does not say."""
     try:
         return len(data) if is_dataset(data) else None
@@ -43,8 +48,8 @@ def steps_in(data):
 class Given:
     """Of each block, variables with what its curvature takes of all workers. (Keras does not look into objects of ours.)"""
 
-    def __init__(self):
-        self.of_block = {}
+    def __init__(self) -> None:
+        self.of_block: dict[Block, list[Variable]] = {}
 
 
 @documented(*NOT_OF_ROWS)
@@ -57,7 +62,15 @@ class RowMethod(Room, NaturalGradient):
         {{shared_arguments}}
     """
 
-    def __init__(self, learning_rate, damping, interval, batch_size, losses_per_example, **kwargs):
+    def __init__(
+        self,
+        learning_rate: RateLike,
+        damping: DampingLike,
+        interval: IntervalLike,
+        batch_size: int | None,
+        losses_per_example: LossesPerExample,
+        **kwargs: Any,
+    ) -> None:
         interval = schedules.check_interval("interval", schedules.deserialize(interval))
         self._check_unknown(kwargs)
         if batch_size is not None:
@@ -78,11 +91,11 @@ class RowMethod(Room, NaturalGradient):
     found_batch_size = None
 
     @property
-    def interval(self):
+    def interval(self) -> IntervalLike:
         """Steps between updates."""
         return self.factor_interval
 
-    def _check_unknown(self, kwargs):
+    def _check_unknown(self, kwargs: dict[str, Any]) -> None:
         if kwargs.get("gradient_worker_fraction", 1) != 1:
             raise ValueError(
                 f"{type(self).__name__} holds its small inverses on all workers. Received: "
@@ -94,7 +107,7 @@ class RowMethod(Room, NaturalGradient):
                     f"{type(self).__name__} has one `interval`, not `{name}`: an inverse belongs to the rows it was made of."
                 )
 
-    def measure(self, model, data, analysis):
+    def measure(self, model: Any, data: Any, analysis: Any) -> None:
         found = None if data is None else self._batch_of(data)
         if found is None:
             sizes = {tensor.shape[0] for tensor in tree.flatten(getattr(model, "inputs", None) or [])}
@@ -103,7 +116,7 @@ class RowMethod(Room, NaturalGradient):
         self.start_room(found)
 
     @staticmethod
-    def _batch_of(data):
+    def _batch_of(data: Any) -> int | None:
         """How many examples the first batch of `data` has, or None where that is no batch."""
         leaves = [leaf for leaf in tree.flatten(first_batch(data)) if getattr(leaf, "shape", ())]
         size = int(leaves[0].shape[0]) if leaves else 0
@@ -111,31 +124,31 @@ class RowMethod(Room, NaturalGradient):
 
     # Several workers
 
-    def joins(self, shapes):
+    def joins(self, shapes: Sequence[Shape]) -> list[int]:
         """How each tensor that a curvature takes is made of those of all workers: kinds of `joining`, for their shapes."""
         return [joining.ROWS, joining.WEIGHTED_ROWS]
 
-    def given_shapes(self, block):
+    def given_shapes(self, block: Block) -> list[Shape]:
         """The shapes of what a block's curvature takes, of all workers together."""
         shapes, workers = [sharding.shape_of(v) for v in self.given_weights(block)], self.exchange.communicator.size
         if workers == 1:
             return shapes
         return [joining.joined_shape(s, kind, workers) for s, kind in zip(shapes, self.joins(shapes), strict=True)]
 
-    def given_weights(self, block):
+    def given_weights(self, block: Block) -> list[Variable]:
         """The weights of a block's statistics that have the shapes of what its curvature takes."""
         return block.statistics.averages
 
-    def weights_travel(self, block):
+    def weights_travel(self, block: Block) -> Tensor:
         """Whether weights of rows are to be sent: True, or a scalar tensor. Those that are not are identities."""
         return True
 
-    def further_bytes(self, block):
+    def further_bytes(self, block: Block) -> int:
         if self.exchange.communicator.size == 1:
             return 0
         return backend.itemsize(block.shape[2]) * sum(math.prod(shape) for shape in self.given_shapes(block))
 
-    def build_own_state(self, layout):
+    def build_own_state(self, layout: Layout) -> None:
         if self.exchange.workers is None:
             return
         self._given = Given()
@@ -146,10 +159,10 @@ class RowMethod(Room, NaturalGradient):
                 for j, shape in enumerate(self.given_shapes(block))
             ]
 
-    def can_renew(self, variable):
+    def can_renew(self, variable: Variable) -> bool:
         return any(variable is v for group in self.layout.groups for v in group.curvature.variables)
 
-    def restored(self, renew):
+    def restored(self, renew: bool) -> None:
         # The rows of all workers are not saved, and inverses of another number of workers' rows are of no use: the next batch
         # makes new ones of both.
         super().restored(renew)
@@ -159,7 +172,9 @@ class RowMethod(Room, NaturalGradient):
                 for variable, value in self.control_values(block, self.iterations - 1):
                     variable.assign(value)
 
-    def share_statistics(self, averages, calls, share, refused):
+    def share_statistics(
+        self, averages: dict[Block, list[Tensor]], calls: dict[Block, Tensor], share: Tensor | None, refused: Tensor
+    ) -> tuple[dict[Block, list[Tensor]], dict[Block, list[Tensor]]]:
         if self.exchange.workers is None:
             return averages, {}
         given = {}
@@ -174,7 +189,16 @@ class RowMethod(Room, NaturalGradient):
                 self.assign(variable, value)
         return averages, given
 
-    def _joined(self, number, block, averages, calls, share, refused, old):
+    def _joined(
+        self,
+        number: int,
+        block: Block,
+        averages: Sequence[Tensor],
+        calls: Tensor,
+        share: Tensor | None,
+        refused: Tensor,
+        old: Sequence[Tensor],
+    ) -> list[Tensor]:
         tensors = self.curvature_input(block.statistics, averages, calls)
         kinds = self.joins([t.shape for t in tensors])
         new = [
@@ -185,27 +209,28 @@ class RowMethod(Room, NaturalGradient):
         ]
         return [ops.where(refused, o, t) for o, t in zip(old, new, strict=True)]
 
-    def worker_seed(self):
+    def worker_seed(self) -> int:
         """A seed for what each worker draws for itself."""
-        return (self.seed + 1009 * self.exchange.communicator.rank) % LAYERS
+        rank: Any = self.exchange.communicator.rank
+        return (self.seed + 1009 * rank) % LAYERS
 
-    def separate_draws(self):
+    def separate_draws(self) -> None:
         if self.exchange.communicator.together:
             return  # Of replicas the draws are the same, and each draws for itself: see `Draws`.
         for number, block in enumerate(self.layout.blocks):
             if isinstance(block.statistics, Draws):
                 block.statistics.start_draws(self.worker_seed(), number, block.statistics.draw[1])
 
-    def curvature_input(self, statistics, averages, calls):
+    def curvature_input(self, statistics: Statistics, averages: Sequence[Tensor], calls: Tensor) -> list[Tensor]:
         # The mean over a layer's calls of `a`, and the sum of `g`: calls count like positions.
         a, g = averages
         return [a, self.scaled_rows(statistics, g * ops.cast(calls, g.dtype))]
 
-    def scaled_rows(self, statistics, g):
+    def scaled_rows(self, statistics: Statistics, g: Tensor) -> Tensor:
         """Gradient rows without the loss scale, in the loss's own units."""
         return g * ops.sqrt(ops.cast(self.ratio_of(statistics), g.dtype)) / self.loss_scale
 
-    def get_config(self):
+    def get_config(self) -> Config:
         config = super().get_config()
         for name in ("factor_decay", "factor_interval", "inverse_interval"):
             del config[name]

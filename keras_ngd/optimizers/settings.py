@@ -1,9 +1,13 @@
 """Settings that methods share."""
 
+from typing import Any
+
+from keras_ngd.typing import DampingLike
+
 FISHER_SCALES = ("loss", None)
 
 # The methods as their papers have them: nothing is relative to the loss, and all variables follow one rule.
-PAPER_SETTINGS = {
+PAPER_SETTINGS: dict[str, Any] = {
     "kl_clip": 1e-3,
     "loss_clip": None,
     "fisher_scale": None,
@@ -12,13 +16,15 @@ PAPER_SETTINGS = {
 }
 
 
-def check_fisher_scale(fisher_scale):
+def check_fisher_scale(fisher_scale: str | None) -> None:
     """Raises a `ValueError` if it is none."""
     if fisher_scale not in FISHER_SCALES:
         raise ValueError(f"`fisher_scale` must be one of {FISHER_SCALES}. Received: fisher_scale={fisher_scale!r}")
 
 
-def settled_damping(damping, mode, absolute, default=1.0):
+def settled_damping(
+    damping: DampingLike | None, mode: str | None, absolute: str, default: float = 1.0
+) -> tuple[DampingLike, str]:
     """The damping and its mode: relative, and `default`, where no damping is given, and else `absolute` where no mode is."""
     if damping is None:
         if mode not in (None, "relative"):

@@ -1,16 +1,23 @@
 """SKFAC: KFAC with low-rank inverses."""
 
+from collections.abc import Sequence
+from typing import Any
+
 import keras
 
 from keras_ngd import schedules
 from keras_ngd.curvature import WoodburyCurvature
+from keras_ngd.curvature.curvature import Curvature
 from keras_ngd.curvature.kronecker import DAMPING_MODES
 from keras_ngd.optimizers import joining
 from keras_ngd.optimizers.arguments import NOT_OF_ROWS, documented
+from keras_ngd.optimizers.blocks import Block, Group
 from keras_ngd.optimizers.row_method import RowMethod
 from keras_ngd.optimizers.settings import settled_damping
 from keras_ngd.statistics import WoodburyStatistics
+from keras_ngd.statistics.statistics import Statistics
 from keras_ngd.statistics.woodbury import are_rows
+from keras_ngd.typing import Config, DampingLike, IntervalLike, LossesPerExample, RateLike, Shape, Tensor, Variable
 
 
 @keras.saving.register_keras_serializable("keras_ngd")
@@ -54,22 +61,22 @@ class SKFAC(RowMethod):
 
     def __init__(
         self,
-        learning_rate=0.02,
-        damping=None,
-        momentum=0.9,
-        interval=10,
-        batch_size=None,
-        convolution="reduce",
-        positions=4,
-        history=1,
-        factor_decay=0.95,
-        damping_mode=None,
-        losses_per_example="auto",
-        kl_clip=None,
-        seed=0,
-        name="skfac",
-        **kwargs,
-    ):
+        learning_rate: RateLike = 0.02,
+        damping: DampingLike | None = None,
+        momentum: float = 0.9,
+        interval: IntervalLike = 10,
+        batch_size: int | None = None,
+        convolution: str = "reduce",
+        positions: int = 4,
+        history: int = 1,
+        factor_decay: float = 0.95,
+        damping_mode: str | None = None,
+        losses_per_example: LossesPerExample = "auto",
+        kl_clip: float | None = None,
+        seed: int = 0,
+        name: str = "skfac",
+        **kwargs: Any,
+    ) -> None:
         damping, damping_mode = settled_damping(damping, damping_mode, "pi")
         modes = tuple(mode for mode in DAMPING_MODES if mode != "exact")
         if damping_mode not in modes:
@@ -96,7 +103,7 @@ class SKFAC(RowMethod):
         self.convolution, self.positions, self.history = convolution, int(positions), int(history)
         self.history_decay, self.damping_mode, self.seed = float(factor_decay), damping_mode, seed
 
-    def make_statistics(self, layer):
+    def make_statistics(self, layer: keras.layers.Layer) -> Statistics:
         return WoodburyStatistics(
             self.room,
             self.losses_in_statistics,
@@ -107,34 +114,34 @@ class SKFAC(RowMethod):
             strict=self.strict,
         )
 
-    def make_curvature(self, group):
+    def make_curvature(self, group: Group) -> Curvature:
         block = group.blocks[0]
         sides = [shape[1:] for shape in self.given_shapes(block)]
         return WoodburyCurvature(group.count, sides, block.shape[2], self.damping_mode)
 
-    def given_weights(self, block):
+    def given_weights(self, block: Block) -> list[Variable]:
         return block.statistics.averages[:2]
 
-    def joins(self, shapes):
+    def joins(self, shapes: Sequence[Shape]) -> list[int]:
         return [self._join(rows, size) for _, rows, size in shapes]
 
-    def _join(self, rows, size):
+    def _join(self, rows: int, size: int) -> int:
         if rows == size:
             return joining.FACTOR
         # As on one worker, a factor with no fewer rows than columns is kept itself.
         return joining.WEIGHTED_ROWS if rows * self.exchange.communicator.size < size else joining.ROWS_OF_FACTOR
 
-    def start_statistics(self, statistics, number):
+    def start_statistics(self, statistics: Statistics, number: int) -> None:
         super().start_statistics(statistics, number)
         statistics.start_draws(self.worker_seed(), number)
 
-    def curvature_input(self, statistics, averages, calls):
+    def curvature_input(self, statistics: Statistics, averages: Sequence[Tensor], calls: Tensor) -> list[Tensor]:
         a, g = statistics.scaled(averages)
         if are_rows(g):
             return [a, self.scaled_rows(statistics, g)]
         return [a, g * self.ratio_of(statistics, g.dtype) / self.loss_scale**2]
 
-    def get_config(self):
+    def get_config(self) -> Config:
         return {
             **super().get_config(),
             "convolution": self.convolution,

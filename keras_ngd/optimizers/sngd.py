@@ -1,13 +1,19 @@
 """SNGD: natural gradient by the Sherman-Morrison-Woodbury identity."""
 
+from typing import Any
+
 import keras
 
 from keras_ngd.curvature import KernelCurvature
+from keras_ngd.curvature.curvature import Curvature
 from keras_ngd.curvature.kernel import KERNEL_DAMPING_MODES
 from keras_ngd.optimizers.arguments import NOT_OF_ROWS, documented
+from keras_ngd.optimizers.blocks import Group
 from keras_ngd.optimizers.row_method import RowMethod
 from keras_ngd.optimizers.settings import settled_damping
 from keras_ngd.statistics import RowStatistics
+from keras_ngd.statistics.statistics import Statistics
+from keras_ngd.typing import Config, DampingLike, IntervalLike, LossesPerExample, RateLike
 
 # Where no damping is given, in mean eigenvalues of each layer's kernel matrix. Measured: at 1, a Transformer classifier and a
 # deep autoencoder end at higher losses, at rates of 0.02 to 0.1.
@@ -53,17 +59,17 @@ class SNGD(RowMethod):
 
     def __init__(
         self,
-        learning_rate=0.02,
-        damping=None,
-        momentum=0.9,
-        interval=10,
-        batch_size=None,
-        losses_per_example="auto",
-        kl_clip=None,
-        damping_mode=None,
-        name="sngd",
-        **kwargs,
-    ):
+        learning_rate: RateLike = 0.02,
+        damping: DampingLike | None = None,
+        momentum: float = 0.9,
+        interval: IntervalLike = 10,
+        batch_size: int | None = None,
+        losses_per_example: LossesPerExample = "auto",
+        kl_clip: float | None = None,
+        damping_mode: str | None = None,
+        name: str = "sngd",
+        **kwargs: Any,
+    ) -> None:
         damping, damping_mode = settled_damping(damping, damping_mode, "absolute", RELATIVE_DAMPING)
         if damping_mode not in KERNEL_DAMPING_MODES:
             raise ValueError(
@@ -84,10 +90,10 @@ class SNGD(RowMethod):
         )
         self.damping_mode = damping_mode
 
-    def make_statistics(self, layer):
+    def make_statistics(self, layer: keras.layers.Layer) -> Statistics:
         return RowStatistics(self.room, self.losses_in_statistics, self.strict)
 
-    def make_curvature(self, group):
+    def make_curvature(self, group: Group) -> Curvature:
         block = group.blocks[0]
         return KernelCurvature(
             group.count,
@@ -97,5 +103,5 @@ class SNGD(RowMethod):
             self.damping_mode,
         )
 
-    def get_config(self):
+    def get_config(self) -> Config:
         return {**super().get_config(), "damping_mode": self.damping_mode}

@@ -1,9 +1,14 @@
 """Where an optimizer's state lies on the devices of a `keras.distribution`: whole on each, or a part of it on each."""
 
+from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager
+
 from keras_ngd import sharding
+from keras_ngd.optimizers.blocks import Block, Group
+from keras_ngd.typing import AddVariable, Initializer, Shape, Tensor, Variable
 
 
-def check_shard_state(shard_state, gradient_worker_fraction):
+def check_shard_state(shard_state: bool, gradient_worker_fraction: float) -> None:
     """Raises a `ValueError` if the argument `shard_state` is not possible here."""
     if not isinstance(shard_state, bool):
         raise ValueError(f"`shard_state` must be True or False. Received: shard_state={shard_state!r}")
@@ -28,41 +33,41 @@ class StateLayout:
         shard_state: whether each device has a part of the curvatures, in place of all of them.
     """
 
-    def __init__(self, add_variable, shard_state):
+    def __init__(self, add_variable: AddVariable, shard_state: bool) -> None:
         self._add_variable, self.shard_state = add_variable, shard_state
 
-    def add(self, shape, initializer, dtype, name, shard=False):
+    def add(self, shape: Shape, initializer: Initializer, dtype: str, name: str, shard: bool = False) -> Variable:
         """A new variable of the optimizer that is whole on every device, or `shard`ed."""
 
-        def add_variable(shape, initializer):
+        def add_variable(shape: Shape, initializer: Initializer) -> Variable:
             return self._add_variable(shape, initializer=initializer, dtype=dtype, name=name)
 
         spread = sharding.spread(shape, shard)
         return add_variable(shape, initializer) if spread is None else sharding.add(add_variable, initializer, spread)
 
-    def add_curvature(self, shape, initializer, dtype, name):
+    def add_curvature(self, shape: Shape, initializer: Initializer, dtype: str, name: str) -> Variable:
         """A new variable of a curvature's state."""
         return self.add(shape, initializer, dtype, name, self.shard_state)
 
-    def refreshing(self, groups):
+    def refreshing(self, groups: Sequence[Group]) -> AbstractContextManager[None]:
         """The context in which the inverses of these groups are made, by all devices or by each its part."""
         # Under Horovod a worker may hold no inverses at all.
         variables = [v for group in groups for v in group.curvature.variables] if self.shard_state else []
         return sharding.dividing(sharding.spread_of(variables[0]).mesh if variables else None)
 
 
-def whole_averages(block, averages):
+def whole_averages(block: Block, averages: Mapping[Block, Sequence[Tensor]]) -> list[Tensor]:
     """A block's averages from a dict by block, each of them whole, as its curvature takes them."""
     return [sharding.whole(v, t) for v, t in zip(block.statistics.averages, averages[block], strict=True)]
 
 
-def laid_out(block, averages):
+def laid_out(block: Block, averages: Sequence[Tensor]) -> list[Tensor]:
     """New values of the averages of a block's statistics, a list, where these lie."""
     spreads = [sharding.spread_of(v) for v in block.statistics.averages]
     return [t if s is None else s.laid_out(t) for t, s in zip(averages, spreads, strict=True)]
 
 
-def on_all_devices(group, gradients):
+def on_all_devices(group: Group, gradients: Tensor) -> Tensor:
     """A group's gradients on all devices, before and after each has multiplied them with its part of the inverses."""
     spreads = [sharding.spread_of(v) for v in group.curvature.variables]
     if any(s is not None and s.axis is not None for s in spreads):
@@ -70,13 +75,13 @@ def on_all_devices(group, gradients):
     return gradients
 
 
-def whole_state(group, values=None):
+def whole_state(group: Group, values: Sequence[Tensor] | None = None) -> list[Tensor]:
     """The state of a group's curvature, each tensor of it whole; that of its variables unless `values` are given."""
     if values is None:
         return [sharding.whole(v) for v in group.curvature.variables]
     return [sharding.whole(v, t) for v, t in zip(group.curvature.variables, values, strict=True)]
 
 
-def stored_state(group, state):
+def stored_state(group: Group, state: Sequence[Tensor]) -> list[Tensor]:
     """A group's state as the curvature's variables keep it."""
     return [sharding.stored(v, t) for v, t in zip(group.curvature.variables, state, strict=True)]

@@ -1,16 +1,23 @@
 """THOR: trace-based, hardware-driven, layer-oriented natural gradient descent."""
 
 import fnmatch
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import keras
 from keras import ops, tree
 
 from keras_ngd import schedules
 from keras_ngd.curvature import SplitCurvature
+from keras_ngd.curvature.curvature import Curvature
 from keras_ngd.optimizers import trace_rule
 from keras_ngd.optimizers.arguments import documented
+from keras_ngd.optimizers.blocks import Block, Group, Layout
 from keras_ngd.optimizers.kfac import KFAC
+from keras_ngd.optimizers.method import Inputs
 from keras_ngd.statistics import SplitStatistics
+from keras_ngd.statistics.statistics import Statistics
+from keras_ngd.typing import Config, DampingLike, IntervalLike, RateLike, SplitLike, Tensor, Variable
 
 DEFAULT_SPLIT = 128
 
@@ -71,23 +78,25 @@ class THOR(KFAC):
 
     one_clock = False
 
+    split: Any
+
     def __init__(
         self,
-        learning_rate=0.02,
-        damping=None,
-        momentum=0.9,
-        factor_decay=0.95,
-        factor_interval=10,
-        inverse_interval=100,
-        split=DEFAULT_SPLIT,
-        omega=(0.01, 0.0),
-        trace_damping="none",
-        stop_patience=1,
-        inverse="auto",
-        damping_mode=None,
-        name="thor",
-        **kwargs,
-    ):
+        learning_rate: RateLike = 0.02,
+        damping: DampingLike | None = None,
+        momentum: float = 0.9,
+        factor_decay: float = 0.95,
+        factor_interval: IntervalLike = 10,
+        inverse_interval: IntervalLike = 100,
+        split: SplitLike = DEFAULT_SPLIT,
+        omega: tuple[float, float] = (0.01, 0.0),
+        trace_damping: str = "none",
+        stop_patience: int = 1,
+        inverse: str = "auto",
+        damping_mode: str | None = None,
+        name: str = "thor",
+        **kwargs: Any,
+    ) -> None:
         if inverse == "eigen":
             raise ValueError(
                 f"`inverse` must be 'auto', 'cholesky' or 'newton-schulz' for THOR. Received: inverse={inverse!r}"
@@ -117,11 +126,11 @@ class THOR(KFAC):
             **kwargs,
         )
         self.split, self.omega, self.trace_damping, self.stop_patience = split, omega, trace_damping, stop_patience
-        self._splits = {}
+        self._splits: dict[str, int | None] = {}
 
     # Splits
 
-    def measure(self, model, data, analysis):
+    def measure(self, model: Any, data: Any, analysis: Any) -> None:
         if self.split != "auto":
             return
         if data is None:
@@ -133,7 +142,7 @@ class THOR(KFAC):
         data = tree.map_structure(lambda leaf: leaf[:LARGEST_BATCH] if getattr(leaf, "shape", ()) else leaf, data)
         self.split = analysis.split_dimension(model, data).split
 
-    def split_of(self, layer):
+    def split_of(self, layer: keras.layers.Layer) -> int | None:
         """The size of a layer's blocks, or None where they are whole."""
         if callable(self.split):
             # A function need not be serializable, nor give the same answer twice; what it said is kept.
@@ -150,19 +159,20 @@ class THOR(KFAC):
                 return size
         return DEFAULT_SPLIT
 
-    def make_statistics(self, layer):
+    def make_statistics(self, layer: keras.layers.Layer) -> Statistics:
         return SplitStatistics(
             self.split_of(layer), self.weight_sharing, self.losses_in_statistics, self.statistics_fraction
         )
 
-    def make_curvature(self, group):
+    def make_curvature(self, group: Group) -> Curvature:
         statistics = group.blocks[0].statistics
-        parts = statistics.partitions(statistics.rows)
-        return SplitCurvature(group.count, *parts, group.blocks[0].shape[2], self.inverse, self.damping_mode)
+        inputs, outputs = statistics.partitions(statistics.rows)
+        dtype = group.blocks[0].shape[2]
+        return SplitCurvature(group.count, inputs, outputs, dtype, self.inverse, self.damping_mode)
 
     # The trace rule
 
-    def build_own_state(self, layout):
+    def build_own_state(self, layout: Layout) -> None:
         layers = len(layout.blocks)
         self._rule = self.state.add(
             (len(trace_rule.STATE), layers),
@@ -172,22 +182,24 @@ class THOR(KFAC):
         )
 
     @property
-    def decided_variables(self):
+    def decided_variables(self) -> list[Variable]:
         return [self._rule]
 
-    def restored(self, renew):
+    def restored(self, renew: bool) -> None:
         super().restored(renew)
         if self.gradient_worker_fraction < 1:
             # All inverses are to be made anew.
             self._rule.assign(trace_rule.initial_state(len(self.layout.blocks)))
 
-    def decide(self, inputs, damping, old):
+    def decide(
+        self, inputs: Inputs, damping: Tensor, old: Sequence[Tensor]
+    ) -> tuple[Sequence[Tensor], dict[Block, Tensor] | None]:
         traces = self._traces(inputs(self.layout.blocks), damping)
         [rule] = self.exchange.agreed([trace_rule.decide(old[0], traces, self.omega, self.stop_patience)])
         update = rule[trace_rule.STATE.index("decision")] == trace_rule.UPDATE
         return [rule], {block: update[i] for i, block in enumerate(self.layout.blocks)}
 
-    def _traces(self, inputs, damping):
+    def _traces(self, inputs: Mapping[Block, Sequence[Tensor]], damping: Tensor) -> Tensor:
         """`tr F` of every block of the layout."""
         found = {}
         for group in self.layout.groups:
@@ -199,11 +211,11 @@ class THOR(KFAC):
                 found[block] = ops.cast(ops.sum(part), "float32")
         return ops.stack([found[block] for block in self.layout.blocks])
 
-    def gates(self, gates):
+    def gates(self, gates: Tensor) -> Tensor:
         stopped = ops.convert_to_tensor(self._rule)[trace_rule.STATE.index("stopped")]
         return ops.where(stopped > 0, 0.0, gates)
 
-    def trace_report(self):
+    def trace_report(self) -> dict[str, dict[str, Any]]:
         """What the trace rule last found and decided.
 
         Returns:
@@ -224,7 +236,7 @@ class THOR(KFAC):
             for i, block in enumerate(self.layout.blocks)
         }
 
-    def get_config(self):
+    def get_config(self) -> Config:
         split = dict(self._splits) if callable(self.split) else self.split
         return {
             **super().get_config(),
@@ -235,7 +247,7 @@ class THOR(KFAC):
         }
 
 
-def _check_split(split):
+def _check_split(split: Any) -> Any:
     if split == "auto" or callable(split):
         return split
     if isinstance(split, dict):
@@ -247,7 +259,7 @@ def _check_split(split):
     return schedules.check_split("split", split)
 
 
-def _check_omega(omega):
+def _check_omega(omega: Any) -> tuple[float, float]:
     try:
         first, second = (float(value) for value in omega)
     except (TypeError, ValueError):

@@ -2,6 +2,8 @@
 
 from keras import ops
 
+from keras_ngd.typing import Tensor
+
 KEEP, UPDATE, STOP = 0, 1, 2
 DECISIONS = ("keep", "update", "stop")
 
@@ -9,12 +11,12 @@ DECISIONS = ("keep", "update", "stop")
 STATE = ("reference", "stop_hits", "stopped", "trace", "change_rate", "decision")
 
 
-def initial_state(layers):
+def initial_state(layers: int) -> Tensor:
     """The state before the first refresh: no reference, nothing stopped."""
     return ops.stack([ops.full((layers,), -1.0 if name == "reference" else 0.0) for name in STATE])
 
 
-def decide(state, traces, omega, patience):
+def decide(state: Tensor, traces: Tensor, omega: tuple[float, float], patience: int) -> Tensor:
     """One refresh (THOR, eq. 9), for all layers at once.
 
     With `change = |trace - reference| / |reference|`, the reference being the trace at the layer's last update:

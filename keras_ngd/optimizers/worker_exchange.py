@@ -2,17 +2,22 @@
 
 import functools
 import math
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any
 
 from keras import ops
 
 from keras_ngd import backend
 from keras_ngd.distributed import gradient_workers, holders_of, place, row_of
+from keras_ngd.distributed.communicator import Communicator
 from keras_ngd.linalg.packing import packed, packed_shape, unpacked
+from keras_ngd.optimizers.blocks import Block, Layout
+from keras_ngd.typing import Shape, Tensor, Variable
 
 
-def by_block(layout, states):
+def by_block(layout: Layout, states: Sequence[Sequence[Tensor]]) -> dict[Block, list[Tensor]]:
     """The parts of its groups' states that are each block's."""
-    found = {block: [] for block in layout.blocks}
+    found: dict[Any, list[Any]] = {block: [] for block in layout.blocks}
     for group, state in zip(layout.groups, states, strict=True):
         for value in state:
             for block, part in group.parts(value):
@@ -20,7 +25,7 @@ def by_block(layout, states):
     return found
 
 
-def by_group(layout, states):
+def by_group(layout: Layout, states: dict[Block, list[Tensor]]) -> list[list[Tensor]]:
     """The states of its groups from those of each block."""
     return [
         [ops.concatenate(values) for values in zip(*(states[block] for block in group.blocks), strict=True)]
@@ -28,12 +33,14 @@ def by_group(layout, states):
     ]
 
 
-def _flat(tensors, blocks):
+def _flat(tensors: dict[Block, list[Tensor]], blocks: Sequence[Block]) -> list[Tensor]:
     """The tensors of these blocks as one list."""
     return [t for block in blocks for t in tensors[block]]
 
 
-def _unflat(flat, like, blocks):
+def _unflat(
+    flat: Iterable[Tensor], like: Mapping[Block, Sequence[Any]], blocks: Sequence[Block]
+) -> dict[Block, list[Tensor]]:
     """By block, from one list; each has as many as in `like`."""
     rest = iter(flat)
     return {block: [next(rest) for _ in like[block]] for block in blocks}
@@ -69,8 +76,20 @@ class Workers:
         one_clock: whether all layers record statistics in the same steps.
     """
 
-    def __init__(self, communicator, rank, layout, cost, part, fraction, scatter=False, one_clock=True):
-        self.communicator, self.rank, self.layout = communicator, rank, layout
+    def __init__(
+        self,
+        communicator: Communicator,
+        rank: int | None,
+        layout: Layout,
+        cost: Callable[[Block], float],
+        part: Callable[[Sequence[Block]], Layout],
+        fraction: float,
+        scatter: bool = False,
+        one_clock: bool = True,
+    ) -> None:
+        self.communicator, self.layout = communicator, layout
+        # An int, but where one trace is for all, which then asks for nothing that is one's own.
+        self.rank: Any = rank
         self.scatter, self.one_clock = scatter, one_clock
         self.holding = gradient_workers(fraction, communicator.size)
         owners = place([cost(block) for block in layout.blocks], communicator.size)
@@ -79,14 +98,14 @@ class Workers:
         self.all_have_all = self.holding == communicator.size
         self.local_layout = layout if self.all_have_all else part(self.blocks_of(self.rank))
 
-    def _holders(self, block):
+    def _holders(self, block: Block) -> list[int]:
         return holders_of(self.owners[block], self.holding, self.communicator.size)
 
-    def blocks_of(self, rank):
+    def blocks_of(self, rank: int | None) -> list[Block]:
         """The blocks whose inverses a worker has."""
         return [block for block in self.layout.blocks if rank in self._holders(block)]
 
-    def owners_of(self, variables, key):
+    def owners_of(self, variables: Sequence[Variable], key: Callable[[Variable], Any]) -> list[int | None]:
         """For each of these variables, whose identity is its `key`, the only worker that needs its gradient, or None."""
         if not self.scatter:
             return [None] * len(variables)
@@ -95,7 +114,14 @@ class Workers:
         }
         return [owners.get(key(v)) for v in variables]
 
-    def mean_gradients(self, gradients, owners, examples, refused, vector=None):
+    def mean_gradients(
+        self,
+        gradients: Sequence[Tensor],
+        owners: Sequence[int | None],
+        examples: Tensor,
+        refused: Tensor,
+        vector: Tensor | None = None,
+    ) -> tuple[list[Tensor], Tensor, Tensor, Tensor | None]:
         """Means over all examples of all workers.
 
         Args:
@@ -116,30 +142,31 @@ class Workers:
             examples > 0, lambda: [gradients[i] * ops.cast(weight, gradients[i].dtype) for i in dense]
         )
         weighed = dict(zip(dense, products, strict=True))
-        scattered = [i for i in weighed if owners[i] is not None]
+        owned = {i: owner for i, owner in enumerate(owners) if owner is not None}
+        scattered = [i for i in weighed if i in owned]
         reduced = [i for i in weighed if owners[i] is None]
         mine = self.communicator.reduce_scatter(
             [weighed[i] for i in scattered],
-            [owners[i] for i in scattered],
+            [owned[i] for i in scattered],
             "gradients",
             "keras_ngd_scattered_gradients",
         )
-        control = [ops.reshape(examples, (1,)), ops.cast(refused, "float32")]
+        control: Any = [ops.reshape(examples, (1,)), ops.cast(refused, "float32")]
         control = ops.concatenate(control if vector is None else [*control, examples * vector])
-        *sums, control = self.communicator.all_reduce(
+        *totals, control = self.communicator.all_reduce(
             [*(weighed[i] for i in reduced), control], "gradients", "keras_ngd_gradients"
         )
         total = ops.maximum(control[0], 1.0)
         share = examples / total
-        sums = dict(zip([*scattered, *reduced], [*mine, *sums], strict=True))
+        sums = dict(zip([*scattered, *reduced], [*mine, *totals], strict=True))
         means = []
         for i, gradient in enumerate(gradients):
             if backend.is_sparse(gradient):
                 values = gradient.values * ops.cast(weight / total, gradient.values.dtype)
-                parts = self.communicator.all_gather(
+                all_values, indices = self.communicator.all_gather(
                     [values, gradient.indices], "gradients", f"keras_ngd_sparse_gradient_{i}"
                 )
-                means.append(backend.sparse(*parts, gradient))
+                means.append(backend.sparse(all_values, indices, gradient))
             elif sums[i] is None:
                 means.append(gradient)
             else:
@@ -147,7 +174,9 @@ class Workers:
         count = refused.shape[0]
         return means, share, control[1 : 1 + count] > 0, None if vector is None else control[1 + count :] / total
 
-    def mean_statistics(self, emitted, share, refused):
+    def mean_statistics(
+        self, emitted: dict[Block, list[Tensor]], share: Tensor | None, refused: Tensor
+    ) -> dict[Block, list[Tensor]]:
         """Averages over all workers of what the probes emitted, by block, of layers whose gate was open.
 
         Where statistics are scattered, others' layers keep the averages they had when they were last gathered.
@@ -163,11 +192,13 @@ class Workers:
         )
         return _unflat(means, emitted, blocks)
 
-    def _opened(self):
+    def _opened(self) -> Tensor:
         """`[blocks]`, whose statistics were to be recorded."""
         return ops.stack([block.statistics.gate > 0 for block in self.layout.blocks])
 
-    def _means(self, opened, emitted, share, refused):
+    def _means(
+        self, opened: Tensor, emitted: dict[Block, list[Tensor]], share: Tensor | None, refused: Tensor
+    ) -> list[Tensor]:
         """The averages of all blocks, where some gate was open."""
         blocks = self.layout.blocks
         sent = packed([t * ops.cast(share, t.dtype) for t in _flat(emitted, blocks)])
@@ -177,7 +208,7 @@ class Workers:
             sums, each = [], _unflat(sent, emitted, blocks)
             for i, block in enumerate(blocks):
 
-                def reduced(i=i, block=block):
+                def reduced(i: int = i, block: Block = block) -> list[Tensor]:
                     return self.communicator.all_reduce(each[block], "statistics", f"keras_ngd_statistics_{i}")
 
                 sums += ops.cond(opened[i], reduced, functools.partial(list, each[block]))
@@ -189,16 +220,18 @@ class Workers:
                 chosen.append(mean if self.one_clock else ops.where(opened[i], mean, unsent))
         return chosen
 
-    def _scattered_statistics(self, emitted, share, refused):
+    def _scattered_statistics(
+        self, emitted: dict[Block, list[Tensor]], share: Tensor | None, refused: Tensor
+    ) -> dict[Block, list[Tensor]]:
         """Averages of the own blocks, if the gates, which all open together, were open."""
         blocks, own = self.layout.blocks, self.own.blocks
         averages = {block: [ops.convert_to_tensor(v) for v in block.statistics.averages] for block in blocks}
 
-        def kept(block, average):
+        def kept(block: Block, average: Tensor) -> Tensor:
             """What an average contributes to the next."""
             return average * ops.cast(1 - ops.minimum(block.statistics.gate, 1.0), average.dtype)
 
-        def summed():
+        def summed() -> list[Tensor]:
             # Without what this worker's averages contributed: they are out of date on all but the owners.
             fresh = [t - kept(b, old) for b in blocks for t, old in zip(emitted[b], averages[b], strict=True)]
             sent = packed([t * ops.cast(share, t.dtype) for t in fresh])
@@ -215,7 +248,7 @@ class Workers:
         *new, _ = ops.cond(ops.any(self._opened()), summed, lambda: [*_flat(averages, own), ops.zeros(())])
         return averages | _unflat(new, averages, own)
 
-    def gather_statistics(self):
+    def gather_statistics(self) -> None:
         """Gives all workers the averages of all layers, at once: where they are scattered, only owners have them."""
         for i, block in enumerate(self.layout.blocks):
             variables = block.statistics.averages
@@ -224,13 +257,15 @@ class Workers:
             for variable, value in zip(variables, unpacked(received, old), strict=True):
                 variable.assign(value)
 
-    def agreed(self, tensors):
+    def agreed(self, tensors: Sequence[Tensor]) -> Sequence[Tensor]:
         """Worker 0's decisions: others might decide differently by a rounding."""
         if self.rank is None:
             return tensors
         return self.communicator.broadcast(tensors, 0, "decisions", "keras_ngd_decision")
 
-    def refresh(self, renew, states, update):
+    def refresh(
+        self, renew: Callable[..., list[list[Tensor]]], states: list[list[Tensor]], update: dict[Block, Tensor] | None
+    ) -> list[list[Tensor]]:
         """New states of the groups of `local_layout`, each block's from its owner.
 
         Args:
@@ -248,7 +283,9 @@ class Workers:
         new = self._broadcast(old, mine, update) if self.all_have_all else self._send_to_holders(old, mine, update)
         return by_group(self.local_layout, new)
 
-    def _broadcast(self, old, mine, update):
+    def _broadcast(
+        self, old: dict[Block, list[Tensor]], mine: dict[Block, list[Tensor]], update: dict[Block, Tensor] | None
+    ) -> dict[Block, list[Tensor]]:
         """States of all blocks, of those that are renewed as their owners have them."""
         blocks, sent, received = self.layout.blocks, self._packed(mine), {}
         for i, block in enumerate(blocks):
@@ -258,10 +295,10 @@ class Workers:
                 for shape, t in self._packed_shapes(block, old)
             ]
 
-            def from_owner(i=i, block=block, places=places):
+            def from_owner(i: int = i, block: Block = block, places: list[Tensor] = places) -> list[Tensor]:
                 return self.communicator.broadcast(places, self.owners[block], "inverses", f"keras_ngd_inverse_{i}")
 
-            kept = functools.partial(list, places)
+            kept: Callable[[], Any] = functools.partial(list, places)
             received[block] = from_owner() if update is None else ops.cond(update[block], from_owner, kept)
         new = self._unpacked(received, old)
         if update is None:
@@ -271,7 +308,9 @@ class Workers:
             for block in blocks
         }
 
-    def _send_to_holders(self, old, mine, update):
+    def _send_to_holders(
+        self, old: dict[Block, list[Tensor]], mine: dict[Block, list[Tensor]], update: dict[Block, Tensor] | None
+    ) -> dict[Block, list[Tensor]]:
         """States of the blocks of `local_layout`, of those that are renewed as their owners have them.
 
         In one exchange, of what is renewed.
@@ -285,7 +324,7 @@ class Workers:
         shapes = {block: [shape for shape, _ in self._packed_shapes(block, old)] for block in old}
         sizes = {block: sum(math.prod(shape) for shape in shapes[block]) for block in old}
 
-        def renewed(block):
+        def renewed(block: Block) -> Tensor:
             return 1 if update is None else ops.cast(update[block], "int32")
 
         vectors, sent = [], self._packed(mine)
@@ -305,34 +344,36 @@ class Workers:
             for block in blocks:
                 length = sizes[block] * renewed(block)
 
-                def taken(vector=received[rank], start=start, block=block):
+                def taken(vector: Tensor = received[rank], start: Tensor = start, block: Block = block) -> list[Tensor]:
                     part = ops.reshape(ops.slice(vector, [start], [sizes[block]]), (sizes[block],))
                     return self._unpacked({block: split_like(part, shapes[block])}, old)[block]
 
-                kept = functools.partial(list, old[block])
+                kept: Callable[[], Any] = functools.partial(list, old[block])
                 new[block] = taken() if update is None else ops.cond(update[block], taken, kept)
                 start = start + length
         return new
 
     @functools.cached_property
-    def _symmetric(self):
+    def _symmetric(self) -> set[Block]:
         return {block for group in self.layout.groups if group.curvature.symmetric for block in group.blocks}
 
-    def _packed_shapes(self, block, states):
+    def _packed_shapes(self, block: Block, states: dict[Block, list[Tensor]]) -> list[tuple[Shape, Tensor]]:
         """Pairs of the shape in which a tensor of this block's state travels, and the tensor."""
         return [(packed_shape(t) if block in self._symmetric else tuple(t.shape), t) for t in states[block]]
 
-    def _packed(self, states):
+    def _packed(self, states: dict[Block, list[Tensor]]) -> dict[Block, list[Tensor]]:
         """States by block, as they travel."""
         symmetric = [block for block in states if block in self._symmetric]
         return states | _unflat(packed(_flat(states, symmetric)), states, symmetric)
 
-    def _unpacked(self, received, like):
+    def _unpacked(
+        self, received: dict[Block, list[Tensor]], like: dict[Block, list[Tensor]]
+    ) -> dict[Block, list[Tensor]]:
         """The inverse of `_packed`; `like` has states of at least these blocks."""
         symmetric = [block for block in received if block in self._symmetric]
         return received | _unflat(unpacked(_flat(received, symmetric), _flat(like, symmetric)), like, symmetric)
 
-    def preconditioned(self, found, length):
+    def preconditioned(self, found: dict[Block, Tensor], length: Tensor) -> tuple[dict[Block, Tensor], Tensor]:
         """Preconditioned gradients of all blocks from those of the blocks of `local_layout`, where these are not all.
 
         Args:
@@ -361,7 +402,7 @@ class Workers:
         return found, ops.sum(ops.stack([lengths[other] for other in sorted(lengths)]))
 
 
-def split_like(vector, shapes):
+def split_like(vector: Tensor, shapes: Iterable[Shape]) -> list[Tensor]:
     """A vector as tensors of these shapes, one after the other."""
     parts = backend.parts(vector, [math.prod(shape) for shape in shapes])
     return [ops.reshape(part, shape) for part, shape in zip(parts, shapes, strict=True)]

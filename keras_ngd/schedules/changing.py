@@ -2,22 +2,25 @@
 
 import fractions
 import math
+from collections.abc import Sequence
+from typing import Any
 
 import keras
 from keras import ops
 from keras.optimizers.schedules import LearningRateSchedule
 
 from keras_ngd.schedules.arguments import check_count, is_number
+from keras_ngd.typing import Config, IntervalLike, RateLike, Tensor
 
 
-def value_at(value, step):
+def value_at(value: RateLike, step: Tensor) -> Tensor:
     """A float or schedule at a step, as a float32 tensor."""
     if isinstance(value, LearningRateSchedule):
         value = value(step)
     return ops.cast(value, "float32")
 
 
-def interval_at(value, step, growth=None):
+def interval_at(value: IntervalLike, step: Tensor, growth: float | None = None) -> Tensor:
     """An int or schedule at a step, as an integer tensor of the step's dtype, at least 1.
 
     With `growth` an int is at most this share of the steps so far.
@@ -30,12 +33,12 @@ def interval_at(value, step, growth=None):
     return ops.cast(value, step.dtype)
 
 
-def serialize(value):
+def serialize(value: Any) -> Any:
     """A number as it is, a schedule as its config."""
     return keras.saving.serialize_keras_object(value) if isinstance(value, LearningRateSchedule) else value
 
 
-def deserialize(value):
+def deserialize(value: Any) -> Any:
     """The inverse of `serialize`."""
     return keras.saving.deserialize_keras_object(value) if isinstance(value, dict) else value
 
@@ -61,7 +64,15 @@ class GrowingInterval(LearningRateSchedule):
         name: optional.
     """
 
-    def __init__(self, initial=None, growth=1.1, maximum=None, boundaries=None, values=None, name="growing_interval"):
+    def __init__(
+        self,
+        initial: int | None = None,
+        growth: float = 1.1,
+        maximum: int | None = None,
+        boundaries: Sequence[int] | None = None,
+        values: Sequence[int] | None = None,
+        name: str = "growing_interval",
+    ) -> None:
         super().__init__()
         if (initial is None) == (values is None):
             raise ValueError(
@@ -72,7 +83,7 @@ class GrowingInterval(LearningRateSchedule):
         self.boundaries, self.values, self.name = boundaries, values, name
         self._starts, self._intervals = self._geometric() if values is None else self._piecewise()
 
-    def _geometric(self):
+    def _geometric(self) -> tuple[list[int], list[int]]:
         interval, maximum = check_count("initial", self.initial), check_count("maximum", self.maximum)
         if maximum < interval:
             raise ValueError(f"`maximum` must be no less than `initial`. Received: {maximum} and {interval}")
@@ -87,9 +98,9 @@ class GrowingInterval(LearningRateSchedule):
             intervals.append(interval)
         return starts, intervals
 
-    def _piecewise(self):
+    def _piecewise(self) -> tuple[list[int], list[int]]:
         boundaries = [check_count("boundaries", b) for b in self.boundaries or ()]
-        values = [check_count("values", v) for v in self.values]
+        values = [check_count("values", v) for v in self.values or ()]
         if len(values) != len(boundaries) + 1 or boundaries != sorted(set(boundaries)):
             raise ValueError(
                 "`boundaries` must increase and `values` have one entry more. Received: "
@@ -97,14 +108,14 @@ class GrowingInterval(LearningRateSchedule):
             )
         return [0, *boundaries], values
 
-    def __call__(self, step):
+    def __call__(self, step: Tensor) -> Tensor:
         step = ops.cast(step, "int32")
         reached = ops.sum(
             ops.cast(ops.expand_dims(step, -1) >= ops.convert_to_tensor(self._starts, "int32"), "int32"), -1
         )
         return ops.cast(ops.take(ops.convert_to_tensor(self._intervals, "int32"), reached - 1), "float32")
 
-    def get_config(self):
+    def get_config(self) -> Config:
         return {
             "initial": self.initial,
             "growth": self.growth,
@@ -131,7 +142,15 @@ class WarmupPolynomialDecay(LearningRateSchedule):
         name: optional.
     """
 
-    def __init__(self, initial, target, warmup_steps, decay_steps, power, name="warmup_polynomial_decay"):
+    def __init__(
+        self,
+        initial: float,
+        target: float,
+        warmup_steps: int,
+        decay_steps: int,
+        power: float,
+        name: str = "warmup_polynomial_decay",
+    ) -> None:
         super().__init__()
         self.initial, self.target = initial, target
         self.warmup_steps = check_count("warmup_steps", warmup_steps)
@@ -140,14 +159,14 @@ class WarmupPolynomialDecay(LearningRateSchedule):
             raise ValueError(f"`power` must be a positive number. Received: power={power!r}")
         self.power, self.name = power, name
 
-    def __call__(self, step):
+    def __call__(self, step: Tensor) -> Tensor:
         step = ops.cast(step, "float32")
         rising = self.initial + (self.target - self.initial) * step / self.warmup_steps
         left = ops.maximum(0.0, 1 - (step - self.warmup_steps) / self.decay_steps)
         falling = self.target * ops.power(ops.minimum(left, 1.0), self.power)
         return ops.where(step <= self.warmup_steps, rising, falling)
 
-    def get_config(self):
+    def get_config(self) -> Config:
         return {
             "initial": self.initial,
             "target": self.target,

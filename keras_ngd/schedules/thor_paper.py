@@ -1,5 +1,7 @@
 """The learning rates and dampings that the THOR paper trains with."""
 
+from typing import Any
+
 import keras
 
 from keras_ngd.schedules.arguments import check_count
@@ -7,7 +9,7 @@ from keras_ngd.schedules.changing import WarmupPolynomialDecay
 
 # THOR, Table 3: learning rates (initial, target, epochs of warm-up, epochs of decay, power), and dampings (initial, factor
 # in 10 epochs).
-_IMAGENET = {
+_IMAGENET: dict[str, tuple[Any, ...]] = {
     "imagenet-256": (None, 0.045, None, 70, 6, 0.03, 0.87),
     "imagenet-256-stop": (None, 0.050, None, 70, 6, 0.03, 0.87),
     "imagenet-256-nt": (None, 0.045, None, 72, 6, 0.03, 0.87),
@@ -17,7 +19,7 @@ _IMAGENET = {
 THOR_PRESETS = ("cifar10", *_IMAGENET)
 
 
-def thor_schedules(preset, steps_per_epoch):
+def thor_schedules(preset: str, steps_per_epoch: int) -> dict[str, keras.optimizers.schedules.LearningRateSchedule]:
     """The learning rate and damping schedules of the THOR paper, as Keras schedules.
 
     `"cifar10"` is eq. 13: both fall tenfold every 30 epochs, from 0.1 and 0.3. The others are ResNet-50's on ImageNet by

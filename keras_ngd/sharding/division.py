@@ -2,11 +2,12 @@
 
 import contextlib
 from dataclasses import dataclass
+from typing import Any
 
 from keras import ops
 
 # The mesh whose devices share out the work of `divided`, innermost last.
-_SHARING = [None]
+_SHARING: list[Any] = [None]
 
 
 @contextlib.contextmanager

@@ -30,7 +30,7 @@ def check(variables):
         return
     active = distribution()
     mesh = None if active is None else active.device_mesh.backend_mesh
-    if active is not None and active.batch_dim_name not in mesh.axis_names:
+    if active is not None and mesh is not None and active.batch_dim_name not in mesh.axis_names:
         raise ValueError(
             f"The active {type(active).__name__} divides batches along the axis {active.batch_dim_name!r} of its mesh, which has "
             f"the axes {mesh.axis_names}. Give it one of these as `batch_dim_name`."

@@ -1,10 +1,17 @@
 """Kronecker factors of a layer's Fisher block."""
 
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
 import keras
 from keras import ops
 
 from keras_ngd import backend, schedules
 from keras_ngd.statistics.statistics import Statistics
+from keras_ngd.typing import Config, Tensor, Variable
+
+if TYPE_CHECKING:
+    from keras_ngd.layers.rows import Rows
 
 WEIGHT_SHARING = ("expand", "reduce")
 
@@ -32,7 +39,13 @@ class KroneckerStatistics(Statistics):
             Batches are shuffled, so the factors stay unbiased; their cost falls with it. Default 1.
     """
 
-    def __init__(self, weight_sharing="expand", losses_per_example=1, statistics_fraction=1.0, **kwargs):
+    def __init__(
+        self,
+        weight_sharing: str = "expand",
+        losses_per_example: float = 1,
+        statistics_fraction: float = 1.0,
+        **kwargs: Any,
+    ) -> None:
         if weight_sharing not in WEIGHT_SHARING:
             raise ValueError(f"`weight_sharing` must be one of {WEIGHT_SHARING}. Received: {weight_sharing!r}")
         losses_per_example = schedules.check_positive_number("losses_per_example", losses_per_example)
@@ -43,15 +56,19 @@ class KroneckerStatistics(Statistics):
         self.losses_per_example = losses_per_example
         self.statistics_fraction = float(statistics_fraction)
 
-    def create(self, rows, dtype):
+    def create(self, rows: "Rows", dtype: str) -> list[Variable]:
         self.input_factor = self._add("input_factor", (rows.groups, rows.input_dim, rows.input_dim), "zeros", dtype)
         self.output_factor = self._add("output_factor", (rows.groups, rows.output_dim, rows.output_dim), "zeros", dtype)
         return [self.input_factor, self.output_factor]
 
-    # How many of the averages are about the inputs; the others are about the gradients.
-    input_parts = 1
+    @property
+    def input_parts(self) -> int:
+        """How many of the averages are about the inputs; the others are about the gradients."""
+        return 1
 
-    def observe(self, rows, x, ds, weights, controls, dtype):
+    def observe(
+        self, rows: "Rows", x: Tensor, ds: Tensor, weights: Tensor | None, controls: Sequence[Tensor], dtype: str
+    ) -> tuple[Sequence[Tensor], Tensor]:
         examples = ops.cast(ops.shape(x)[0], dtype)
         divisor = examples * self.losses_per_example
         if self.statistics_fraction < 1:
@@ -71,15 +88,17 @@ class KroneckerStatistics(Statistics):
         # An entry that is not finite makes a diagonal entry of its row not finite, since these are sums of squares.
         return observed, sum(ops.sum(ops.trace(t, axis1=-2, axis2=-1)) for t in observed)
 
-    def _expanded(self, rows, x, ds, weights):
+    def _expanded(
+        self, rows: "Rows", x: Tensor, ds: Tensor, weights: Tensor | None
+    ) -> tuple[list[Tensor], list[Tensor]]:
         """Lists of what is averaged about the inputs and about the gradients, all positions being rows."""
         return [rows.input_second_moment(x, weights)], [rows.gradient_second_moment(ds)]
 
-    def _of_rows(self, rows, a, g):
+    def _of_rows(self, rows: "Rows", a: Tensor, g: Tensor) -> Sequence[list[Tensor]]:
         """The same as sums over rows `[groups, n, input_dim]` and `[groups, n, output_dim]`."""
         return [backend.matmul(a, a, transpose_a=True)], [backend.matmul(g, g, transpose_a=True)]
 
-    def get_config(self):
+    def get_config(self) -> Config:
         return {
             **super().get_config(),
             "weight_sharing": self.weight_sharing,

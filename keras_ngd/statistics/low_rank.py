@@ -1,5 +1,8 @@
 """A few rows that stand for all rows of a batch."""
 
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
 import keras
 from keras import ops
 
@@ -7,6 +10,10 @@ from keras_ngd import backend, schedules
 from keras_ngd.linalg import interpolative, inverse, kernel, sampling
 from keras_ngd.statistics.draws import Draws
 from keras_ngd.statistics.rows import RowStatistics
+from keras_ngd.typing import Config, Tensor, Variable
+
+if TYPE_CHECKING:
+    from keras_ngd.layers.rows import Rows
 
 KIS, KID = 1.0, 2.0
 
@@ -43,43 +50,50 @@ class LowRankStatistics(Draws, RowStatistics):
 
     def __init__(
         self,
-        rank,
-        batch_size,
-        losses_per_example=1,
-        mode="both",
-        sampling="priority",
-        power=2.0,
-        residual=True,
-        relative_damping=False,
-        **kwargs,
-    ):
+        rank: int,
+        batch_size: int,
+        losses_per_example: float = 1,
+        mode: str = "both",
+        sampling: str = "priority",
+        power: float = 2.0,
+        residual: bool = True,
+        relative_damping: bool = False,
+        **kwargs: Any,
+    ) -> None:
         self.relative_damping = relative_damping
         super().__init__(batch_size, losses_per_example, **kwargs)
         self.rank = schedules.check_count("rank", rank)
         self.mode, self.sampling, self.power, self.residual = mode, sampling, float(power), residual
 
-    def create(self, rows, dtype):
+    def create(self, rows: "Rows", dtype: str) -> list[Variable]:
         return [
             *self._add_rows(rows, self.rank, dtype),
             self._add("row_weights", (rows.groups, self.rank, self.rank), "zeros", dtype),
             self._add("row_damping", (rows.groups,), "ones", dtype),
         ]
 
-    def create_controls(self):
+    def create_controls(self) -> list[Variable]:
         self.damping = self._add("damping", (), "ones", "float32")
         return [self.damping, self.create_draw()]
 
-    def merge(self, averages, observed, controls, finite, gate):
+    def merge(
+        self,
+        averages: Sequence[Tensor],
+        observed: Sequence[Tensor],
+        controls: Sequence[Tensor],
+        finite: Tensor,
+        gate: Tensor,
+    ) -> tuple[Sequence[Tensor], Sequence[Tensor]]:
         a, g = (ops.where(finite, rows, ops.zeros_like(rows)) for rows in observed)
         damping, draw = controls
         alpha = ops.cast(damping, a.dtype) * ops.ones_like(a[:, 0, 0])
         if self.relative_damping:
             alpha = alpha * kernel.mean_eigenvalues(a, g)
 
-        def interpolated():
+        def interpolated() -> tuple[Tensor, Tensor, Tensor]:
             return self.interpolated(a, g, alpha)
 
-        def sampled():
+        def sampled() -> tuple[Tensor, Tensor, Tensor]:
             return self.sampled(a, g, draw)
 
         if self.mode == "both":
@@ -88,11 +102,11 @@ class LowRankStatistics(Draws, RowStatistics):
             chosen = interpolated() if self.mode == "kid" else sampled()
         return [*chosen, alpha], self.next_controls(controls)
 
-    def next_controls(self, controls):
+    def next_controls(self, controls: Sequence[Tensor]) -> Sequence[Tensor]:
         damping, draw = controls
         return [damping, self.next_draw(draw)]
 
-    def interpolated(self, a, g, alpha):
+    def interpolated(self, a: Tensor, g: Tensor, alpha: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """KID of the rows `a` and `g` with the damping `alpha`, `[groups]`: `As`, `Gs` and `Y`."""
         q = kernel.kernel_matrix(a, g)
         chosen, combinations, residual = interpolative.interpolative_decomposition(q, self.rank)
@@ -106,7 +120,7 @@ class LowRankStatistics(Draws, RowStatistics):
         weights = backend.matmul(combinations, weighted, transpose_a=True)
         return taken(a, chosen), taken(g, chosen), inverse.symmetrize(weights)
 
-    def sampled(self, a, g, draw):
+    def sampled(self, a: Tensor, g: Tensor, draw: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """KIS of the rows `a` and `g`: `As`, `Gs` and `Y`."""
         count = self.rank if self.sampling == "replacement" else self.batch_size
         uniform = self.uniform(draw, (a.shape[0], count), backend.dtype_name(a))
@@ -114,7 +128,7 @@ class LowRankStatistics(Draws, RowStatistics):
         identity = ops.eye(self.rank, dtype=a.dtype) + ops.zeros_like(a[:, : self.rank, :1])
         return taken(a, chosen), taken(g, chosen) * ops.expand_dims(ops.sqrt(weights), 2), identity
 
-    def get_config(self):
+    def get_config(self) -> Config:
         return {
             **super().get_config(),
             "rank": self.rank,
@@ -126,6 +140,6 @@ class LowRankStatistics(Draws, RowStatistics):
         }
 
 
-def taken(rows, chosen):
+def taken(rows: Tensor, chosen: Tensor) -> Tensor:
     """The rows `chosen`, `[groups, r]`, of `[groups, n, d]`."""
     return ops.take_along_axis(rows, ops.expand_dims(chosen, 2), axis=1)

@@ -1,11 +1,18 @@
 """One row per example: what a layer saw of it, and what the loss said about what came out."""
 
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
 import keras
 import numpy as np
 from keras import ops
 
 from keras_ngd import backend, schedules
 from keras_ngd.statistics.statistics import Statistics
+from keras_ngd.typing import Config, Store, Tensor, Variable
+
+if TYPE_CHECKING:
+    from keras_ngd.layers.rows import Rows
 
 
 @keras.saving.register_keras_serializable("keras_ngd")
@@ -31,7 +38,7 @@ class RowStatistics(Statistics):
         strict: whether a batch larger than that is an error instead. Default True.
     """
 
-    def __init__(self, batch_size, losses_per_example=1, strict=True, **kwargs):
+    def __init__(self, batch_size: int, losses_per_example: float = 1, strict: bool = True, **kwargs: Any) -> None:
         self.batch_size = schedules.check_count("batch_size", batch_size)
         self.strict = strict
         # Whether the room is that of a checkpoint, whose rows it is for.
@@ -41,16 +48,16 @@ class RowStatistics(Statistics):
 
     adds_up = False
 
-    def create(self, rows, dtype):
+    def create(self, rows: "Rows", dtype: str) -> list[Variable]:
         return self._add_rows(rows, self.batch_size, dtype)
 
-    def _add_rows(self, rows, count, dtype):
+    def _add_rows(self, rows: "Rows", count: int, dtype: str) -> list[Variable]:
         return [
             self._add("input_rows", (rows.groups, count, rows.input_dim), "zeros", dtype),
             self._add("gradient_rows", (rows.groups, count, rows.output_dim), "zeros", dtype),
         ]
 
-    def check(self, rows, x):
+    def check(self, rows: "Rows", x: Tensor) -> None:
         if self.strict and x.shape[0] is not None and x.shape[0] > self.batch_size:
             path = self.owner().path
             raise ValueError(
@@ -59,7 +66,9 @@ class RowStatistics(Statistics):
                 f"`skip=[{path!r}]`."
             )
 
-    def _within_room(self, x, ds, weights, dtype):
+    def _within_room(
+        self, x: Tensor, ds: Tensor, weights: Tensor | None, dtype: str
+    ) -> tuple[Tensor, Tensor, Tensor | None, Tensor]:
         """What there is room for of `x`, `ds` and `weights`, and `N`, times what the rest of the batch is to the part."""
         if self.strict:
             x, ds = self._checked(x, ds)
@@ -71,7 +80,7 @@ class RowStatistics(Statistics):
             divisor = divisor * (examples / ops.cast(ops.maximum(ops.shape(x)[0], 1), dtype))
         return ops.cast(x, dtype), ops.cast(ds, dtype), weights, divisor
 
-    def _checked(self, x, ds):
+    def _checked(self, x: Tensor, ds: Tensor) -> tuple[Tensor, Tensor]:
         """`x` and `ds` as they are, of no more examples than there is room for, where their number is known only now."""
         if x.shape[0] is not None:
             return x, ds
@@ -81,16 +90,25 @@ class RowStatistics(Statistics):
         )
         return backend.check_at_most(ops.shape(x)[0], self.batch_size, message, (x, ds))
 
-    def observe(self, rows, x, ds, weights, controls, dtype):
+    def observe(
+        self, rows: "Rows", x: Tensor, ds: Tensor, weights: Tensor | None, controls: Sequence[Tensor], dtype: str
+    ) -> tuple[Sequence[Tensor], Tensor]:
         x, ds, weights, divisor = self._within_room(x, ds, weights, dtype)
         a, g = rows.input_means(x, weights), ops.sqrt(divisor) * rows.gradient_sums(ds)
         observed = [filled_up(a, self.batch_size), filled_up(g, self.batch_size)]
         return observed, sum(ops.sum(t) for t in observed)
 
-    def merge(self, averages, observed, controls, finite, gate):
+    def merge(
+        self,
+        averages: Sequence[Tensor],
+        observed: Sequence[Tensor],
+        controls: Sequence[Tensor],
+        finite: Tensor,
+        gate: Tensor,
+    ) -> tuple[Sequence[Tensor], Sequence[Tensor]]:
         return observed, controls
 
-    def get_config(self):
+    def get_config(self) -> Config:
         return {
             **super().get_config(),
             "batch_size": self.batch_size,
@@ -99,20 +117,20 @@ class RowStatistics(Statistics):
         }
 
     # What the weights' shapes depend on besides the layer.
-    sizes = ("batch_size",)
+    sizes: tuple[str, ...] = ("batch_size",)
 
-    def resize(self, sizes):
+    def resize(self, sizes: Sequence[int]) -> None:
         """Makes all weights anew, for other values of the attributes `sizes`."""
         if sizes != [getattr(self, name) for name in self.sizes]:
             for name, size in zip(self.sizes, sizes, strict=True):
                 setattr(self, name, int(size))
             self.recreate()
 
-    def save_own_variables(self, store):
+    def save_own_variables(self, store: Store) -> None:
         super().save_own_variables(store)
         store["room"] = np.array([getattr(self, name) for name in self.sizes], "int32")
 
-    def load_own_variables(self, store):
+    def load_own_variables(self, store: Store) -> None:
         saved = {key: store[key] for key in store.keys()}
         room = saved.pop("room", None)
         if room is not None and not self.strict:
@@ -121,7 +139,7 @@ class RowStatistics(Statistics):
         super().load_own_variables(saved)
 
 
-def filled_up(rows, count):
+def filled_up(rows: Tensor, count: int) -> Tensor:
     """`[groups, n, d]` as `[groups, count, d]`, with rows of zeros."""
     if rows.shape[1] == count:
         return rows

@@ -1,10 +1,17 @@
 """Diagonal blocks of the Kronecker factors of a layer's Fisher block."""
 
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
 import keras
 
 from keras_ngd import schedules
 from keras_ngd.linalg import diagonal
 from keras_ngd.statistics.kronecker import KroneckerStatistics
+from keras_ngd.typing import Config, Parts, Tensor, Variable
+
+if TYPE_CHECKING:
+    from keras_ngd.layers.rows import Rows
 
 
 @keras.saving.register_keras_serializable("keras_ngd")
@@ -19,11 +26,18 @@ class SplitStatistics(KroneckerStatistics):
         **kwargs: `KroneckerStatistics`'.
     """
 
-    def __init__(self, split, weight_sharing="expand", losses_per_example=1, statistics_fraction=1.0, **kwargs):
+    def __init__(
+        self,
+        split: int | None,
+        weight_sharing: str = "expand",
+        losses_per_example: float = 1,
+        statistics_fraction: float = 1.0,
+        **kwargs: Any,
+    ) -> None:
         super().__init__(weight_sharing, losses_per_example, statistics_fraction, **kwargs)
         self.split = schedules.check_split("split", split)
 
-    def partitions(self, rows):
+    def partitions(self, rows: "Rows") -> tuple[Parts, Parts]:
         """The parts of the input and of the output dimension."""
         return (
             diagonal.partition(rows.width, rows.use_bias, self.split),
@@ -31,22 +45,24 @@ class SplitStatistics(KroneckerStatistics):
         )
 
     @property
-    def input_parts(self):
+    def input_parts(self) -> int:
         return len(self.partitions(self.rows)[0])
 
-    def create(self, rows, dtype):
+    def create(self, rows: "Rows", dtype: str) -> list[Variable]:
         return [
             self._add(f"{side}_blocks_{i}", (rows.groups, count, size, size), "zeros", dtype)
             for side, parts in zip(("input", "output"), self.partitions(rows), strict=True)
             for i, (count, size) in enumerate(parts)
         ]
 
-    def _expanded(self, rows, x, ds, weights):
+    def _expanded(
+        self, rows: "Rows", x: Tensor, ds: Tensor, weights: Tensor | None
+    ) -> tuple[list[Tensor], list[Tensor]]:
         input_parts, output_parts = self.partitions(rows)
         return rows.input_blocks(x, input_parts, weights), rows.gradient_blocks(ds, output_parts)
 
-    def _of_rows(self, rows, a, g):
+    def _of_rows(self, rows: "Rows", a: Tensor, g: Tensor) -> Sequence[list[Tensor]]:
         return [diagonal.gram_blocks(*side) for side in zip((a, g), self.partitions(rows), strict=True)]
 
-    def get_config(self):
+    def get_config(self) -> Config:
         return {**super().get_config(), "split": self.split}

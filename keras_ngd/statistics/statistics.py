@@ -3,29 +3,46 @@
 import contextlib
 import functools
 import weakref
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any
 
 import keras
 import numpy as np
 from keras import ops
 
 from keras_ngd import backend, keras_private, replica, sharding
+from keras_ngd.typing import Config, Initializer, Shape, Store, Tensor, Variable
+
+if TYPE_CHECKING:
+    from keras_ngd.layers.rows import Rows
 
 # What a call emits as `witness`: more than gradients are usually clipped to one by one, so that this shows, but no more than
 # the length of a batch, which is in the norm of all of them too.
 WITNESS = 64.0
 
 # Functions of a geometry and a kind of statistics, shared by all layers that have both.
-_EMISSIONS = {}
+_EMISSIONS: dict[Any, Callable[..., Any]] = {}
 
 
-def _emission(observer, rows, x, ds, weights=None, *, values, controls, spreads, replicas):
+def _emission(
+    observer: "Statistics",
+    rows: "Rows",
+    x: Tensor,
+    ds: Tensor,
+    weights: Tensor | None = None,
+    *,
+    values: Sequence[Tensor],
+    steered: int,
+    spreads: Sequence[Any],
+    replicas: int,
+) -> tuple[Tensor, ...]:
     *state, gate, calls, _, _, _ = values
-    averages, controls = state[: len(state) - controls], state[len(state) - controls :]
+    averages, controls = state[: len(state) - steered], state[len(state) - steered :]
 
-    def stored(values):
+    def stored(values: Sequence[Tensor]) -> list[Tensor]:
         return [value if s is None else s.stored(value) for value, s in zip(values, spreads, strict=True)]
 
-    def opened():
+    def opened() -> tuple[Tensor, ...]:
         old = [average if s is None else s.whole(average) for average, s in zip(averages, spreads, strict=True)]
         # Keras divides the loss of a replica by how many there are; what is kept does not depend on that.
         upstream = ds if replicas == 1 else ds * ops.cast(replicas, ds.dtype)
@@ -38,7 +55,7 @@ def _emission(observer, rows, x, ds, weights=None, *, values, controls, spreads,
         new = [ops.where(finite, value, average) for value, average in zip(merged, old, strict=True)]
         return (*stored(new), *following, ops.cast(finite, "float32"))
 
-    def closed():
+    def closed() -> tuple[Tensor, ...]:
         return (*averages, *controls, ops.zeros((), "float32"))
 
     *new, accepted = ops.cond(gate > 0, opened, closed)
@@ -50,7 +67,7 @@ def _emission(observer, rows, x, ds, weights=None, *, values, controls, spreads,
     return (*new, gate / ops.maximum(calls, 1.0), ops.ones_like(calls), accepted, examples, witness)
 
 
-def mixed(average, value, gate):
+def mixed(average: Tensor, value: Tensor, gate: Tensor) -> Tensor:
     """`(1 - gate) average + gate value`, for a gate of at most 1."""
     mixing = ops.cast(ops.minimum(gate, 1.0), average.dtype)
     return (1 - mixing) * average + mixing * value
@@ -88,23 +105,34 @@ class Statistics(keras.layers.Layer):
         **kwargs: `keras.layers.Layer`'s.
     """
 
-    def __init__(self, shard_state=False, carries_loss=False, **kwargs):
+    rows: "Rows"
+    loss: Variable | None
+    gate: Variable
+    calls: Variable
+    accepted: Variable
+    examples: Variable
+    witness: Variable
+    _averages: list[Variable]
+    _controls: list[Variable]
+
+    def __init__(self, shard_state: bool = False, carries_loss: bool = False, **kwargs: Any) -> None:
+        unattached: Any = None
         self.shard_state, self.carries_loss = shard_state, carries_loss
         kwargs.setdefault("name", "statistics")
         super().__init__(**{"dtype": "float32", **kwargs})
-        self.rows, self.loss, self._loss_read = None, None, None
+        self.rows, self.loss, self._loss_read = unattached, None, None
         self.reached = False
         self.traced_calls, self._trace = 0, None
         self.looped, self._called_anew = False, False
         # Why the layer's calls can emit nothing, if they cannot.
-        self.vectorized = None
-        self._watcher = None
+        self.vectorized: str | None = None
+        self._watcher: weakref.ref[Any] | None = None
 
-    def owner(self):
+    def owner(self) -> Any:
         """The captured layer these statistics belong to. Not a property: Keras saves and loads what those return."""
         return self._owner()
 
-    def attach(self, owner, rows, dtype):
+    def attach(self, owner: keras.layers.Layer, rows: "Rows", dtype: str) -> None:
         """Creates the weights for the layer `owner` of this geometry."""
         self._owner = weakref.ref(owner)
         self.rows = rows
@@ -121,7 +149,7 @@ class Statistics(keras.layers.Layer):
         self.supports_jit = not (backend.several_processes() or replica.several())
         self.built = True
 
-    def recreate(self):
+    def recreate(self) -> None:
         """Makes all weights anew, after arguments that their shapes depend on were changed."""
         owner, dtype = self.owner(), backend.dtype_name(self._averages[0])
         for variable in list(self.weights):
@@ -132,8 +160,8 @@ class Statistics(keras.layers.Layer):
             scopes.enter_context(keras_private.unlocked(self))
             self.attach(owner, self.rows, dtype)
 
-    def _add(self, name, shape, initializer, dtype):
-        def add_weight(shape, initializer):
+    def _add(self, name: str, shape: Shape, initializer: Initializer, dtype: str) -> Variable:
+        def add_weight(shape: Shape, initializer: Initializer) -> Variable:
             return self.add_weight(
                 name=name,
                 shape=shape,
@@ -151,15 +179,15 @@ class Statistics(keras.layers.Layer):
         weight.keras_ngd_statistics = self
         return weight
 
-    def watched_by(self, watcher):
+    def watched_by(self, watcher: Any) -> None:
         """Has `watcher.called(statistics, x)` called wherever the layer is, with its input; `watcher` is held weakly."""
         self._watcher = weakref.ref(watcher)
 
-    def is_watched_by(self, watcher):
+    def is_watched_by(self, watcher: Any) -> bool:
         """Whether `watcher` was given to `watched_by` last."""
         return self._watcher is not None and self._watcher() is watcher
 
-    def called(self, x):
+    def called(self, x: Tensor) -> None:
         """Told by the probe that the layer is called with `x`, before the weights are looked at."""
         # A call after a backward pass begins another pass.
         self._called_anew = True
@@ -168,12 +196,12 @@ class Statistics(keras.layers.Layer):
             watcher.called(self, x)
 
     @property
-    def averages(self):
+    def averages(self) -> list[Variable]:
         """The averaged weights, in the order of `create`."""
         return list(self._averages)
 
     @property
-    def controls(self):
+    def controls(self) -> list[Variable]:
         """The controlling weights, in the order of `create_controls`."""
         return list(self._controls)
 
@@ -186,36 +214,54 @@ class Statistics(keras.layers.Layer):
     # Whether to merge is to walk through all that was observed, which several devices are better off doing each for itself.
     merges_together = False
 
-    def create(self, rows, dtype):
+    def create(self, rows: "Rows", dtype: str) -> list[Variable]:
         """Adds the averaged weights with `self._add` and returns them."""
         raise NotImplementedError
 
-    def create_controls(self):
+    def create_controls(self) -> list[Variable]:
         """Adds weights that control what is emitted with `self._add` and returns them. Default: none."""
         return []
 
-    def check(self, rows, x):
+    def check(self, rows: "Rows", x: Tensor) -> None:
         """Raises a `ValueError` if the layer's input cannot be observed, as far as its static shape tells."""
 
-    def observe(self, rows, x, ds, weights, controls, dtype):
+    def observe(
+        self, rows: "Rows", x: Tensor, ds: Tensor, weights: Tensor | None, controls: Sequence[Tensor], dtype: str
+    ) -> tuple[Sequence[Tensor], Tensor]:
         """This batch's values of the averaged weights, and a scalar that is not finite if any of them is not.
 
         A function of its arguments and of the statistics' own arguments; the weights are not looked at.
         """
         raise NotImplementedError
 
-    def merge(self, averages, observed, controls, finite, gate):
+    def merge(
+        self,
+        averages: Sequence[Tensor],
+        observed: Sequence[Tensor],
+        controls: Sequence[Tensor],
+        finite: Tensor,
+        gate: Tensor,
+    ) -> tuple[Sequence[Tensor], Sequence[Tensor]]:
         """New averages from the old ones and what was observed, and new controls.
 
         The averages are used only where what was observed is `finite`.
         """
         return [mixed(average, value, gate) for average, value in zip(averages, observed, strict=True)], controls
 
-    def next_controls(self, controls):
+    def next_controls(self, controls: Sequence[Tensor]) -> Sequence[Tensor]:
         """Controls as they are after a batch was observed. Default: as before."""
         return controls
 
-    def emit(self, rows, x, ds, weights, values, looped=False, as_read=None):
+    def emit(
+        self,
+        rows: "Rows",
+        x: Tensor,
+        ds: Tensor,
+        weights: Tensor | None,
+        values: Sequence[Tensor],
+        looped: bool = False,
+        as_read: Tensor | None = None,
+    ) -> tuple[Tensor, ...]:
         """New values of all weights from their old `values`: what the probe returns as their gradients.
 
         `as_read` is the last of them as it came into the trace, which is one object for all calls.
@@ -237,55 +283,55 @@ class Statistics(keras.layers.Layer):
                     _emission,
                     observer,
                     rows,
-                    controls=len(self._controls),
+                    steered=len(self._controls),
                     spreads=spreads,
                     replicas=replica.count(),
                 )
             )
         return _EMISSIONS[key](x, ds, *([] if weights is None else [weights]), values=list(values))
 
-    def read_loss(self):
+    def read_loss(self) -> list[Tensor]:
         """The value of `loss` in a forward pass, as a list; empty where there is none."""
         if self.loss is None:
             return []
         self._loss_read = ops.convert_to_tensor(self.loss)
         return [self._loss_read]
 
-    def take_loss(self):
+    def take_loss(self) -> Tensor | None:
         """The value of `loss` that the derivative of this trace is taken with respect to; None where no pass has read it."""
         # JAX's trainer has the weights' values in the forward pass alone.
         read, self._loss_read = self._loss_read, None
         return None if read is None else backend.value_read(self.loss, read)
 
-    def forget_trace(self):
+    def forget_trace(self) -> None:
         """Lets go of what the last trace left behind."""
         self._trace = None
 
     @property
-    def spec(self):
+    def spec(self) -> tuple[str, Config]:
         """What distinguishes these statistics from others: its class and arguments, without its name."""
         config = self.get_config()
         left_out = ("name", "dtype", "trainable", "shard_state", "carries_loss")
         return (type(self).__name__, {k: v for k, v in config.items() if k not in left_out})
 
-    def get_config(self):
+    def get_config(self) -> Config:
         config = super().get_config()
         return config | {name: True for name in ("shard_state", "carries_loss") if getattr(self, name)}
 
     # Called before the weights are saved; raises an error if they must not be.
-    before_saving = None
+    before_saving: Callable[[], None] | None = None
 
-    def save_own_variables(self, store):
+    def save_own_variables(self, store: Store) -> None:
         if self.before_saving is not None:
             self.before_saving()
         for i, weight in enumerate(self._saved_weights()):
             store[str(i)] = sharding.to_numpy(weight)
 
-    def _saved_weights(self):
+    def _saved_weights(self) -> list[Variable]:
         # The loss is no state, and which layer of a model carries it may differ.
         return [weight for weight in self.weights if weight is not self.loss]
 
-    def load_own_variables(self, store):
+    def load_own_variables(self, store: Store) -> None:
         # A plain model's checkpoint has no statistics: they start afresh, as after capture.
         if store.keys():
             weights = {str(i): weight for i, weight in enumerate(self._saved_weights())}

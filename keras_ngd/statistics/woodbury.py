@@ -1,5 +1,8 @@
 """Kronecker factors as the rows that they are made of."""
 
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
 import keras
 from keras import ops
 
@@ -7,6 +10,10 @@ from keras_ngd import backend, schedules
 from keras_ngd.statistics.draws import Draws
 from keras_ngd.statistics.rows import RowStatistics, filled_up
 from keras_ngd.statistics.statistics import mixed
+from keras_ngd.typing import Config, Tensor, Variable
+
+if TYPE_CHECKING:
+    from keras_ngd.layers.rows import Rows
 
 CONVOLUTIONS = ("reduce", "subsample")
 
@@ -40,8 +47,15 @@ class WoodburyStatistics(Draws, RowStatistics):
     several_calls = False
 
     def __init__(
-        self, batch_size, losses_per_example=1, convolution="reduce", positions=4, history=1, decay=0.95, **kwargs
-    ):
+        self,
+        batch_size: int,
+        losses_per_example: float = 1,
+        convolution: str = "reduce",
+        positions: int = 4,
+        history: int = 1,
+        decay: float = 0.95,
+        **kwargs: Any,
+    ) -> None:
         if convolution not in CONVOLUTIONS:
             raise ValueError(f"`convolution` must be one of {CONVOLUTIONS}. Received: convolution={convolution!r}")
         super().__init__(batch_size, losses_per_example, **kwargs)
@@ -49,19 +63,19 @@ class WoodburyStatistics(Draws, RowStatistics):
         self.positions = schedules.check_count("positions", positions)
         self.history = schedules.check_count("history", history)
 
-    def _samples(self, rows):
+    def _samples(self, rows: "Rows") -> bool:
         return self.convolution == "subsample" and hasattr(rows, "rows_at")
 
-    def batch_rows(self, rows):
+    def batch_rows(self, rows: "Rows") -> int:
         """Rows of one batch."""
         return self.batch_size * (self.positions if self._samples(rows) else 1)
 
-    def keeps_rows(self, rows):
+    def keeps_rows(self, rows: "Rows") -> tuple[bool, bool]:
         """For the input's and the gradient's side: whether its rows are kept rather than its factor."""
         count = self.history * self.batch_rows(rows)
         return count < rows.input_dim, count < rows.output_dim
 
-    def create(self, rows, dtype):
+    def create(self, rows: "Rows", dtype: str) -> list[Variable]:
         weights = []
         for name, size, as_rows in zip(
             ("input", "gradient"), (rows.input_dim, rows.output_dim), self.keeps_rows(rows), strict=True
@@ -73,10 +87,12 @@ class WoodburyStatistics(Draws, RowStatistics):
             weights.append(self._add("history_weights", (self.history,), "zeros", dtype))
         return weights
 
-    def create_controls(self):
+    def create_controls(self) -> list[Variable]:
         return [self.create_draw()]
 
-    def observe(self, rows, x, ds, weights, controls, dtype):
+    def observe(
+        self, rows: "Rows", x: Tensor, ds: Tensor, weights: Tensor | None, controls: Sequence[Tensor], dtype: str
+    ) -> tuple[Sequence[Tensor], Tensor]:
         if self._samples(rows):
             a, g = self._sampled(rows, ops.cast(x, dtype), ops.cast(ds, dtype), controls[0], dtype)
         else:
@@ -88,7 +104,7 @@ class WoodburyStatistics(Draws, RowStatistics):
             observed.append(side)
         return observed, sum(ops.sum(t) for t in observed)
 
-    def _sampled(self, rows, x, ds, draw, dtype):
+    def _sampled(self, rows: Any, x: Tensor, ds: Tensor, draw: Tensor, dtype: str) -> tuple[Tensor, Tensor]:
         x, ds, _, divisor = self._within_room(x, ds, None, dtype)
         examples, total = ops.shape(x)[0], rows.outputs(ds)
         static = isinstance(total, int)
@@ -102,12 +118,19 @@ class WoodburyStatistics(Draws, RowStatistics):
         examples, total, kept = (ops.cast(n, dtype) for n in (examples, total, kept))
         return a / ops.sqrt(examples * kept), g * ops.sqrt(divisor * total / kept)
 
-    def _recorded(self, x, dtype):
+    def _recorded(self, x: Tensor, dtype: str) -> Tensor:
         """How many of a batch's examples are recorded."""
         examples = ops.shape(x)[0]
         return ops.cast(examples if self.strict else ops.minimum(examples, self.batch_size), dtype)
 
-    def merge(self, averages, observed, controls, finite, gate):
+    def merge(
+        self,
+        averages: Sequence[Tensor],
+        observed: Sequence[Tensor],
+        controls: Sequence[Tensor],
+        finite: Tensor,
+        gate: Tensor,
+    ) -> tuple[Sequence[Tensor], Sequence[Tensor]]:
         controls = self.next_controls(controls)
         if self.history == 1:
             return observed, controls
@@ -120,10 +143,10 @@ class WoodburyStatistics(Draws, RowStatistics):
         new.append(ops.concatenate([ops.ones_like(averages[2][:1]), self.decay * averages[2][:-1]]))
         return new, controls
 
-    def next_controls(self, controls):
+    def next_controls(self, controls: Sequence[Tensor]) -> Sequence[Tensor]:
         return [self.next_draw(controls[0])]
 
-    def scaled(self, averages):
+    def scaled(self, averages: Sequence[Tensor]) -> Sequence[Tensor]:
         """The two sides, rows with their weights in the history."""
         if self.history == 1:
             return averages[:2]
@@ -131,7 +154,7 @@ class WoodburyStatistics(Draws, RowStatistics):
         weights = ops.reshape(ops.repeat(ops.sqrt(weights), self.batch_rows(self.rows)), (1, -1, 1))
         return [side * weights if are_rows(side) else side for side in averages[:2]]
 
-    def get_config(self):
+    def get_config(self) -> Config:
         return {
             **super().get_config(),
             "convolution": self.convolution,
@@ -141,6 +164,6 @@ class WoodburyStatistics(Draws, RowStatistics):
         }
 
 
-def are_rows(side):
+def are_rows(side: Tensor) -> bool:
     """Whether one side of a layer is kept as rows, of which there are fewer than columns."""
     return side.shape[1] < side.shape[2]
