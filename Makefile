@@ -22,7 +22,7 @@ BENCHMARKS := benchmark-update-cost benchmark-row-cost benchmark-thor-convergenc
 help:
 	@echo "make demo                   train a small network with SGD and with KFAC, offline"
 	@echo "make test                   lint, then all tests on the TensorFlow and on the JAX backend"
-	@echo "make lint                   ruff: rules and format"
+	@echo "make lint                   ruff: rules and format; mypy: types"
 	@echo "make benchmark              side by side: costs of steps, convergence, kfac-jax; an hour, goes on where interrupted"
 	@echo "make benchmark-update-cost  what THOR's blocks save of a refresh"
 	@echo "make benchmark-thor-convergence  what steps of KFAC and THOR are worth with the papers' settings"
@@ -46,6 +46,7 @@ test: lint $(HOROVOD)
 lint: $(TEST)
 	$(BIN)/ruff check
 	$(BIN)/ruff format --check
+	$(BIN)/mypy
 
 $(BENCHMARKS): $(TEST)
 	$(BIN)/python -m benchmarks.$(subst -,_,$(@:benchmark-%=%))
@@ -56,7 +57,7 @@ benchmark: $(TEST)
 benchmark-tpu: $(TPU)
 
 clean:
-	rm -rf build dist keras_ngd.egg-info .pytest_cache .ruff_cache .hypothesis
+	rm -rf build dist keras_ngd.egg-info .pytest_cache .ruff_cache .mypy_cache .hypothesis
 	find keras_ngd tf_tests examples benchmarks -name __pycache__ -type d -prune -exec rm -rf {} +
 
 distclean: clean

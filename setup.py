@@ -30,6 +30,7 @@ setup(
     license="Apache-2.0",
     python_requires=">=3.11",
     packages=find_packages(include=["keras_ngd", "keras_ngd.*"]),
+    package_data={"keras_ngd": ["py.typed"]},
     install_requires=["keras>=3.15", "absl-py", "numpy"],
     extras_require={
         "tensorflow": TENSORFLOW,
@@ -40,7 +41,7 @@ setup(
         "horovod": [*TENSORFLOW, "horovod>=0.28"],
         "tpu": [*JAX, "libtpu"],
         "benchmarks": BENCHMARKS,
-        "test": [*BENCHMARKS, *TENSORBOARD, "hypothesis", "psutil", "pytest", "pytest-xdist", "ruff"],
+        "test": [*BENCHMARKS, *TENSORBOARD, "hypothesis", "mypy", "psutil", "pytest", "pytest-xdist", "ruff"],
     },
     classifiers=[
         "Development Status :: 3 - Alpha",
