@@ -7,10 +7,10 @@ from keras_ngd.layers.probe import probe
 from keras_ngd.layers.rows import DenseRows
 
 # What `capture` makes of which layers.
-CAPTURED_KINDS = {}
+CAPTURED_KINDS: dict[type, type] = {}
 
 
-def register_kind(kind):
+def register_kind(kind: type) -> type:
     """Has `keras_ngd.capture` turn layers of the class `kind.plain` into captured ones of the class `kind`.
 
     For kinds of layers of your own; those of Keras that are in this package are registered. May be used as a decorator.
