@@ -177,6 +177,15 @@ class AssembledOptimizer(Method, OverwritingSGD):
         """
         self.exchange.gather_statistics()
 
+    @property
+    def gathered(self) -> bool:
+        """Whether this worker has the statistics of all layers."""
+        return self.exchange.gathered
+
+    @gathered.setter
+    def gathered(self, value: bool) -> None:
+        self.exchange.gathered = value
+
     # What is counted, and said of it
 
     skipped_statistics = Count("counters", "How many updates of the statistics were left out: some were not finite.")

@@ -8,7 +8,7 @@ from keras import ops
 
 from keras_ngd import backend, replica
 from keras_ngd.optimizers.blocks import Block, Signals
-from keras_ngd.statistics.statistics import Statistics
+from keras_ngd.statistics.statistics import Statistics, reader_of_the_loss
 from keras_ngd.typing import AddVariable, Tensor, Variable
 
 if TYPE_CHECKING:
@@ -47,7 +47,8 @@ class LossCarrier:
 
     def put_into(self, loss: Tensor) -> Tensor:
         """The loss that is to be differentiated, whose value travels along."""
-        statistics = self._statistics()
+        unknown = self._first is None and not self.blocks
+        statistics = reader_of_the_loss() if unknown else self._statistics()
         read = None if statistics is None else statistics.take_loss()
         if read is None:
             return loss

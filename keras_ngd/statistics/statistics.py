@@ -23,6 +23,9 @@ WITNESS = 64.0
 # Functions of a geometry and a kind of statistics, shared by all layers that have both.
 _EMISSIONS: dict[Any, Callable[..., Any]] = {}
 
+# The statistics whose loss was read last.
+_LAST_READ: list["weakref.ref[Statistics]"] = []
+
 
 def _emission(
     observer: "Statistics",
@@ -295,6 +298,7 @@ class Statistics(keras.layers.Layer):
         if self.loss is None:
             return []
         self._loss_read = ops.convert_to_tensor(self.loss)
+        _LAST_READ[:] = [weakref.ref(self)]
         return [self._loss_read]
 
     def take_loss(self) -> Tensor | None:
@@ -302,6 +306,10 @@ class Statistics(keras.layers.Layer):
         # JAX's trainer has the weights' values in the forward pass alone.
         read, self._loss_read = self._loss_read, None
         return None if read is None else backend.value_read(self.loss, read)
+
+    def loss_is_readable(self) -> bool:
+        """Whether a forward pass has read the loss that `take_loss` would give here."""
+        return self._loss_read is not None and backend.usable(self._loss_read)
 
     def forget_trace(self) -> None:
         """Lets go of what the last trace left behind."""
@@ -343,3 +351,13 @@ class Statistics(keras.layers.Layer):
                 # It is the last; Keras counts all weights.
                 values[str(len(weights))] = np.zeros((2,), "float32")
             super().load_own_variables(values)
+
+
+def reader_of_the_loss() -> Statistics | None:
+    """The statistics whose loss was read last in the forward pass that is differentiated here, or None.
+
+    For an optimizer that was told of no captured model: that of a clone, which TensorFlow's trainer builds after it has scaled
+    the loss.
+    """
+    found = _LAST_READ[0]() if _LAST_READ else None
+    return found if found is not None and found.loss_is_readable() else None

@@ -111,7 +111,7 @@ def test_all_methods_train_with_a_clip_or_a_penalty_of_everything(treatment, met
         "norm": {"change": by_norm},
         "penalty": {"penalty": lambda v: 1e-3 * sum(map(ops.sum, map(ops.square, v)))},
     }
-    optimizer = OPTIMIZERS[method](learning_rate=0.1, kl_clip=None)
+    optimizer = OPTIMIZERS[method](learning_rate=0.02, kl_clip=None)
     model, step = prepared(optimizer, **arguments[treatment])
     losses = []
     for _ in range(6):
