@@ -2,7 +2,7 @@
 
 import functools
 import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from keras import ops
@@ -11,39 +11,9 @@ from keras_ngd import backend
 from keras_ngd.distributed import gradient_workers, holders_of, place, row_of
 from keras_ngd.distributed.communicator import Communicator
 from keras_ngd.linalg.packing import packed, packed_shape, unpacked
+from keras_ngd.optimizers.block_tensors import by_block, by_group, flat, split_like, unflat
 from keras_ngd.optimizers.blocks import Block, Layout
 from keras_ngd.typing import Shape, Tensor, Variable
-
-
-def by_block(layout: Layout, states: Sequence[Sequence[Tensor]]) -> dict[Block, list[Tensor]]:
-    """The parts of its groups' states that are each block's."""
-    found: dict[Any, list[Any]] = {block: [] for block in layout.blocks}
-    for group, state in zip(layout.groups, states, strict=True):
-        for value in state:
-            for block, part in group.parts(value):
-                found[block].append(part)
-    return found
-
-
-def by_group(layout: Layout, states: dict[Block, list[Tensor]]) -> list[list[Tensor]]:
-    """The states of its groups from those of each block."""
-    return [
-        [ops.concatenate(values) for values in zip(*(states[block] for block in group.blocks), strict=True)]
-        for group in layout.groups
-    ]
-
-
-def _flat(tensors: dict[Block, list[Tensor]], blocks: Sequence[Block]) -> list[Tensor]:
-    """The tensors of these blocks as one list."""
-    return [t for block in blocks for t in tensors[block]]
-
-
-def _unflat(
-    flat: Iterable[Tensor], like: Mapping[Block, Sequence[Any]], blocks: Sequence[Block]
-) -> dict[Block, list[Tensor]]:
-    """By block, from one list; each has as many as in `like`."""
-    rest = iter(flat)
-    return {block: [next(rest) for _ in like[block]] for block in blocks}
 
 
 class Workers:
@@ -188,9 +158,9 @@ class Workers:
         means = ops.cond(
             ops.any(opened),
             lambda: self._means(opened, emitted, share, refused),
-            lambda: _flat(emitted, blocks),
+            lambda: flat(emitted, blocks),
         )
-        return _unflat(means, emitted, blocks)
+        return unflat(means, emitted, blocks)
 
     def _opened(self) -> Tensor:
         """`[blocks]`, whose statistics were to be recorded."""
@@ -201,11 +171,11 @@ class Workers:
     ) -> list[Tensor]:
         """The averages of all blocks, where some gate was open."""
         blocks = self.layout.blocks
-        sent = packed([t * ops.cast(share, t.dtype) for t in _flat(emitted, blocks)])
+        sent = packed([t * ops.cast(share, t.dtype) for t in flat(emitted, blocks)])
         if self.one_clock:
             sums = self.communicator.all_reduce(sent, "statistics", "keras_ngd_statistics")
         else:
-            sums, each = [], _unflat(sent, emitted, blocks)
+            sums, each = [], unflat(sent, emitted, blocks)
             for i, block in enumerate(blocks):
 
                 def reduced(i: int = i, block: Block = block) -> list[Tensor]:
@@ -213,7 +183,7 @@ class Workers:
 
                 sums += ops.cond(opened[i], reduced, functools.partial(list, each[block]))
         refused = ops.unstack(refused)
-        means, chosen = _unflat(unpacked(sums, _flat(emitted, blocks)), emitted, blocks), []
+        means, chosen = unflat(unpacked(sums, flat(emitted, blocks)), emitted, blocks), []
         for i, block in enumerate(blocks):
             for variable, mean, unsent in zip(block.statistics.averages, means[block], emitted[block], strict=True):
                 mean = ops.where(refused[i], ops.convert_to_tensor(variable), mean)
@@ -237,7 +207,7 @@ class Workers:
             sent = packed([t * ops.cast(share, t.dtype) for t in fresh])
             owners = [self.owners[block] for block in blocks for _ in averages[block]]
             sums = self.communicator.reduce_scatter(sent, owners, "statistics", "keras_ngd_statistics")
-            mine = _unflat(unpacked([t for t in sums if t is not None], _flat(averages, own)), averages, own)
+            mine = unflat(unpacked([t for t in sums if t is not None], flat(averages, own)), averages, own)
             new, refuses = [], dict(zip(blocks, ops.unstack(refused), strict=True))
             for block in own:
                 merged = [f + kept(block, old) for f, old in zip(mine[block], averages[block], strict=True)]
@@ -245,8 +215,8 @@ class Workers:
             # Never nothing: a worker may own no layer.
             return [*new, ops.zeros(())]
 
-        *new, _ = ops.cond(ops.any(self._opened()), summed, lambda: [*_flat(averages, own), ops.zeros(())])
-        return averages | _unflat(new, averages, own)
+        *new, _ = ops.cond(ops.any(self._opened()), summed, lambda: [*flat(averages, own), ops.zeros(())])
+        return averages | unflat(new, averages, own)
 
     def gather_statistics(self) -> None:
         """Gives all workers the averages of all layers, at once: where they are scattered, only owners have them."""
@@ -364,14 +334,14 @@ class Workers:
     def _packed(self, states: dict[Block, list[Tensor]]) -> dict[Block, list[Tensor]]:
         """States by block, as they travel."""
         symmetric = [block for block in states if block in self._symmetric]
-        return states | _unflat(packed(_flat(states, symmetric)), states, symmetric)
+        return states | unflat(packed(flat(states, symmetric)), states, symmetric)
 
     def _unpacked(
         self, received: dict[Block, list[Tensor]], like: dict[Block, list[Tensor]]
     ) -> dict[Block, list[Tensor]]:
         """The inverse of `_packed`; `like` has states of at least these blocks."""
         symmetric = [block for block in received if block in self._symmetric]
-        return received | _unflat(unpacked(_flat(received, symmetric), _flat(like, symmetric)), like, symmetric)
+        return received | unflat(unpacked(flat(received, symmetric), flat(like, symmetric)), like, symmetric)
 
     def preconditioned(self, found: dict[Block, Tensor], length: Tensor) -> tuple[dict[Block, Tensor], Tensor]:
         """Preconditioned gradients of all blocks from those of the blocks of `local_layout`, where these are not all.
@@ -400,9 +370,3 @@ class Workers:
             lengths[other] = ops.cast(last, "float32")
         # As one sum: TensorFlow reorders additions, differently on each worker.
         return found, ops.sum(ops.stack([lengths[other] for other in sorted(lengths)]))
-
-
-def split_like(vector: Tensor, shapes: Iterable[Shape]) -> list[Tensor]:
-    """A vector as tensors of these shapes, one after the other."""
-    parts = backend.parts(vector, [math.prod(shape) for shape in shapes])
-    return [ops.reshape(part, shape) for part, shape in zip(parts, shapes, strict=True)]
