@@ -1,6 +1,6 @@
 """Approximations of a layer's Fisher block: what is kept of it, and how a gradient is preconditioned with it."""
 
-from keras_ngd.curvature.curvature import Curvature, Slot, refreshed
+from keras_ngd.curvature.curvature import Curvature, Slot, refreshed, where_chosen
 from keras_ngd.curvature.kernel import KernelCurvature
 from keras_ngd.curvature.kronecker import KroneckerCurvature
 from keras_ngd.curvature.split import SplitCurvature
@@ -14,4 +14,5 @@ __all__ = [
     "SplitCurvature",
     "WoodburyCurvature",
     "refreshed",
+    "where_chosen",
 ]

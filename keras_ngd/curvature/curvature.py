@@ -133,9 +133,13 @@ def refreshed(
     return found
 
 
-def where_chosen(chosen: Tensor | None, new: Sequence[Tensor], old: Sequence[Tensor]) -> list[Tensor]:
-    """A state that is new where `chosen`, `[k]` or None for everywhere, and old elsewhere."""
+def where_chosen(
+    chosen: Sequence[Tensor] | None, new: Sequence[Sequence[Tensor]], old: Sequence[Sequence[Tensor]]
+) -> list[list[Tensor]]:
+    """States that are new where `chosen`, for each state `[k]` booleans or None for everywhere, and old elsewhere."""
     if chosen is None:
-        return list(new)
-    shapes = [(-1,) + (1,) * (len(t.shape) - 1) for t in new]
-    return [ops.where(ops.reshape(chosen, s), n, o) for s, n, o in zip(shapes, new, old, strict=True)]
+        return [list(state) for state in new]
+    return [
+        [ops.where(ops.reshape(of_state, (-1,) + (1,) * (len(n.shape) - 1)), n, o) for n, o in zip(*pair, strict=True)]
+        for of_state, pair in zip(chosen, zip(new, old, strict=True), strict=True)
+    ]

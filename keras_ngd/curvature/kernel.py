@@ -70,8 +70,7 @@ class KernelCurvature(Curvature):
             if not weighted:
                 weighted = [damping_of(a, g, damping, curvature.damping_mode)]
             work.append([kernel.kernel_matrix(a, g), *weighted])
-        new = together(cores, work)
-        return new if chosen is None else [where_chosen(*each) for each in zip(chosen, new, states, strict=True)]
+        return where_chosen(chosen, together(cores, work), states)
 
     def precondition(
         self, v: Tensor, damping: Tensor, state: Sequence[Tensor], inputs: Callable[[], Sequence[Tensor]]

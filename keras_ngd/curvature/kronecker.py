@@ -156,7 +156,7 @@ class KroneckerCurvature(Curvature):
 
         found = iter(together(renewed, sides))
         new = [[*next(found), *next(found)] for _ in curvatures]
-        return new if chosen is None else [where_chosen(*each) for each in zip(chosen, new, states, strict=True)]
+        return where_chosen(chosen, new, states)
 
     def precondition(
         self, v: Tensor, damping: Tensor, state: Sequence[Tensor], inputs: Callable[[], Sequence[Tensor]]

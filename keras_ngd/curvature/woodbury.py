@@ -90,7 +90,7 @@ class WoodburyCurvature(Curvature):
                 inverses = ops.where(ops.reshape(failed, (-1, 1, 1)), eye, inverses)
             found += [inverses, dampings]
         new = [found[i : i + 4] for i in range(0, len(found), 4)]
-        return new if chosen is None else [where_chosen(*each) for each in zip(chosen, new, states, strict=True)]
+        return where_chosen(chosen, new, states)
 
 
 def _inverses(matrices: Tensor, dampings: Tensor) -> list[Tensor]:

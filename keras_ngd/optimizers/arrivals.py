@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 from keras import ops
 
 from keras_ngd import backend
+from keras_ngd.curvature import where_chosen
 from keras_ngd.optimizers import checks
 from keras_ngd.optimizers.blocks import Block, Group, Signals
 from keras_ngd.optimizers.loss_value import average_weight
@@ -204,14 +205,6 @@ class Arrivals:
         self, groups: Sequence[Group], new: Sequence[Sequence[Tensor]], old: Sequence[Sequence[Tensor]]
     ) -> list[list[Tensor]]:
         """New states of these groups, of layers that ever recorded anything; of others the old, initial ones."""
-        known = ops.convert_to_tensor(self.updates) > 0
-        number, chosen = {block: i for i, block in enumerate(self._blocks)}, []
-        for group, after, before in zip(groups, new, old, strict=True):
-            of_group = ops.concatenate([ops.repeat(known[number[b]], b.rows.groups) for b in group.blocks])
-            chosen.append(
-                [
-                    ops.where(ops.reshape(of_group, (-1,) + (1,) * (len(a.shape) - 1)), a, b)
-                    for a, b in zip(after, before, strict=True)
-                ]
-            )
-        return chosen
+        updated = ops.convert_to_tensor(self.updates) > 0
+        known = {block: updated[i] for i, block in enumerate(self._blocks)}
+        return where_chosen([group.of_each(known) for group in groups], new, old)

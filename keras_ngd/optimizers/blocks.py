@@ -5,6 +5,8 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
+from keras import ops
+
 from keras_ngd import backend, keras_private
 from keras_ngd.typing import Tensor, Variable
 
@@ -31,6 +33,11 @@ class Block:
         return self.rows.input_dim, self.rows.output_dim, self.statistics.averages[0].dtype
 
     @property
+    def variables(self) -> list[Variable]:
+        """The kernel, and the bias where there is one."""
+        return [self.kernel] if self.bias is None else [self.kernel, self.bias]
+
+    @property
     def kind(self) -> tuple[Any, ...]:
         """Blocks of one kind, whose statistics have equal shapes too, share batched computations."""
         return (*self.shape, *(tuple(v.shape[1:]) for v in self.statistics.averages))
@@ -50,6 +57,10 @@ class Group:
     def stacked(self, tensors: Mapping[Block, Sequence[Tensor]]) -> list[Tensor]:
         """The tensors of a dict from blocks to lists of them, joined over the blocks of the group: a list."""
         return [backend.joined(parts) for parts in zip(*(tensors[block] for block in self.blocks), strict=True)]
+
+    def of_each(self, values: Mapping[Block, Tensor]) -> Tensor:
+        """`[k]`, from a scalar for each block, which may be several of the `k`: a convolution's groups."""
+        return ops.concatenate([ops.repeat(values[block], block.rows.groups) for block in self.blocks])
 
     def parts(self, stacked: Tensor) -> Iterable[tuple[Block, Tensor]]:
         """Pairs of every block and its part of what the curvature stacks."""
@@ -108,8 +119,8 @@ def find_blocks(variables: Sequence[Variable], key: Callable[[Variable], Any]) -
         seen.add(id(statistics))
         layer = statistics.owner()
         block = Block(layer.path, keras_private.kernel_of(layer), layer.bias if layer.use_bias else None, statistics)
-        for part in (block.kernel, block.bias):
-            if part is not None and key(part) not in known:
+        for part in block.variables:
+            if key(part) not in known:
                 raise ValueError(
                     f"Layer {layer.path!r} was captured, but its variable {part.path!r} is not trainable. Set "
                     "`trainable` on whole layers, and call `keras_ngd.capture(model, optimizer)` again with a new optimizer."

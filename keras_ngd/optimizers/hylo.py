@@ -181,14 +181,14 @@ class HyLo(SNGD):
         )
         if self.mode == "random":
             return
-        for variable in (v for block in layout.blocks for v in _parts(block)):
+        for variable in (v for block in layout.blocks for v in block.variables):
             self._sums.append(self.add_variable_from_reference(variable, "gradient_sum"))
 
     def further_bytes(self, block: Block) -> int:
         rows = super().further_bytes(block)
         if self.mode != "switch":
             return rows
-        return rows + sum(math.prod(v.shape) * backend.itemsize(v.dtype) for v in _parts(block))
+        return rows + sum(math.prod(v.shape) * backend.itemsize(v.dtype) for v in block.variables)
 
     def start_statistics(self, statistics: Statistics, number: int) -> None:
         super().start_statistics(statistics, number)
@@ -283,10 +283,6 @@ class HyLo(SNGD):
             "steps_per_epoch": self.steps_per_epoch,
             "seed": self.seed,
         }
-
-
-def _parts(block: Block) -> list[Variable]:
-    return [variable for variable in (block.kernel, block.bias) if variable is not None]
 
 
 def _check_rank(rank: Any, batch_size: int | None) -> int | float:

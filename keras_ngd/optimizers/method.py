@@ -16,7 +16,8 @@ Inputs = Callable[[Sequence[Block]], dict[Block, list[Tensor]]]
 class Method(abc.ABC):
     """What a method consists of: statistics and curvatures that it makes, and what it decides from them.
 
-    The three abstract methods are what every method has. The others have defaults that suit one whose layers all record and
+    The first three abstract methods are what every method has; `share_statistics` is the flow's own (means), unless a method's
+    statistics are not averages. The others have defaults that suit one whose layers all record and
     refresh in the same steps, as KFAC's do.
 
     Attributes:
@@ -83,6 +84,7 @@ class Method(abc.ABC):
 
     # In every step
 
+    @abc.abstractmethod
     def share_statistics(
         self, averages: dict[Block, list[Tensor]], calls: dict[Block, Tensor], share: Tensor, refused: Tensor
     ) -> tuple[dict[Block, list[Tensor]], dict[Block, list[Tensor]]]:
@@ -98,7 +100,6 @@ class Method(abc.ABC):
             For each block what its statistics go on with; and what its curvature takes, where that is not made of these by
             `curvature_input`.
         """
-        raise NotImplementedError
 
     @property
     def decided_variables(self) -> list[Variable]:

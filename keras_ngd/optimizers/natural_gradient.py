@@ -83,7 +83,7 @@ class NaturalGradient(AssembledOptimizer):
         for group in self.local_layout.groups:
             group.curvature.build(self.state.add_curvature if self.gradient_worker_fraction == 1 else _unsaved)
         self.build_own_state(layout)
-        captured = {self._var_key(v) for block in layout.blocks for v in (block.kernel, block.bias) if v is not None}
+        captured = {self._var_key(v) for block in layout.blocks for v in block.variables}
         self.rest_rule = RestRule(
             self,
             variables,
@@ -166,9 +166,10 @@ class NaturalGradient(AssembledOptimizer):
 
         self._refresh(inputs, damping, step, recorded)
         preconditioned, length = self._precondition(signals, inputs, damping)
-        finite = self._all_finite(signals, preconditioned, length)
+        others = self._others(signals, preconditioned)
+        finite = self._all_finite([signals.grads[i] for i in others], length)
         nu = self.bound.scale(length, loss, finite)
-        new = self._bounded(signals, preconditioned, nu, finite)
+        new = self._bounded(signals, preconditioned, others, nu, finite)
         self.watch({block: signals.of_block(block) for block in self.layout.blocks}, finite, step)
         new |= self._next_statistics(signals, arrived, averages, step)
         return [new.get(i, gradient) for i, gradient in enumerate(signals.grads)]
@@ -216,10 +217,7 @@ class NaturalGradient(AssembledOptimizer):
         def renew(layout: Layout, states: Sequence[Sequence[Tensor]]) -> list[list[Tensor]]:
             tensors, chosen = inputs(layout.blocks), None
             if update is not None:
-                chosen = [
-                    ops.concatenate([ops.repeat(update[block], block.rows.groups) for block in group.blocks])
-                    for group in layout.groups
-                ]
+                chosen = [group.of_each(update) for group in layout.groups]
             curvatures = [group.curvature for group in layout.groups]
             return refreshed(curvatures, [group.stacked(tensors) for group in layout.groups], damping, states, chosen)
 
@@ -253,36 +251,35 @@ class NaturalGradient(AssembledOptimizer):
                 preconditioned[signals.index(block.bias)] = bias
         return preconditioned, length
 
-    def _all_finite(self, signals: Signals, preconditioned: dict[int, Tensor], length: Tensor) -> Tensor:
-        """Whether all gradients are finite; steps in which they are not are counted."""
+    def _others(self, signals: Signals, preconditioned: dict[int, Tensor]) -> list[int]:
+        """The positions of the variables that are trained, and have a gradient, but are of no block."""
+        return [
+            i
+            for i, (gradient, variable) in enumerate(zip(signals.grads, signals.variables, strict=True))
+            if not (gradient is None or i in preconditioned or signals.is_overwritten(variable))
+        ]
+
+    def _all_finite(self, gradients: Sequence[Tensor], length: Tensor) -> Tensor:
+        """Whether these gradients and a length are finite; steps in which they are not are counted."""
         finite = ops.isfinite(length)
-        for i, (gradient, variable) in enumerate(zip(signals.grads, signals.variables, strict=True)):
-            if gradient is None or i in preconditioned or signals.is_overwritten(variable):
-                continue
+        for gradient in gradients:
             values = gradient.values if backend.is_sparse(gradient) else gradient
             finite = finite & ops.isfinite(ops.sum(ops.cast(values, "float32")))
         self.counters.count("skipped_steps", ~finite)
         return finite
 
     def _bounded(
-        self, signals: Signals, preconditioned: dict[int, Tensor], nu: Tensor, finite: Tensor
+        self, signals: Signals, preconditioned: dict[int, Tensor], others: Sequence[int], nu: Tensor, finite: Tensor
     ) -> dict[int, Tensor]:
-        """By position: `nu P` of all blocks, and the gradients of all other variables that are trained; zeros unless `finite`."""
-        others = [
-            i
-            for i, (gradient, variable) in enumerate(zip(signals.grads, signals.variables, strict=True))
-            if not (gradient is None or i in preconditioned or signals.is_overwritten(variable))
-        ]
+        """By position: `nu P` of all blocks, and the gradients of the variables `others`; zeros unless `finite`."""
         plain = [i for i in others if not backend.is_sparse(signals.grads[i])]
         steps = backend.zero_unless(
             finite,
             lambda: [p * ops.cast(nu, p.dtype) for p in preconditioned.values()] + [signals.grads[i] for i in plain],
         )
         new = dict(zip([*preconditioned, *plain], steps, strict=True))
-        for i, gradient in enumerate(signals.grads):
-            if backend.is_sparse(gradient):
-                new[i] = backend.sparse_zero_unless(finite, gradient)
-        return new
+        sparse = [i for i in others if backend.is_sparse(signals.grads[i])]
+        return new | {i: backend.sparse_zero_unless(finite, signals.grads[i]) for i in sparse}
 
     def _next_statistics(
         self, signals: Signals, arrived: "Arrived", averages: dict[Block, list[Tensor]], step: Tensor

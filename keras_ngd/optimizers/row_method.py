@@ -176,7 +176,7 @@ class RowMethod(Room, NaturalGradient):
         self, averages: dict[Block, list[Tensor]], calls: dict[Block, Tensor], share: Tensor | None, refused: Tensor
     ) -> tuple[dict[Block, list[Tensor]], dict[Block, list[Tensor]]]:
         if self.exchange.workers is None:
-            return averages, {}
+            return super().share_statistics(averages, calls, share, refused)
         given = {}
         for i, block in enumerate(self.layout.blocks):
             old = [ops.convert_to_tensor(v) for v in self._given.of_block[block]]

@@ -79,9 +79,7 @@ class Workers:
         """For each of these variables, whose identity is its `key`, the only worker that needs its gradient, or None."""
         if not self.scatter:
             return [None] * len(variables)
-        owners = {
-            key(v): owner for block, owner in self.owners.items() for v in (block.kernel, block.bias) if v is not None
-        }
+        owners = {key(v): owner for block, owner in self.owners.items() for v in block.variables}
         return [owners.get(key(v)) for v in variables]
 
     def mean_gradients(
