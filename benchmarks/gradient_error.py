@@ -26,7 +26,7 @@ from keras import ops
 from benchmarks import results
 from examples.networks import cnn_3c1f, resnet32
 from keras_ngd.analysis import gradient_errors, kernel_ranks
-from keras_ngd.analysis.rows import RowProbe
+from keras_ngd.analysis.layer_rows import RowProbe
 from keras_ngd.linalg import interpolative
 
 NETWORKS = {

@@ -43,9 +43,9 @@ def measure(count, rounds):
 
     import keras_ngd
     from examples.networks import resnet32
-    from keras_ngd.distributed import replicas
+    from keras_ngd.distributed import strategies
 
-    class Undivided(replicas.Replicas):
+    class Undivided(strategies.Replicas):
         """As for TPUs: no replica knows its number, so each does all inversions."""
 
         @property
@@ -53,7 +53,7 @@ def measure(count, rounds):
             return None
 
     def trained(kind):
-        make, replicas.make = replicas.make, Undivided if kind == "each all" else replicas.make
+        make, strategies.make = strategies.make, Undivided if kind == "each all" else strategies.make
         strategy = tf.distribute.MirroredStrategy([f"CPU:{i}" for i in range(count)])
         with strategy.scope():
             model = resnet32()
@@ -80,7 +80,7 @@ def measure(count, rounds):
         # The first step records, the second has nothing due but a refresh.
         for _ in range(3):
             run()
-        replicas.make = make
+        strategies.make = make
         return run
 
     rng = np.random.default_rng(0)

@@ -66,7 +66,8 @@ def measure(batch_size, image_size, rank, rounds):
 
     from keras_ngd import backend
     from keras_ngd.curvature import KernelCurvature
-    from keras_ngd.layers.rows import ConvolutionRows, DenseRows
+    from keras_ngd.layers.convolution import ConvolutionGeometry
+    from keras_ngd.layers.dense import DenseGeometry
     from keras_ngd.linalg import inverse, kernel
     from keras_ngd.statistics import LowRankStatistics
 
@@ -87,10 +88,10 @@ def measure(batch_size, image_size, rank, rounds):
             times.append(time.perf_counter() - start)
         return found, statistics.median(times[1:]) * 1e3
 
-    def compare(rows, x, ds):
+    def compare(geometry, x, ds):
         ms = {}
         (a, g), ms["factors"] = timed(
-            lambda x, ds: (rows.input_second_moment(x), rows.gradient_second_moment(ds)), x, ds
+            lambda x, ds: (geometry.input_second_moment(x), geometry.gradient_second_moment(ds)), x, ds
         )
         damping = ops.ones((1,))
 
@@ -101,7 +102,7 @@ def measure(batch_size, image_size, rank, rounds):
         if keras.backend.backend() == "jax":
             # TensorFlow's takes many minutes at the size of the largest factors, 4609.
             ms["eigen"] = timed(lambda a, g: both(a, g, ops.linalg.eigh), a, g)[1]
-        (a, g), ms["rows"] = timed(lambda x, ds: (rows.input_means(x), rows.gradient_sums(ds)), x, ds)
+        (a, g), ms["rows"] = timed(lambda x, ds: (geometry.input_means(x), geometry.gradient_sums(ds)), x, ds)
         (a_kid, g_kid, weights), ms["kid"] = timed(lambda a, g: low_rank.interpolated(a, g, damping), a, g)
         draw = ops.convert_to_tensor([0.0, 0.0])
         ms["kis"] = timed(lambda a, g: low_rank.sampled(a, g, draw), a, g)[1]
@@ -113,12 +114,14 @@ def measure(batch_size, image_size, rank, rounds):
 
     kept, measured = [], []
     for (k, stride, size, channels, filters), count in layers(image_size).items():
-        rows = ConvolutionRows((k, k, channels, filters), 1, True, (stride, stride), (1, 1), "same", "channels_last")
+        geometry = ConvolutionGeometry(
+            (k, k, channels, filters), 1, True, (stride, stride), (1, 1), "same", "channels_last"
+        )
         x, ds = tensor(batch_size, size, size, channels), tensor(batch_size, size // stride, size // stride, filters)
         name = f"{k}x{k}/{stride} {channels}-{filters} @{size}"
-        measured.append({"layer": name, "count": count, "milliseconds": compare(rows, x, ds)})
+        measured.append({"layer": name, "count": count, "milliseconds": compare(geometry, x, ds)})
         print(measured[-1], file=sys.stderr, flush=True)
-    dense = compare(DenseRows(2048, 1000, True), tensor(batch_size, 2048), tensor(batch_size, 1000))
+    dense = compare(DenseGeometry(2048, 1000, True), tensor(batch_size, 2048), tensor(batch_size, 1000))
     measured.append({"layer": "dense 2048-1000", "count": 1, "milliseconds": dense})
     inputs = [tensors for tensors, layer in zip(kept, measured, strict=True) for _ in range(layer["count"])]
     curvatures = [KernelCurvature(1, chosen, "float32") for _ in inputs]

@@ -12,7 +12,7 @@ OF_TENSORFLOW = {
     "distributed/by_dtype.py",
     "distributed/horovod.py",
     "distributed/multi_worker.py",
-    "distributed/replicas.py",
+    "distributed/strategies.py",
 }
 OF_JAX = {"analysis/tpu_steps.py", "sharding/division.py", "sharding/layout.py"}
 IN_BACKEND = {name for name in modules() if name.startswith("backend/")}
@@ -76,6 +76,7 @@ MAY_IMPORT = {
         "curvature",
         "distributed",
         "keras_private",
+        "layers",
         "linalg",
         "replica",
         "schedules",
@@ -191,3 +192,8 @@ def test_build_says_the_same():
     for part, may in MAY_IMPORT.items():
         # The package as a whole, for those who import it.
         assert targets["keras_ngd" if part == "__init__" else part] == sorted(may), part
+
+
+def test_no_two_files_have_one_name():
+    names = [name.split("/")[-1] for name in modules() if not name.endswith("__init__.py")]
+    assert not {name for name in names if names.count(name) > 1}

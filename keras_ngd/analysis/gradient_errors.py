@@ -11,7 +11,7 @@ import numpy as np
 from keras import ops
 
 from keras_ngd import backend, schedules
-from keras_ngd.analysis.rows import layer_rows
+from keras_ngd.analysis.layer_rows import layer_rows
 from keras_ngd.curvature import KernelCurvature
 from keras_ngd.linalg.sampling import SAMPLINGS
 from keras_ngd.optimizers import HyLo

@@ -9,7 +9,7 @@ import keras
 import numpy as np
 
 from keras_ngd import schedules
-from keras_ngd.analysis.rows import layer_rows
+from keras_ngd.analysis.layer_rows import layer_rows
 
 
 def numerical_rank(values, share):

@@ -2,7 +2,7 @@
 
 from keras_ngd.callbacks.curvature_monitor import CurvatureMonitor, plot_change_rate
 from keras_ngd.callbacks.step_monitor import StepMonitor
-from keras_ngd.callbacks.workers import BroadcastInitialState, GatherStatistics, MetricAverage
+from keras_ngd.callbacks.synchronization import BroadcastInitialState, GatherStatistics, MetricAverage
 
 __all__ = [
     "BroadcastInitialState",

@@ -162,7 +162,7 @@ class CurvatureMonitor(keras.callbacks.Callback):
         result = {}
         for group in optimizer.local_layout.groups:
             parts = [sharding.to_numpy(variable) for variable in group.curvature.variables]
-            ends = np.cumsum([block.rows.groups for block in group.blocks])
+            ends = np.cumsum([block.geometry.groups for block in group.blocks])
             for block, own in zip(
                 group.blocks, zip(*(np.split(p, ends[:-1]) for p in parts), strict=True), strict=True
             ):

@@ -42,26 +42,34 @@ def _reason_against(
     layer: keras.layers.Layer, wrapper: keras.layers.Layer | None, owners: dict[int, list[keras.layers.Layer]]
 ) -> str:
     """Why a layer is not captured, or an empty string."""
-    if type(layer) not in layers.CAPTURED_KINDS and type(layer) not in layers.CAPTURED_KINDS.values():
-        for kind in layers.CAPTURED_KINDS:
-            if isinstance(layer, kind):
-                return f"a subclass of {kind.__name__}: its call may compute something else"
+    kind: Any = type(layer) if type(layer) in layers.CAPTURED_KINDS.values() else layers.CAPTURED_KINDS.get(type(layer))
+    if kind is None:
+        for plain in layers.CAPTURED_KINDS:
+            if isinstance(layer, plain):
+                return f"a subclass of {plain.__name__}: its call may compute something else"
         return "not a captured kind"
     if wrapper is not None:
         return f"inside {type(wrapper).__name__} {wrapper.name!r}, which calls it in its own way"
     if getattr(layer, "quantization_mode", None) is not None:
         return "quantized"
-    if layer.lora_enabled:
+    if getattr(layer, "lora_enabled", False):
         return "LoRA is enabled: its kernel is not what is trained"
+    try:
+        parts = kind.parts(layer)
+    except ValueError as error:
+        return str(error)
+    kernel, *others = [variable for part in parts.values() for variable in part.parameters]
     if not layer.trainable and getattr(layer, "statistics", None) is not None:
         return OF_ANOTHER
-    if not layer.trainable or not keras_private.kernel_of(layer).trainable:
+    if not layer.trainable or not kernel.trainable:
         return "not trainable: unfreeze it, then capture again"
-    if layer.use_bias and not layer.bias.trainable:
-        return "its bias is not trainable, its kernel is"
-    sharing = [other for other in owners[id(keras_private.kernel_of(layer))] if other is not layer]
-    if sharing:
-        return f"shares its kernel with {sharing[0].path!r}"
+    for variable in others:
+        if not variable.trainable:
+            return f"its {variable.name} is not trainable, its {kernel.name} is"
+    for variable in (kernel, *others):
+        sharing = [other for other in owners[id(variable)] if other is not layer]
+        if sharing:
+            return f"shares its {variable.name} with {sharing[0].path!r}"
     return ""
 
 

@@ -16,7 +16,7 @@ from keras_ngd.optimizers.blocks import Block, Group
 from keras_ngd.optimizers.natural_gradient import NaturalGradient
 from keras_ngd.optimizers.plain import plain_sgd
 from keras_ngd.report import CaptureReport, LayerReport
-from keras_ngd.typing import Variable
+from keras_ngd.typing import Shape, Variable
 
 
 def capture(
@@ -72,7 +72,8 @@ def _capture(
     policy.check_float16(optimizer, [layer for layer, reason in decisions if not reason])
     optimizer.exchange.connect()
     optimizer.measure(model, data, analysis)
-    entries = []
+    entries: list[LayerReport] = []
+    recorded = 0
     for layer, reason in decisions:
         if reason:
             if reason != policy.OF_ANOTHER:
@@ -83,13 +84,15 @@ def _capture(
             with contextlib.ExitStack() as scopes:
                 for name in layer.path.split("/"):
                     scopes.enter_context(keras.name_scope(name))
-                statistics = optimizer.new_statistics(layer)
-                if not any(entry.captured for entry in entries):
-                    optimizer.loss_carrier.carried_by(statistics)
+                statistics = {n: optimizer.new_statistics(layer, part.geometry) for n, part in layer.parts().items()}
+                if not recorded:
+                    optimizer.loss_carrier.carried_by(next(iter(statistics.values())))
                 layer.attach_statistics(statistics)
-            # Eager training records its first batch before it builds the optimizer, which starts all again in its order.
-            optimizer.start_statistics(layer.statistics, sum(entry.captured for entry in entries))
-            layer.statistics.watched_by(optimizer)
+            for of_part in statistics.values():
+                # Eager training records its first batch before it builds the optimizer, which starts all again in its order.
+                optimizer.start_statistics(of_part, recorded)
+                of_part.watched_by(optimizer)
+                recorded += 1
             entries.append(_describe(layer, optimizer))
     optimizer.note_capture(model)
     _forget_compiled_functions(model)
@@ -100,14 +103,15 @@ def _capture(
 
 
 def _describe(layer: keras.layers.Layer, optimizer: NaturalGradient) -> LayerReport:
-    block = Block(layer.path, keras_private.kernel_of(layer), layer.bias, layer.statistics)
-    averages = layer.statistics.averages
-    shapes = [sharding.shape_of(v) for v in averages]
-    size = backend.itemsize(averages[0].dtype) * sum(map(math.prod, shapes))
-    shown = tuple(s[1:] if s[0] == 1 else s for s in shapes if len(s) > 2)
-    kind = type(layer).plain.__name__
-    size += optimizer.make_curvature(Group([block])).bytes + optimizer.further_bytes(block)
-    return LayerReport(layer.path, kind, shown, size)
+    shown: list[Shape] = []
+    size = 0
+    for statistics in layer.all_statistics().values():
+        block, averages = Block.of(statistics), statistics.averages
+        shapes = [sharding.shape_of(v) for v in averages]
+        shown += [s[1:] if s[0] == 1 else s for s in shapes if len(s) > 2]
+        size += backend.itemsize(averages[0].dtype) * sum(map(math.prod, shapes))
+        size += optimizer.curvature_of(Group([block])).bytes + optimizer.further_bytes(block)
+    return LayerReport(layer.path, type(layer).plain.__name__, tuple(shown), size)
 
 
 def release(model: keras.Model) -> None:

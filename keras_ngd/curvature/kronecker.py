@@ -8,7 +8,7 @@ from keras import ops
 from keras_ngd import backend, sharding
 from keras_ngd.curvature.curvature import Curvature, Slot, where_chosen
 from keras_ngd.linalg import inverse
-from keras_ngd.linalg.together import together
+from keras_ngd.linalg.batching import batched_by_size
 from keras_ngd.typing import Shape, Tensor
 
 INVERSES = ("auto", "cholesky", "newton-schulz", "eigen")
@@ -154,7 +154,7 @@ class KroneckerCurvature(Curvature):
             dampings, previous = rest
             return [inverse.damped_inverse(factors, dampings, previous, method)]
 
-        found = iter(together(renewed, sides))
+        found = iter(batched_by_size(renewed, sides))
         new = [[*next(found), *next(found)] for _ in curvatures]
         return where_chosen(chosen, new, states)
 

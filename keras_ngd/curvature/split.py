@@ -8,7 +8,7 @@ from keras import ops
 from keras_ngd.curvature.curvature import Curvature, Slot
 from keras_ngd.curvature.kronecker import factor_dampings, identities, inversion_method
 from keras_ngd.linalg import diagonal, inverse
-from keras_ngd.linalg.together import together
+from keras_ngd.linalg.batching import batched_by_size
 from keras_ngd.typing import Parts, Tensor
 
 
@@ -28,14 +28,22 @@ class SplitCurvature(Curvature):
         input_parts, output_parts: as `linalg.diagonal.partition` gives them.
         dtype: of the factors.
         inverse_method: `"auto"`, `"cholesky"` or `"newton-schulz"`.
-        damping_mode: `"pi"`, `"sqrt"` or `"factor"`.
+        damping_mode: `"relative"`, `"pi"`, `"sqrt"` or `"factor"`.
+        damping_factor: what the damping is multiplied with. Default 1.
     """
 
     def __init__(
-        self, count: int, input_parts: Parts, output_parts: Parts, dtype: str, inverse_method: str, damping_mode: str
+        self,
+        count: int,
+        input_parts: Parts,
+        output_parts: Parts,
+        dtype: str,
+        inverse_method: str,
+        damping_mode: str,
+        damping_factor: float = 1.0,
     ) -> None:
         self.count, self.sides, self.dtype = count, (tuple(input_parts), tuple(output_parts)), dtype
-        self.inverse_method, self.damping_mode = inverse_method, damping_mode
+        self.inverse_method, self.damping_mode, self.damping_factor = inverse_method, damping_mode, damping_factor
 
     @property
     def parts(self) -> Parts:
@@ -63,9 +71,16 @@ class SplitCurvature(Curvature):
         """The traces of `A` and of `G`, each `[k]`."""
         return tuple(diagonal.traces(side) for side in self.divide(factors))
 
+    def trace(self, factors: Sequence[Tensor]) -> Tensor:
+        """The traces of the Fisher blocks, `[k]`."""
+        trace_a, trace_g = self.traces(factors)
+        return trace_a * trace_g
+
     def dampings(self, factors: Sequence[Tensor], damping: Tensor) -> tuple[Tensor, Tensor]:
         """`dA` and `dG`, each `[k]`."""
         means = [t / diagonal.dimension(s) for t, s in zip(self.traces(factors), self.sides, strict=True)]
+        if self.damping_factor != 1:
+            damping = damping * self.damping_factor
         return factor_dampings(means[0], means[1], damping, self.damping_mode)
 
     @classmethod
@@ -92,7 +107,7 @@ class SplitCurvature(Curvature):
         def inverses(factors: Tensor, dampings: Tensor, previous: Tensor, chosen: Tensor) -> list[Tensor]:
             return [inverse.damped_inverse_of(factors, dampings, previous, chosen, method)]
 
-        found = iter(together(inverses, work))
+        found = iter(batched_by_size(inverses, work))
         return [
             [ops.reshape(next(found)[0], (-1, count, size, size)) for count, size in curvature.parts]
             for curvature in curvatures

@@ -9,7 +9,7 @@ from keras_ngd import backend
 from keras_ngd.curvature.curvature import Curvature, Slot, where_chosen
 from keras_ngd.curvature.kronecker import factor_dampings, identities
 from keras_ngd.linalg import inverse
-from keras_ngd.linalg.together import together
+from keras_ngd.linalg.batching import batched_by_size
 from keras_ngd.typing import Shape, Tensor
 
 
@@ -84,7 +84,7 @@ class WoodburyCurvature(Curvature):
                 matrix = side if rows == size else backend.matmul(side, side, transpose_b=True)
                 work.append([matrix, of_side])
         found = []
-        for (rows, size), (inverses, dampings, failed) in zip(sides, together(_inverses, work), strict=True):
+        for (rows, size), (inverses, dampings, failed) in zip(sides, batched_by_size(_inverses, work), strict=True):
             if rows == size:
                 eye = ops.eye(rows, dtype=backend.dtype_name(inverses))
                 inverses = ops.where(ops.reshape(failed, (-1, 1, 1)), eye, inverses)

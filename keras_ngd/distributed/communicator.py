@@ -120,16 +120,16 @@ def resolve(communicator: Communicator | str, optimizer: keras.optimizers.Optimi
     """
     check(communicator)
     if optimizer is not None and backend.has_strategies():
-        from keras_ngd.distributed import replicas
+        from keras_ngd.distributed import strategies
 
-        strategy = replicas.strategy_of(optimizer)
+        strategy = strategies.strategy_of(optimizer)
         if strategy is not None and communicator != "auto":
             raise ValueError(
                 f"Under {type(strategy).__name__} replicas talk to each other by themselves: leave `communicator` at 'auto'. "
                 f"Received: communicator={communicator!r}"
             )
         if strategy is not None:
-            return replicas.make(strategy)
+            return strategies.make(strategy)
     if isinstance(communicator, Communicator):
         return communicator
     if communicator == "local":

@@ -1,10 +1,10 @@
 """Captured layers: Keras layers with a probe on their pre-activation."""
 
-from keras_ngd.layers.captured import Captured
+from keras_ngd.layers.captured import Captured, Part
 from keras_ngd.layers.convolution import Conv1D, Conv2D, Conv3D
-from keras_ngd.layers.dense import Dense
+from keras_ngd.layers.dense import Dense, DenseGeometry
+from keras_ngd.layers.geometry import Geometry, MatrixGeometry, Structure
 from keras_ngd.layers.probe import probe
-from keras_ngd.layers.rows import DenseRows
 
 # What `capture` makes of which layers.
 CAPTURED_KINDS: dict[type, type] = {}
@@ -36,4 +36,18 @@ def register_kind(kind: type) -> type:
 for _kind in (Dense, Conv1D, Conv2D, Conv3D):
     register_kind(_kind)
 
-__all__ = ["CAPTURED_KINDS", "Captured", "Conv1D", "Conv2D", "Conv3D", "Dense", "DenseRows", "probe", "register_kind"]
+__all__ = [
+    "CAPTURED_KINDS",
+    "Captured",
+    "Conv1D",
+    "Conv2D",
+    "Conv3D",
+    "Dense",
+    "DenseGeometry",
+    "Geometry",
+    "MatrixGeometry",
+    "Part",
+    "Structure",
+    "probe",
+    "register_kind",
+]

@@ -1,12 +1,14 @@
 """What all captured layers share: owning statistics, and saving and loading them with the layer."""
 
-from typing import TYPE_CHECKING, Any
+import abc
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import keras
 
 from keras_ngd import keras_private
-from keras_ngd.layers.rows import Rows
-from keras_ngd.typing import Config
+from keras_ngd.layers.geometry import Geometry
+from keras_ngd.typing import Config, Variable
 
 if TYPE_CHECKING:
     from keras_ngd.statistics.statistics import Statistics
@@ -19,53 +21,86 @@ else:
     Base = object
 
 
-class Captured(Base):
-    """Mixin in front of a Keras layer whose pre-activation passes through a probe.
+class Part(NamedTuple):
+    """One weight matrix of a layer.
 
-    Subclasses set `plain` (the Keras layer they extend) and define `_rows()`. A captured layer computes what the plain
+    Attributes:
+        geometry: how it is presented.
+        parameters: the layer's variables that it is made of, in the order in which `geometry.to_matrix` takes them.
+    """
+
+    geometry: Geometry
+    parameters: Sequence[Variable]
+
+
+class Captured(Base, metaclass=abc.ABCMeta):
+    """Mixin in front of a Keras layer whose pre-activations pass through probes, one for each of its weight matrices.
+
+    Subclasses set `plain` (the Keras layer they extend) and define `parts`. A captured layer computes what the plain
     one does; without statistics it *is* the plain one.
 
     Args:
         statistics: the layer's `Statistics`, unattached. Default None: `keras_ngd.capture` attaches them. Set when a
-            saved captured model is loaded.
+            saved captured model is loaded; so are those of other parts, under the names of these.
+
+    Attributes:
+        statistics: those of the first part; None where nothing is recorded.
     """
 
     plain: Any = None
     statistics: "Statistics | None"
 
-    def __init__(self, *args: Any, statistics: Any = None, **kwargs: Any) -> None:
+    # Whether `keras_ngd.capture` captures layers of this kind unless it is told to leave them out.
+    by_default = True
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        names = [name for name in kwargs if name == "statistics" or name.endswith("_statistics")]
+        pending = {name: kwargs.pop(name) for name in names}
         super().__init__(*args, **kwargs)
         self.statistics = None
-        self._pending_statistics = statistics
+        self._pending_statistics = {name: value for name, value in pending.items() if value is not None}
 
-    def build(self, input_shape: Any) -> None:
+    @abc.abstractmethod
+    def parts(self) -> dict[str, Part]:
+        """The weight matrices of the built layer, by the names of the attributes that are to be their statistics.
+
+        The first is named `statistics`, others end in `_statistics`. Called of plain layers, too, with these as `self`.
+        Parameters of no part follow the rule of the rest.
+
+        Raises:
+            ValueError: where it has none that could be captured; says why.
+        """
+
+    def build(self, input_shape: Any = None) -> None:
         super().build(input_shape)
-        pending, self._pending_statistics = self._pending_statistics, None
-        if pending is not None:
-            self.attach_statistics(keras.saving.deserialize_keras_object(pending))
+        pending, self._pending_statistics = self._pending_statistics, {}
+        if pending:
+            self.attach_statistics({n: keras.saving.deserialize_keras_object(c) for n, c in pending.items()})
 
-    def attach_statistics(self, statistics: "Statistics") -> None:
-        """Makes the built layer record `statistics` from the next trace on."""
+    def attach_statistics(self, statistics: "dict[str, Statistics]") -> None:
+        """Makes the built layer record these from the next trace on; by part."""
         self.detach_statistics()
         dtype = "float64" if self.variable_dtype == "float64" else "float32"
         with keras_private.unlocked(self):
-            statistics.attach(self, self._rows(), dtype)
-            self.statistics = statistics
+            for name, part in self.parts().items():
+                statistics[name].attach(self, name, part.geometry, dtype)
+                setattr(self, name, statistics[name])
 
     def detach_statistics(self) -> None:
         """Drops the layer's statistics, if it has any."""
-        statistics = getattr(self, "statistics", None)
-        if statistics is not None:
+        for name, statistics in self.all_statistics().items():
             with keras_private.unlocked(self):
                 keras_private.forget_sub_layer(self, statistics)
-                self.statistics = None
+                setattr(self, name, None)
 
-    def _rows(self) -> Rows:
-        """The layer's `Rows`."""
-        raise NotImplementedError
+    def all_statistics(self) -> "dict[str, Statistics]":
+        """The statistics of all parts, by part; empty where nothing is recorded."""
+        if getattr(self, "statistics", None) is None:
+            return {}
+        return {name: getattr(self, name) for name in self.parts()}
 
     def get_config(self) -> Config:
         config = super().get_config()
-        if self.statistics is not None:
-            config["statistics"] = keras.saving.serialize_keras_object(self.statistics)
+        for name, statistics in self.all_statistics().items():
+            config[name] = keras.saving.serialize_keras_object(statistics)
         return config

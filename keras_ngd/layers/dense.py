@@ -4,10 +4,26 @@ import keras
 from keras import ops
 
 from keras_ngd import keras_private
-from keras_ngd.layers.captured import Captured
+from keras_ngd.layers.captured import Captured, Part
+from keras_ngd.layers.geometry import MatrixGeometry
 from keras_ngd.layers.probe import probe
-from keras_ngd.layers.rows import DenseRows, Rows
 from keras_ngd.typing import Tensor
+
+
+class DenseGeometry(MatrixGeometry):
+    """Rows of a `Dense` layer: one per position of `[examples, ..., features]`.
+
+    `weights`, of shape `[examples, ...]`, is the mask of its input, if it has one.
+    """
+
+    def __init__(self, inputs: int, outputs: int, use_bias: bool) -> None:
+        super().__init__(1, inputs, outputs, use_bias, (inputs, outputs))
+
+    def input_rows(self, x: Tensor) -> Tensor:
+        return ops.reshape(x, (1, ops.shape(x)[0], -1, self.width))
+
+    def gradient_rows(self, ds: Tensor) -> Tensor:
+        return ops.reshape(ds, (1, ops.shape(ds)[0], -1, self.output_dim))
 
 
 @keras.saving.register_keras_serializable("keras_ngd")
@@ -21,9 +37,11 @@ class Dense(Captured, keras.layers.Dense):
 
     plain = keras.layers.Dense
 
-    def _rows(self) -> Rows:
-        inputs, outputs = keras_private.kernel_of(self).shape
-        return DenseRows(inputs, outputs, self.use_bias)
+    def parts(self) -> dict[str, Part]:
+        kernel = keras_private.kernel_of(self)
+        inputs, outputs = kernel.shape
+        parameters = [kernel, self.bias] if self.use_bias else [kernel]
+        return {"statistics": Part(DenseGeometry(inputs, outputs, self.use_bias), parameters)}
 
     def call(self, inputs: Tensor, training: bool | None = None) -> Tensor:
         if self.statistics is None:
@@ -31,5 +49,5 @@ class Dense(Captured, keras.layers.Dense):
         x = ops.matmul(inputs, self.kernel)
         if self.bias is not None:
             x = ops.add(x, self.bias)
-        x = probe(x, inputs, self.statistics.rows, self.statistics, keras_private.mask_of(inputs))
+        x = probe(x, inputs, self.statistics.geometry, self.statistics, keras_private.mask_of(inputs))
         return x if self.activation is None else self.activation(x)

@@ -14,14 +14,14 @@ from keras import ops
 
 from keras_ngd import backend
 from keras_ngd.backend import surroundings
-from keras_ngd.layers.rows import Rows
+from keras_ngd.layers.geometry import Geometry
 from keras_ngd.typing import Tensor
 
 if TYPE_CHECKING:
     from keras_ngd.statistics.statistics import Statistics
 
 
-def probe(s: Tensor, x: Tensor, rows: Rows, statistics: "Statistics", weights: Tensor | None = None) -> Tensor:
+def probe(s: Tensor, x: Tensor, geometry: Geometry, statistics: "Statistics", weights: Tensor | None = None) -> Tensor:
     """Returns `s`, and has `statistics` observe `x` and the gradient of `s` in the backward pass.
 
     A loss with this gradient in it is refused where it is differentiated: what is recorded would not be of the whole loss.
@@ -29,9 +29,9 @@ def probe(s: Tensor, x: Tensor, rows: Rows, statistics: "Statistics", weights: T
     Args:
         s: the layer's pre-activation.
         x: the layer's input.
-        rows: the layer's `Rows`.
+        geometry: how the layer presents the matrix that made `s`.
         statistics: the layer's `Statistics`.
-        weights: optional row weights (a mask), as `rows` takes them.
+        weights: optional weights of the rows (a mask), as the geometry takes them.
     """
     if backend.is_sparse_tensor(x):
         path = statistics.owner().path
@@ -55,7 +55,7 @@ def probe(s: Tensor, x: Tensor, rows: Rows, statistics: "Statistics", weights: T
 
     def gradient(ds: Tensor, *arguments: Tensor) -> tuple[Tensor | None, ...]:
         inputs, values = arguments[: len(observed)], arguments[len(observed) : len(observed) + len(state)]
-        return (*_gradient(reference, call, rows, ds, inputs, values), *(ops.zeros_like(t) for t in others))
+        return (*_gradient(reference, call, geometry, ds, inputs, values), *(ops.zeros_like(t) for t in others))
 
     return backend.identity_with_gradient(gradient)(s, *observed, *state, *others)
 
@@ -63,7 +63,7 @@ def probe(s: Tensor, x: Tensor, rows: Rows, statistics: "Statistics", weights: T
 def _gradient(
     reference: "Callable[[], Statistics | None]",
     call: Any,
-    rows: Rows,
+    geometry: Geometry,
     ds: Tensor,
     inputs: Sequence[Tensor],
     values: Sequence[Tensor],
@@ -89,7 +89,7 @@ def _gradient(
     ds, *values = (ops.stop_gradient(t) for t in (ds, *values))
     upstream = surroundings.unvectorized(ds, _refusal(statistics, "ops.vectorized_map"))
     weights = inputs[1] if len(inputs) > 1 else None
-    emitted = statistics.emit(rows, inputs[0], upstream, weights, values, looped=bool(loops), as_read=as_read)
+    emitted = statistics.emit(geometry, inputs[0], upstream, weights, values, looped=bool(loops), as_read=as_read)
     return (followed, *(None for _ in inputs), *emitted)
 
 

@@ -5,7 +5,7 @@ from collections.abc import Iterable, Sequence
 
 from keras import ops
 
-from keras_ngd.linalg.together import together
+from keras_ngd.linalg.batching import batched_by_size
 from keras_ngd.typing import Shape, Tensor
 
 
@@ -64,7 +64,7 @@ def packed(tensors: Sequence[Tensor]) -> list[Tensor]:
     """A list of tensors, its stacks of symmetric matrices `[..., d, d]` packed."""
     stacks = [i for i, t in enumerate(tensors) if _is_stack(t)]
     matrices = [[ops.reshape(tensors[i], (-1, *tensors[i].shape[-2:]))] for i in stacks]
-    return _replaced(tensors, stacks, together(lambda t: [pack(t)], matrices))
+    return _replaced(tensors, stacks, batched_by_size(lambda t: [pack(t)], matrices))
 
 
 def packed_shape(tensor: Tensor) -> Shape:
@@ -76,7 +76,7 @@ def packed_shape(tensor: Tensor) -> Shape:
 def unpacked(tensors: Sequence[Tensor], like: Sequence[Tensor]) -> list[Tensor]:
     """What `packed` was given, from what it returned; `like` has the tensors' shapes."""
     stacks = [i for i, t in enumerate(like) if _is_stack(t)]
-    found = together(lambda t: [unpack(t, _dimension(t.shape[-1]))], [[tensors[i]] for i in stacks])
+    found = batched_by_size(lambda t: [unpack(t, _dimension(t.shape[-1]))], [[tensors[i]] for i in stacks])
     return _replaced(tensors, stacks, [[ops.reshape(t, like[i].shape)] for i, [t] in zip(stacks, found, strict=True)])
 
 

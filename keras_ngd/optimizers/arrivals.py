@@ -87,7 +87,7 @@ class Arrivals:
     """Takes in what the probes emitted, and tells with which weight the next batch enters the averages.
 
     Args:
-        optimizer: whose step it is: its `factor_decay` is looked at.
+        optimizer: whose step it is: its `decay_of` is asked.
         blocks: of its layout.
         add: its `StateLayout.add`.
 
@@ -179,7 +179,7 @@ class Arrivals:
 
     def rates(self) -> Tensor:
         """`[blocks]`, the weight with which a batch enters each layer's averages now."""
-        decay = ops.convert_to_tensor(self._optimizer.factor_decay, "float32")
+        decay = ops.convert_to_tensor([self._optimizer.decay_of(block) for block in self._blocks], "float32")
         return average_weight(decay, ops.convert_to_tensor(self.updates))
 
     def next_values(self, number: int, arrived: "Arrived") -> list[tuple[Variable, Tensor]]:

@@ -10,11 +10,14 @@ import keras
 from keras import ops
 
 from keras_ngd import schedules, sharding
+from keras_ngd.curvature import Curvature
 from keras_ngd.distributed.communicator import Communicator
+from keras_ngd.layers.geometry import Geometry
 from keras_ngd.optimizers import checks, coverage
+from keras_ngd.optimizers.approximations import Approximation
 from keras_ngd.optimizers.arguments import documented
 from keras_ngd.optimizers.arrivals import Arrivals
-from keras_ngd.optimizers.blocks import Layout
+from keras_ngd.optimizers.blocks import Group, Layout
 from keras_ngd.optimizers.bound import Bound, checked_clips
 from keras_ngd.optimizers.checkpoint import StrictCheckpoint
 from keras_ngd.optimizers.clock import Clock
@@ -117,9 +120,9 @@ class AssembledOptimizer(Method, OverwritingSGD):
         """The model that was captured for this optimizer, or None. Not a property: Keras saves and loads what those return."""
         return None if self._model is None else self._model()
 
-    def new_statistics(self, layer: keras.layers.Layer) -> Statistics:
-        """What `make_statistics` gives, told where it is to lie."""
-        statistics = self.make_statistics(layer)
+    def new_statistics(self, layer: keras.layers.Layer, geometry: Geometry) -> Statistics:
+        """What the approximation of a geometry's structure records of a layer, told where it is to lie."""
+        statistics = self.approximation_of(geometry).make_statistics(layer)
         statistics.shard_state = self.shard_state
         return statistics
 
@@ -128,6 +131,15 @@ class AssembledOptimizer(Method, OverwritingSGD):
         model = self.captured_model()
         self.ratio.listen(model)
         make_outside_of_traces(model)
+
+    def approximation_of(self, geometry: Geometry) -> Approximation:
+        """How blocks of this geometry are approximated."""
+        kind = self.approximations.get(geometry.structure)
+        return self if kind is None else kind(self)
+
+    def curvature_of(self, group: Group) -> Curvature:
+        """A new curvature for a group of blocks of one structure and shape."""
+        return self.approximation_of(group.blocks[0].geometry).make_curvature(group)
 
     # The loss
 

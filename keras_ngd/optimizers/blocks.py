@@ -1,4 +1,4 @@
-"""Pairs the variables an optimizer is given into blocks: kernel, bias and the statistics that describe both."""
+"""Pairs the variables an optimizer is given into blocks: parameters and the statistics that describe them."""
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -7,40 +7,45 @@ from typing import TYPE_CHECKING, Any
 
 from keras import ops
 
-from keras_ngd import backend, keras_private
+from keras_ngd import backend
 from keras_ngd.typing import Tensor, Variable
 
 if TYPE_CHECKING:
-    from keras_ngd.layers.rows import Rows
+    from keras_ngd.layers.geometry import Geometry
 
 
 @dataclass(frozen=True, eq=False)
 class Block:
-    """One captured layer as the optimizer sees it."""
+    """One weight matrix of a captured layer, as the optimizer sees it.
+
+    Attributes:
+        layer: the layer's path, and the part's name where it has several.
+        variables: the parameters that the matrix is made of: a kernel, and its bias where there is one.
+        statistics: those that describe it.
+    """
 
     layer: str
-    kernel: Variable
-    bias: Variable | None
+    variables: Sequence[Variable]
     statistics: Any
 
+    @classmethod
+    def of(cls, statistics: Any) -> "Block":
+        """The block that these statistics, of a captured layer, describe."""
+        return cls(statistics.path_of_part(), tuple(statistics.parameters()), statistics)
+
     @property
-    def rows(self) -> "Rows":
-        return self.statistics.rows
+    def geometry(self) -> "Geometry":
+        return self.statistics.geometry
 
     @property
     def shape(self) -> tuple[int, int, Any]:
         """`(input_dim, output_dim, dtype)`."""
-        return self.rows.input_dim, self.rows.output_dim, self.statistics.averages[0].dtype
-
-    @property
-    def variables(self) -> list[Variable]:
-        """The kernel, and the bias where there is one."""
-        return [self.kernel] if self.bias is None else [self.kernel, self.bias]
+        return self.geometry.input_dim, self.geometry.output_dim, self.statistics.averages[0].dtype
 
     @property
     def kind(self) -> tuple[Any, ...]:
         """Blocks of one kind, whose statistics have equal shapes too, share batched computations."""
-        return (*self.shape, *(tuple(v.shape[1:]) for v in self.statistics.averages))
+        return (self.geometry.structure, *self.shape, *(tuple(v.shape[1:]) for v in self.statistics.averages))
 
 
 @dataclass(eq=False)
@@ -52,7 +57,7 @@ class Group:
 
     @property
     def count(self) -> int:
-        return sum(block.rows.groups for block in self.blocks)
+        return sum(block.geometry.groups for block in self.blocks)
 
     def stacked(self, tensors: Mapping[Block, Sequence[Tensor]]) -> list[Tensor]:
         """The tensors of a dict from blocks to lists of them, joined over the blocks of the group: a list."""
@@ -60,11 +65,11 @@ class Group:
 
     def of_each(self, values: Mapping[Block, Tensor]) -> Tensor:
         """`[k]`, from a scalar for each block, which may be several of the `k`: a convolution's groups."""
-        return ops.concatenate([ops.repeat(values[block], block.rows.groups) for block in self.blocks])
+        return ops.concatenate([ops.repeat(values[block], block.geometry.groups) for block in self.blocks])
 
     def parts(self, stacked: Tensor) -> Iterable[tuple[Block, Tensor]]:
         """Pairs of every block and its part of what the curvature stacks."""
-        return zip(self.blocks, backend.parts(stacked, [block.rows.groups for block in self.blocks]), strict=True)
+        return zip(self.blocks, backend.parts(stacked, [block.geometry.groups for block in self.blocks]), strict=True)
 
 
 class Signals:
@@ -95,9 +100,9 @@ class Signals:
         """The gradient of a variable."""
         return self.grads[self.index(variable)]
 
-    def of_block(self, block: Block) -> list[Tensor | None]:
-        """The gradients of a block's kernel and bias, the latter None where there is none."""
-        return [None if v is None else self.of(v) for v in (block.kernel, block.bias)]
+    def of_block(self, block: Block) -> list[Tensor]:
+        """The gradients of a block's variables."""
+        return [self.of(v) for v in block.variables]
 
     def with_gradients(self, grads: Sequence[Tensor]) -> "Signals":
         """The same of other gradients."""
@@ -108,7 +113,7 @@ def find_blocks(variables: Sequence[Variable], key: Callable[[Variable], Any]) -
     """The blocks among `variables`, in their order; `key` gives a variable's identity.
 
     Raises:
-        ValueError: where a layer's statistics are among the variables but its kernel or bias is not.
+        ValueError: where a layer's statistics are among the variables but its parameters are not.
     """
     known = {key(v) for v in variables}
     blocks, seen = [], set()
@@ -117,12 +122,11 @@ def find_blocks(variables: Sequence[Variable], key: Callable[[Variable], Any]) -
         if statistics is None or id(statistics) in seen:
             continue
         seen.add(id(statistics))
-        layer = statistics.owner()
-        block = Block(layer.path, keras_private.kernel_of(layer), layer.bias if layer.use_bias else None, statistics)
+        block = Block.of(statistics)
         for part in block.variables:
             if key(part) not in known:
                 raise ValueError(
-                    f"Layer {layer.path!r} was captured, but its variable {part.path!r} is not trainable. Set "
+                    f"Layer {block.layer!r} was captured, but its variable {part.path!r} is not trainable. Set "
                     "`trainable` on whole layers, and call `keras_ngd.capture(model, optimizer)` again with a new optimizer."
                 )
         blocks.append(block)

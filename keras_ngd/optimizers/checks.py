@@ -73,7 +73,7 @@ def check_blocks(optimizer: "NaturalGradient", blocks: Sequence[Block], variable
             "that makes its own layers: load it with `compile=False`, capture, compile, then `model.load_weights`."
         )
     for block in blocks:
-        expected = optimizer.make_statistics(block.statistics.owner()).spec
+        expected = optimizer.approximation_of(block.geometry).make_statistics(block.statistics.owner()).spec
         if block.statistics.spec != expected:
             raise ValueError(
                 f"Layer {block.layer!r} was captured for another optimizer: it records {block.statistics.spec}, but "

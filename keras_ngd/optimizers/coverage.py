@@ -6,7 +6,6 @@ from typing import TYPE_CHECKING
 
 import keras
 
-from keras_ngd import keras_private
 from keras_ngd.optimizers.blocks import Block
 from keras_ngd.typing import Variable
 
@@ -26,15 +25,15 @@ def _is_kernel(variable: Variable) -> bool:
 
 def count_not_captured(variables: Sequence[Variable]) -> int:
     """How many kernels among a model's trainable variables `capture` has left out."""
-    owners = [v.keras_ngd_statistics.owner() for v in variables if hasattr(v, "keras_ngd_statistics")]
-    captured = {id(keras_private.kernel_of(owner)) for owner in owners}
+    statistics = {id(s): s for s in (getattr(v, "keras_ngd_statistics", None) for v in variables) if s is not None}
+    captured = {id(v) for s in statistics.values() for v in s.parameters()}
     return sum(_is_kernel(v) and id(v) not in captured for v in variables)
 
 
 def check_coverage(optimizer: "NaturalGradient", variables: Sequence[Variable], blocks: Sequence[Block]) -> None:
     """Warns if more kernels are not captured than `optimizer.not_captured`, which `capture` left out."""
     left_out = optimizer.not_captured
-    captured = {optimizer._var_key(block.kernel) for block in blocks}
+    captured = {optimizer._var_key(v) for block in blocks for v in block.variables}
     kernels = [v for v in variables if _is_kernel(v)]
     plain = [v for v in kernels if optimizer._var_key(v) not in captured]
     if len(plain) > (left_out or 0):
@@ -55,7 +54,7 @@ def check_statistics_given(optimizer: "NaturalGradient", variables: Sequence[Var
     """Raises an error if kernels of captured layers are among the variables, without their statistics."""
     model = optimizer.captured_model()
     statistics = {} if model is None else {id(v): v.keras_ngd_statistics for v in _statistics_weights(model)}
-    kernels = {optimizer._var_key(keras_private.kernel_of(s.owner())) for s in statistics.values()}
+    kernels = {optimizer._var_key(v) for s in statistics.values() for v in s.parameters()}
     found = [v for v in variables if optimizer._var_key(v) in kernels]
     if found:
         raise ValueError(

@@ -136,8 +136,8 @@ class Exchange:
                 communicator,
                 rank,
                 layout,
-                cost=lambda block: optimizer.make_curvature(Group([block])).refresh_cost,
-                part=lambda blocks: layout.part(blocks, optimizer.make_curvature),
+                cost=lambda block: optimizer.curvature_of(Group([block])).refresh_cost,
+                part=lambda blocks: layout.part(blocks, optimizer.curvature_of),
                 fraction=fraction,
                 scatter=optimizer.reduce_scatter,
                 one_clock=optimizer.one_clock,
@@ -196,7 +196,7 @@ class Exchange:
         """For each block what its statistics go on with, from what this worker's probes emitted.
 
         Args:
-            averages: dict from blocks to lists of tensors.
+            averages: dict from blocks, all or some of them, to lists of tensors.
             share: scalar, this worker's share of all examples.
             refused: `[blocks]`, whose statistics are not to be had of some worker.
         """

@@ -13,7 +13,7 @@ from keras_ngd.linalg.sampling import SAMPLINGS
 from keras_ngd.optimizers import gradient_switch, joining
 from keras_ngd.optimizers.arguments import NOT_OF_ROWS, documented
 from keras_ngd.optimizers.blocks import Block, Layout
-from keras_ngd.optimizers.row_method import steps_in
+from keras_ngd.optimizers.row_method import of_rows, steps_in
 from keras_ngd.optimizers.sngd import SNGD
 from keras_ngd.statistics import LowRankStatistics
 from keras_ngd.statistics.draws import LAYERS, draw_number
@@ -192,6 +192,8 @@ class HyLo(SNGD):
 
     def start_statistics(self, statistics: Statistics, number: int) -> None:
         super().start_statistics(statistics, number)
+        if not isinstance(statistics, LowRankStatistics):
+            return
         statistics.start_draws(self.worker_seed(), number)
         # The ratio of the loss is not known before the first batch, whose rows KID weighs as for a mean over the examples.
         statistics.damping.assign(self._damping_for_probe(0, 1.0))
@@ -210,6 +212,8 @@ class HyLo(SNGD):
         return damping if self.damping_mode == "relative" else damping * self._units_of_probe(ratio)
 
     def control_values(self, block: Block, step: Tensor) -> list[tuple[Variable, Tensor]]:
+        if not of_rows(block):
+            return []
         return [(block.statistics.damping, self._damping_for_probe(step + 1, self.ratio_of(block.statistics)))]
 
     def _coin(self, epoch: Tensor) -> Tensor:
@@ -222,7 +226,8 @@ class HyLo(SNGD):
         return ops.convert_to_tensor(self._switch)[gradient_switch.STATE.index("mode")]
 
     def gates(self, gates: Tensor) -> Tensor:
-        return super().gates(ops.where(gates > 0, self._mode(), 0.0))
+        chosen = ops.convert_to_tensor([of_rows(block) for block in self.layout.blocks], "bool")
+        return super().gates(ops.where(chosen & (gates > 0), self._mode(), gates))
 
     def watch(self, gradients: dict[Block, list[Tensor]], finite: Tensor, step: Tensor) -> None:
         if self.mode not in ("switch", "random"):
@@ -232,7 +237,7 @@ class HyLo(SNGD):
         ends, begins = (step + 1) % period == 0, step % period == 0
         sums = [ops.convert_to_tensor(v) for v in self._sums]
         if self.mode == "switch":
-            flat = [g for block in self.layout.blocks for g in gradients[block] if g is not None]
+            flat = [g for block in self.layout.blocks for g in gradients[block]]
             added = backend.zero_unless(finite, lambda: [ops.cast(g, s.dtype) for g, s in zip(flat, sums, strict=True)])
             sums = [s + g for s, g in zip(sums, added, strict=True)]
             now = ops.cast(self.learning_rate, "float32")

@@ -4,11 +4,11 @@ from collections.abc import Sequence
 from typing import Any
 
 import keras
-from keras import ops
 
 from keras_ngd.curvature import KroneckerCurvature
 from keras_ngd.curvature.curvature import Curvature
 from keras_ngd.curvature.kronecker import DAMPING_MODES, INVERSES
+from keras_ngd.optimizers.approximations import KroneckerSettings, in_units_of_the_loss
 from keras_ngd.optimizers.arguments import documented
 from keras_ngd.optimizers.blocks import Group
 from keras_ngd.optimizers.loss_ratio import check_losses_per_example
@@ -123,10 +123,12 @@ class KFAC(NaturalGradient):
         )
 
     def curvature_input(self, statistics: Statistics, averages: Sequence[Tensor], calls: Tensor) -> list[Tensor]:
-        # G is made of squared gradients: a loss scale enters squared. What is averaged is its mean over the calls.
-        scale, inputs = self.loss_scale, statistics.input_parts
-        ratio = self.ratio_of(statistics, averages[-1].dtype)
-        return [*averages[:inputs], *(g * ops.cast(calls, g.dtype) * ratio / scale**2 for g in averages[inputs:])]
+        return in_units_of_the_loss(self, statistics, averages, calls)
+
+    def kronecker_settings(self) -> KroneckerSettings:
+        # Blocks that are diagonal have their eigenvectors already.
+        inverse = "auto" if self.inverse == "eigen" else self.inverse
+        return KroneckerSettings(inverse, "pi" if self.damping_mode == "exact" else self.damping_mode)
 
     def get_config(self) -> Config:
         config = super().get_config()

@@ -1,11 +1,17 @@
 """The contract between the flow of a step and the methods: what `NaturalGradient` asks of KFAC, THOR, SKFAC, SNGD and HyLo."""
 
 import abc
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-from keras_ngd.curvature import Curvature
-from keras_ngd.optimizers.blocks import Block, Group, Layout
+from keras_ngd.layers.geometry import Structure
+from keras_ngd.optimizers.approximations import (
+    SHARED_APPROXIMATIONS,
+    Approximation,
+    AveragedApproximation,
+    KroneckerSettings,
+)
+from keras_ngd.optimizers.blocks import Block, Layout
 from keras_ngd.statistics import Statistics
 from keras_ngd.typing import LossesPerExample, Tensor, Variable
 
@@ -13,11 +19,11 @@ from keras_ngd.typing import LossesPerExample, Tensor, Variable
 Inputs = Callable[[Sequence[Block]], dict[Block, list[Tensor]]]
 
 
-class Method(abc.ABC):
-    """What a method consists of: statistics and curvatures that it makes, and what it decides from them.
+class Method(Approximation):
+    """What a method consists of: how it approximates the Fisher blocks of matrices, and what it decides from them.
 
-    The first three abstract methods are what every method has; `share_statistics` is the flow's own (means), unless a method's
-    statistics are not averages. The others have defaults that suit one whose layers all record and
+    The abstract methods of `Approximation` are what every method has; `share_statistics` is the flow's own (means), unless a
+    method's statistics are not averages. The others have defaults that suit one whose layers all record and
     refresh in the same steps, as KFAC's do.
 
     Attributes:
@@ -25,31 +31,27 @@ class Method(abc.ABC):
         refreshes_what_was_recorded: whether inverses are made of each batch that was recorded, and of no other. Default False.
         whole_factors: whether the state of a layer grows with the squares of its sizes. Default False.
         losses_per_example: how many loss values each example contributes to the mean, a number, or `"auto"`.
+        factor_decay: decay of the running averages.
     """
 
     one_clock: bool = True
     refreshes_what_was_recorded: bool = False
     whole_factors: bool = False
     losses_per_example: LossesPerExample = 1.0
+    factor_decay: float = 0.95
 
-    @abc.abstractmethod
-    def make_statistics(self, layer: Any) -> Statistics:
-        """New, unattached statistics of the kind that the method needs of a captured layer."""
+    @property
+    def approximations(self) -> Mapping[Structure, type[AveragedApproximation]]:
+        """The approximations of structures other than matrices, of which the method itself is the approximation."""
+        return SHARED_APPROXIMATIONS
 
-    @abc.abstractmethod
-    def make_curvature(self, group: Group) -> Curvature:
-        """A new curvature for a group of blocks of one shape."""
+    def kronecker_settings(self) -> KroneckerSettings:
+        """The settings of the Kronecker factors of these. Default: those that `KroneckerSettings` has."""
+        return KroneckerSettings()
 
-    @abc.abstractmethod
-    def curvature_input(self, statistics: Statistics, averages: Sequence[Tensor], calls: Tensor) -> list[Tensor]:
-        """A block's averages as its curvature takes them: summed over the layer's calls, without the loss scale, in the units of
-        the loss (`NaturalGradient.ratio_of`).
-
-        Args:
-            statistics: the block's.
-            averages: their averages, each of them whole.
-            calls: scalar, how often the layer was called.
-        """
+    def decay_of(self, block: Block) -> float:
+        """The decay of the running averages of a block's statistics."""
+        return self.factor_decay
 
     # Before the first step
 
@@ -122,7 +124,7 @@ class Method(abc.ABC):
         return old, None
 
     def watch(self, gradients: dict[Block, list[Tensor]], finite: Tensor, step: Tensor) -> None:
-        """Sees the plain gradients of every block's kernel and bias, and whether all gradients are finite."""
+        """Sees the plain gradients of every block's variables, and whether all gradients are finite."""
 
     def gates(self, gates: Tensor) -> Tensor:
         """`[blocks]`, the gates of the layout's blocks for the next batch, from those that the intervals ask for."""

@@ -29,7 +29,7 @@ class NaturalGradient(AssembledOptimizer):
 
     One step does, in this order:
 
-        1  pair          variables into blocks (kernel, bias, statistics) and the rest
+        1  pair          variables into blocks (parameters, statistics) and the rest
         2  average       statistics over the calls of layers called more than once; all gradients and statistics over workers
         3  refresh       the curvature's inverses, where the interval is due; each worker its share of the layers
         4  precondition  P = F^-1 V for every block
@@ -79,7 +79,7 @@ class NaturalGradient(AssembledOptimizer):
         self.layout = layout
         self.exchange.build(layout)
         for group in layout.groups:
-            group.curvature = self.make_curvature(group)
+            group.curvature = self.curvature_of(group)
         for group in self.local_layout.groups:
             group.curvature.build(self.state.add_curvature if self.gradient_worker_fraction == 1 else _unsaved)
         self.build_own_state(layout)
@@ -160,7 +160,9 @@ class NaturalGradient(AssembledOptimizer):
         def inputs(blocks: Sequence[Block]) -> dict[Block, list[Tensor]]:
             return {
                 b: joined.get(b)
-                or self.curvature_input(b.statistics, state_layout.whole_averages(b, averages), arrived.calls[b])
+                or self.approximation_of(b.geometry).curvature_input(
+                    b.statistics, state_layout.whole_averages(b, averages), arrived.calls[b]
+                )
                 for b in blocks
             }
 
@@ -228,12 +230,12 @@ class NaturalGradient(AssembledOptimizer):
         return stored + list(decided)
 
     def _precondition(self, signals: Signals, inputs: Inputs, damping: Tensor) -> tuple[dict[int, Tensor], Tensor]:
-        """Preconditioned kernel and bias gradients by position, and the sum of all `<P, V>`."""
+        """Preconditioned gradients of all blocks' variables by position, and the sum of all `<P, V>`."""
         gradients: dict[Block, Tensor] = {}
         found: dict[Block, Tensor] = {}
         lengths = []
         for block in self.local_layout.blocks:
-            gradients[block] = ops.cast(block.rows.matrix(*signals.of_block(block)), block.shape[2])
+            gradients[block] = ops.cast(block.geometry.to_matrix(signals.of_block(block)), block.shape[2])
         for group in self.local_layout.groups:
             v = backend.joined([gradients[block] for block in group.blocks])
             v = state_layout.on_all_devices(group, v)
@@ -245,10 +247,8 @@ class NaturalGradient(AssembledOptimizer):
         found, length = self.exchange.all_preconditioned(found, sum(lengths, ops.zeros((), "float32")))
         preconditioned = {}
         for block in self.layout.blocks:
-            kernel, bias = block.rows.kernel_and_bias(found[block])
-            preconditioned[signals.index(block.kernel)] = kernel
-            if bias is not None:
-                preconditioned[signals.index(block.bias)] = bias
+            for variable, part in zip(block.variables, block.geometry.from_matrix(found[block]), strict=True):
+                preconditioned[signals.index(variable)] = part
         return preconditioned, length
 
     def _others(self, signals: Signals, preconditioned: dict[int, Tensor]) -> list[int]:

@@ -64,7 +64,7 @@ class Room(Base):
 
     def called(self, statistics: Statistics, x: Tensor) -> None:
         super().called(statistics, x)
-        if self.strict or self.built or statistics.loaded:
+        if not isinstance(statistics, RowStatistics) or self.strict or self.built or statistics.loaded:
             return
         if self._first is None or self._first() is None:
             # Past Keras, which looks into what optimizers have as attributes.

@@ -10,17 +10,27 @@ from keras import ops, tree
 
 from keras_ngd import backend, schedules, sharding
 from keras_ngd.optimizers import joining
+from keras_ngd.optimizers.approximations import KroneckerSettings
 from keras_ngd.optimizers.arguments import NOT_OF_ROWS, documented
 from keras_ngd.optimizers.blocks import Block, Layout
 from keras_ngd.optimizers.loss_ratio import check_losses_per_example
 from keras_ngd.optimizers.natural_gradient import NaturalGradient
 from keras_ngd.optimizers.room import Room
+from keras_ngd.statistics import RowStatistics
 from keras_ngd.statistics.draws import LAYERS, Draws
 from keras_ngd.statistics.statistics import Statistics
 from keras_ngd.typing import Config, DampingLike, IntervalLike, LossesPerExample, RateLike, Shape, Tensor, Variable
 
 # More examples in one array are not taken for a batch.
 LARGEST_ARRAY = 1024
+
+# Of the running averages of blocks that are not described by rows.
+AVERAGES_DECAY = 0.95
+
+
+def of_rows(block: Block) -> bool:
+    """Whether a block is described by rows, as those of matrices are, rather than by averages."""
+    return isinstance(block.statistics, RowStatistics)
 
 
 def is_dataset(data: Any) -> bool:
@@ -87,6 +97,10 @@ class RowMethod(Room, NaturalGradient):
 
     refreshes_what_was_recorded = True
 
+    # In which units the damping is, and what it is where none is asked for.
+    damping_mode: str
+    default_damping: float = 1.0
+
     # What `capture` found in data or in the model.
     found_batch_size = None
 
@@ -106,6 +120,15 @@ class RowMethod(Room, NaturalGradient):
                 raise ValueError(
                     f"{type(self).__name__} has one `interval`, not `{name}`: an inverse belongs to the rows it was made of."
                 )
+
+    def decay_of(self, block: Block) -> float:
+        return self.factor_decay if of_rows(block) else AVERAGES_DECAY
+
+    def kronecker_settings(self) -> KroneckerSettings:
+        # A damping that is relative has the default's proportion to KFAC's.
+        if self.damping_mode == "relative":
+            return KroneckerSettings(damping_factor=1 / self.default_damping)
+        return KroneckerSettings(damping_mode="pi" if self.damping_mode == "absolute" else self.damping_mode)
 
     def measure(self, model: Any, data: Any, analysis: Any) -> None:
         found = None if data is None else self._batch_of(data)
@@ -144,7 +167,7 @@ class RowMethod(Room, NaturalGradient):
         return True
 
     def further_bytes(self, block: Block) -> int:
-        if self.exchange.communicator.size == 1:
+        if self.exchange.communicator.size == 1 or not of_rows(block):
             return 0
         return backend.itemsize(block.shape[2]) * sum(math.prod(shape) for shape in self.given_shapes(block))
 
@@ -152,7 +175,7 @@ class RowMethod(Room, NaturalGradient):
         if self.exchange.workers is None:
             return
         self._given = Given()
-        for i, block in enumerate(layout.blocks):
+        for i, block in enumerate(filter(of_rows, layout.blocks)):
             # Not a part of what is saved: other numbers of workers would have no use for it. Keras tracks attributes of its own.
             self._given.of_block[block] = [
                 keras.Variable("zeros", shape, block.shape[2], trainable=False, name=f"rows_of_all_{i}_{j}")
@@ -177,8 +200,11 @@ class RowMethod(Room, NaturalGradient):
     ) -> tuple[dict[Block, list[Tensor]], dict[Block, list[Tensor]]]:
         if self.exchange.workers is None:
             return super().share_statistics(averages, calls, share, refused)
-        given = {}
+        given, shared = {}, {block: averages[block] for block in self.layout.blocks if not of_rows(block)}
+        shared = self.exchange.mean_statistics(shared, share, refused)
         for i, block in enumerate(self.layout.blocks):
+            if not of_rows(block):
+                continue
             old = [ops.convert_to_tensor(v) for v in self._given.of_block[block]]
             given[block] = ops.cond(
                 block.statistics.gate > 0,
@@ -187,7 +213,7 @@ class RowMethod(Room, NaturalGradient):
             )
             for variable, value in zip(self._given.of_block[block], given[block], strict=True):
                 self.assign(variable, value)
-        return averages, given
+        return averages | shared, given
 
     def _joined(
         self,

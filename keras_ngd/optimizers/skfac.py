@@ -15,8 +15,9 @@ from keras_ngd.optimizers.blocks import Block, Group
 from keras_ngd.optimizers.row_method import RowMethod
 from keras_ngd.optimizers.settings import settled_damping
 from keras_ngd.statistics import WoodburyStatistics
+from keras_ngd.statistics.draws import Draws
+from keras_ngd.statistics.factor_rows import are_rows
 from keras_ngd.statistics.statistics import Statistics
-from keras_ngd.statistics.woodbury import are_rows
 from keras_ngd.typing import Config, DampingLike, IntervalLike, LossesPerExample, RateLike, Shape, Tensor, Variable
 
 
@@ -133,6 +134,8 @@ class SKFAC(RowMethod):
 
     def start_statistics(self, statistics: Statistics, number: int) -> None:
         super().start_statistics(statistics, number)
+        if not isinstance(statistics, Draws):
+            return
         statistics.start_draws(self.worker_seed(), number)
 
     def curvature_input(self, statistics: Statistics, averages: Sequence[Tensor], calls: Tensor) -> list[Tensor]:

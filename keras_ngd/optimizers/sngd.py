@@ -6,7 +6,7 @@ import keras
 
 from keras_ngd.curvature import KernelCurvature
 from keras_ngd.curvature.curvature import Curvature
-from keras_ngd.curvature.kernel import KERNEL_DAMPING_MODES
+from keras_ngd.curvature.kernel_inverse import KERNEL_DAMPING_MODES
 from keras_ngd.optimizers.arguments import NOT_OF_ROWS, documented
 from keras_ngd.optimizers.blocks import Group
 from keras_ngd.optimizers.row_method import RowMethod
@@ -89,6 +89,8 @@ class SNGD(RowMethod):
             **kwargs,
         )
         self.damping_mode = damping_mode
+
+    default_damping = RELATIVE_DAMPING
 
     def make_statistics(self, layer: keras.layers.Layer) -> Statistics:
         return RowStatistics(self.room, self.losses_in_statistics, self.strict)

@@ -166,7 +166,7 @@ class THOR(KFAC):
 
     def make_curvature(self, group: Group) -> Curvature:
         statistics = group.blocks[0].statistics
-        inputs, outputs = statistics.partitions(statistics.rows)
+        inputs, outputs = statistics.partitions(statistics.geometry)
         dtype = group.blocks[0].shape[2]
         return SplitCurvature(group.count, inputs, outputs, dtype, self.inverse, self.damping_mode)
 
@@ -203,8 +203,7 @@ class THOR(KFAC):
         """`tr F` of every block of the layout."""
         found = {}
         for group in self.layout.groups:
-            trace_a, trace_g = group.curvature.traces(group.stacked(inputs))
-            trace = trace_a * trace_g
+            trace = group.curvature.trace(group.stacked(inputs))
             if self.trace_damping == "full":
                 trace = trace + ops.cast(damping, trace.dtype) * group.blocks[0].shape[0] * group.blocks[0].shape[1]
             for block, part in group.parts(trace):

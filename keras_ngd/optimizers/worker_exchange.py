@@ -145,17 +145,20 @@ class Workers:
     def mean_statistics(
         self, emitted: dict[Block, list[Tensor]], share: Tensor | None, refused: Tensor
     ) -> dict[Block, list[Tensor]]:
-        """Averages over all workers of what the probes emitted, by block, of layers whose gate was open.
+        """Averages over all workers of what the probes of some blocks emitted, by block, of layers whose gate was open.
 
         Where statistics are scattered, others' layers keep the averages they had when they were last gathered.
         """
         if self.scatter:
             return self._scattered_statistics(emitted, share, refused)
-        blocks = self.layout.blocks
-        opened = self._opened()
+        blocks = [block for block in self.layout.blocks if block in emitted]
+        if not blocks:
+            return {}
+        opened = ops.stack([block.statistics.gate > 0 for block in blocks])
+        refuses = dict(zip(self.layout.blocks, ops.unstack(refused), strict=True))
         means = ops.cond(
             ops.any(opened),
-            lambda: self._means(opened, emitted, share, refused),
+            lambda: self._means(blocks, opened, emitted, share, refuses),
             lambda: flat(emitted, blocks),
         )
         return unflat(means, emitted, blocks)
@@ -165,10 +168,14 @@ class Workers:
         return ops.stack([block.statistics.gate > 0 for block in self.layout.blocks])
 
     def _means(
-        self, opened: Tensor, emitted: dict[Block, list[Tensor]], share: Tensor | None, refused: Tensor
+        self,
+        blocks: Sequence[Block],
+        opened: Tensor,
+        emitted: dict[Block, list[Tensor]],
+        share: Tensor | None,
+        refused: dict[Block, Tensor],
     ) -> list[Tensor]:
-        """The averages of all blocks, where some gate was open."""
-        blocks = self.layout.blocks
+        """The averages of these blocks, where some gate was open."""
         sent = packed([t * ops.cast(share, t.dtype) for t in flat(emitted, blocks)])
         if self.one_clock:
             sums = self.communicator.all_reduce(sent, "statistics", "keras_ngd_statistics")
@@ -180,11 +187,10 @@ class Workers:
                     return self.communicator.all_reduce(each[block], "statistics", f"keras_ngd_statistics_{i}")
 
                 sums += ops.cond(opened[i], reduced, functools.partial(list, each[block]))
-        refused = ops.unstack(refused)
         means, chosen = unflat(unpacked(sums, flat(emitted, blocks)), emitted, blocks), []
         for i, block in enumerate(blocks):
             for variable, mean, unsent in zip(block.statistics.averages, means[block], emitted[block], strict=True):
-                mean = ops.where(refused[i], ops.convert_to_tensor(variable), mean)
+                mean = ops.where(refused[block], ops.convert_to_tensor(variable), mean)
                 chosen.append(mean if self.one_clock else ops.where(opened[i], mean, unsent))
         return chosen
 
@@ -354,7 +360,7 @@ class Workers:
         rank, size = self.rank, self.communicator.size
         others = [other for other in row_of(rank, self.holding, size) if other != rank]
         theirs = {
-            other: [(block, (block.rows.groups, *block.shape[:2])) for block in self.blocks_of(other)]
+            other: [(block, (block.geometry.groups, *block.shape[:2])) for block in self.blocks_of(other)]
             for other in others
         }
         sizes = [1 + sum(math.prod(s) for _, s in theirs[r]) if r in theirs else 0 for r in range(size)]

@@ -1,6 +1,14 @@
 """Learning rates, dampings and intervals that may change during training, and what such arguments must be."""
 
-from keras_ngd.schedules.arguments import (
+from keras_ngd.schedules.changing import (
+    GrowingInterval,
+    WarmupPolynomialDecay,
+    deserialize,
+    interval_at,
+    serialize,
+    value_at,
+)
+from keras_ngd.schedules.checking import (
     check_count,
     check_interval,
     check_positive,
@@ -9,14 +17,6 @@ from keras_ngd.schedules.arguments import (
     check_split,
     is_count,
     is_number,
-)
-from keras_ngd.schedules.changing import (
-    GrowingInterval,
-    WarmupPolynomialDecay,
-    deserialize,
-    interval_at,
-    serialize,
-    value_at,
 )
 from keras_ngd.schedules.thor_paper import THOR_PRESETS, thor_schedules
 

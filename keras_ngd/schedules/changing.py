@@ -9,7 +9,7 @@ import keras
 from keras import ops
 from keras.optimizers.schedules import LearningRateSchedule
 
-from keras_ngd.schedules.arguments import check_count, is_number
+from keras_ngd.schedules.checking import check_count, is_number
 from keras_ngd.typing import Config, IntervalLike, RateLike, Tensor
 
 

@@ -4,8 +4,8 @@ from typing import Any
 
 import keras
 
-from keras_ngd.schedules.arguments import check_count
 from keras_ngd.schedules.changing import WarmupPolynomialDecay
+from keras_ngd.schedules.checking import check_count
 
 # THOR, Table 3: learning rates (initial, target, epochs of warm-up, epochs of decay, power), and dampings (initial, factor
 # in 10 epochs).

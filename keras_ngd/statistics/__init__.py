@@ -1,11 +1,12 @@
 """What a probe emits in the backward pass."""
 
-from keras_ngd.statistics.kronecker import KroneckerStatistics
+from keras_ngd.statistics.example_rows import RowStatistics
+from keras_ngd.statistics.factor_blocks import SplitStatistics
+from keras_ngd.statistics.factor_rows import WoodburyStatistics
+from keras_ngd.statistics.kronecker_factors import KroneckerStatistics
 from keras_ngd.statistics.low_rank import LowRankStatistics
-from keras_ngd.statistics.rows import RowStatistics
-from keras_ngd.statistics.split import SplitStatistics
+from keras_ngd.statistics.scale_blocks import UnitWiseStatistics
 from keras_ngd.statistics.statistics import Statistics
-from keras_ngd.statistics.woodbury import WoodburyStatistics
 
 __all__ = [
     "KroneckerStatistics",
@@ -13,5 +14,6 @@ __all__ = [
     "RowStatistics",
     "SplitStatistics",
     "Statistics",
+    "UnitWiseStatistics",
     "WoodburyStatistics",
 ]

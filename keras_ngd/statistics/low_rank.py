@@ -1,7 +1,7 @@
 """A few rows that stand for all rows of a batch."""
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import keras
 from keras import ops
@@ -9,11 +9,8 @@ from keras import ops
 from keras_ngd import backend, schedules
 from keras_ngd.linalg import interpolative, inverse, kernel, sampling
 from keras_ngd.statistics.draws import Draws
-from keras_ngd.statistics.rows import RowStatistics
+from keras_ngd.statistics.example_rows import RowStatistics
 from keras_ngd.typing import Config, Tensor, Variable
-
-if TYPE_CHECKING:
-    from keras_ngd.layers.rows import Rows
 
 KIS, KID = 1.0, 2.0
 
@@ -65,11 +62,11 @@ class LowRankStatistics(Draws, RowStatistics):
         self.rank = schedules.check_count("rank", rank)
         self.mode, self.sampling, self.power, self.residual = mode, sampling, float(power), residual
 
-    def create(self, rows: "Rows", dtype: str) -> list[Variable]:
+    def create(self, geometry: Any, dtype: str) -> list[Variable]:
         return [
-            *self._add_rows(rows, self.rank, dtype),
-            self._add("row_weights", (rows.groups, self.rank, self.rank), "zeros", dtype),
-            self._add("row_damping", (rows.groups,), "ones", dtype),
+            *self._add_rows(geometry, self.rank, dtype),
+            self._add("row_weights", (geometry.groups, self.rank, self.rank), "zeros", dtype),
+            self._add("row_damping", (geometry.groups,), "ones", dtype),
         ]
 
     def create_controls(self) -> list[Variable]:

@@ -1,10 +1,11 @@
 """The sub-layer of a captured layer that owns its statistics weights."""
 
+import abc
 import contextlib
 import functools
 import weakref
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any, NamedTuple, Self
 
 import keras
 import numpy as np
@@ -12,9 +13,6 @@ from keras import ops
 
 from keras_ngd import backend, keras_private, replica, sharding
 from keras_ngd.typing import Config, Initializer, Shape, Store, Tensor, Variable
-
-if TYPE_CHECKING:
-    from keras_ngd.layers.rows import Rows
 
 # What a call emits as `witness`: more than gradients are usually clipped to one by one, so that this shows, but no more than
 # the length of a batch, which is in the norm of all of them too.
@@ -27,47 +25,74 @@ _EMISSIONS: dict[Any, Callable[..., Any]] = {}
 _LAST_READ: list["weakref.ref[Statistics]"] = []
 
 
+class Weights(NamedTuple):
+    """The weights of statistics, or values of theirs, by what they are for: see `Statistics`."""
+
+    averages: Sequence[Any]
+    controls: Sequence[Any]
+    gate: Any
+    calls: Any
+    accepted: Any
+    examples: Any
+    witness: Any
+
+    @classmethod
+    def named(cls, values: Sequence[Any], averages: int, controls: int) -> Self:
+        """The same of a list in the order of `flat`, which begins with so many averages and controls."""
+        return cls(values[:averages], values[averages : averages + controls], *values[averages + controls :])
+
+    def flat(self) -> tuple[Any, ...]:
+        """All of them, the averages first."""
+        return (*self.averages, *self.controls, self.gate, self.calls, self.accepted, self.examples, self.witness)
+
+
 def _emission(
     observer: "Statistics",
-    rows: "Rows",
+    geometry: Any,
     x: Tensor,
     ds: Tensor,
     weights: Tensor | None = None,
     *,
     values: Sequence[Tensor],
-    steered: int,
+    controls: int,
     spreads: Sequence[Any],
     replicas: int,
 ) -> tuple[Tensor, ...]:
-    *state, gate, calls, _, _, _ = values
-    averages, controls = state[: len(state) - steered], state[len(state) - steered :]
+    """What one call emits: the new value of each weight, of their old `values`, both in the order of `Weights.flat`."""
+    before = Weights.named(values, len(spreads), controls)
 
     def stored(values: Sequence[Tensor]) -> list[Tensor]:
         return [value if s is None else s.stored(value) for value, s in zip(values, spreads, strict=True)]
 
     def opened() -> tuple[Tensor, ...]:
-        old = [average if s is None else s.whole(average) for average, s in zip(averages, spreads, strict=True)]
+        old = [average if s is None else s.whole(average) for average, s in zip(before.averages, spreads, strict=True)]
         # Keras divides the loss of a replica by how many there are; what is kept does not depend on that.
         upstream = ds if replicas == 1 else ds * ops.cast(replicas, ds.dtype)
-        observed, witness = observer.observe(rows, x, upstream, weights, controls, old[0].dtype)
+        observed, total = observer.observe(geometry, x, upstream, weights, before.controls, old[0].dtype)
         observed = backend.on_every_device(observed)
         if spreads[0] is not None and observer.merges_together:
             observed = [spreads[0].everywhere(value) for value in observed]
-        finite = ops.isfinite(witness)
-        merged, following = observer.merge(old, observed, controls, finite, gate)
+        finite = ops.isfinite(total)
+        merged, following = observer.merge(old, observed, before.controls, finite, before.gate)
         new = [ops.where(finite, value, average) for value, average in zip(merged, old, strict=True)]
         return (*stored(new), *following, ops.cast(finite, "float32"))
 
     def closed() -> tuple[Tensor, ...]:
-        return (*averages, *controls, ops.zeros((), "float32"))
+        return (*before.averages, *before.controls, ops.zeros((), "float32"))
 
-    *new, accepted = ops.cond(gate > 0, opened, closed)
-    # Each call emits its share of the gate, so that over all calls it sums to what it was: emitting nothing would close
-    # every gate after one step under an optimizer that only overwrites.
-    examples = ops.cast(ops.shape(x)[0], "float32")
-    # Numbers known to the compiler, which then knows that nothing was done to them on their way, where nothing was.
-    witness = WITNESS * ops.ones_like(calls)
-    return (*new, gate / ops.maximum(calls, 1.0), ops.ones_like(calls), accepted, examples, witness)
+    *new, accepted = ops.cond(before.gate > 0, opened, closed)
+    return Weights(
+        averages=new[: len(spreads)],
+        controls=new[len(spreads) :],
+        # Each call emits its share of the gate, so that over all calls it sums to what it was: emitting nothing would close
+        # every gate after one step under an optimizer that only overwrites.
+        gate=before.gate / ops.maximum(before.calls, 1.0),
+        calls=ops.ones_like(before.calls),
+        accepted=accepted,
+        examples=ops.cast(ops.shape(x)[0], "float32"),
+        # Numbers known to the compiler, which then knows that nothing was done to them on their way, where nothing was.
+        witness=WITNESS * ops.ones_like(before.calls),
+    ).flat()
 
 
 def mixed(average: Tensor, value: Tensor, gate: Tensor) -> Tensor:
@@ -76,7 +101,7 @@ def mixed(average: Tensor, value: Tensor, gate: Tensor) -> Tensor:
     return (1 - mixing) * average + mixing * value
 
 
-class Statistics(keras.layers.Layer):
+class Statistics(keras.layers.Layer, abc.ABC):
     """Running averages of what one layer sees, updated in the backward pass.
 
     Subclasses add the averaged weights (`create`) and observe one batch (`observe`). The average itself is taken here, in
@@ -108,13 +133,14 @@ class Statistics(keras.layers.Layer):
         **kwargs: `keras.layers.Layer`'s.
     """
 
-    rows: "Rows"
+    geometry: Any
     loss: Variable | None
     gate: Variable
     calls: Variable
     accepted: Variable
     examples: Variable
     witness: Variable
+    part: str
     _averages: list[Variable]
     _controls: list[Variable]
 
@@ -123,7 +149,7 @@ class Statistics(keras.layers.Layer):
         self.shard_state, self.carries_loss = shard_state, carries_loss
         kwargs.setdefault("name", "statistics")
         super().__init__(**{"dtype": "float32", **kwargs})
-        self.rows, self.loss, self._loss_read = unattached, None, None
+        self.geometry, self.loss, self._loss_read = unattached, None, None
         self.reached = False
         self.traced_calls, self._trace = 0, None
         self.looped, self._called_anew = False, False
@@ -135,11 +161,21 @@ class Statistics(keras.layers.Layer):
         """The captured layer these statistics belong to. Not a property: Keras saves and loads what those return."""
         return self._owner()
 
-    def attach(self, owner: keras.layers.Layer, rows: "Rows", dtype: str) -> None:
-        """Creates the weights for the layer `owner` of this geometry."""
+    def parameters(self) -> list[Variable]:
+        """The layer's variables that these statistics describe."""
+        return list(self.owner().parts()[self.part].parameters)
+
+    def path_of_part(self) -> str:
+        """The layer's path, and which part of it these statistics describe, where it has several."""
+        path = self.owner().path
+        return path if self.part == "statistics" else f"{path}/{self.part.removesuffix('_statistics')}"
+
+    def attach(self, owner: keras.layers.Layer, part: str, geometry: Any, dtype: str) -> None:
+        """Creates the weights for a part of the layer `owner`, which is of this geometry."""
         self._owner = weakref.ref(owner)
-        self.rows = rows
-        self._averages = self.create(rows, dtype)
+        self.part = part
+        self.geometry = geometry
+        self._averages = self.create(geometry, dtype)
         self._controls = self.create_controls()
         self.gate = self._add("gate", (), "ones", "float32")
         self.calls = self._add("calls", (), "ones", "float32")
@@ -161,7 +197,7 @@ class Statistics(keras.layers.Layer):
             for name in owner.path.split("/"):
                 scopes.enter_context(keras.name_scope(name))
             scopes.enter_context(keras_private.unlocked(self))
-            self.attach(owner, self.rows, dtype)
+            self.attach(owner, self.part, self.geometry, dtype)
 
     def _add(self, name: str, shape: Shape, initializer: Initializer, dtype: str) -> Variable:
         def add_weight(shape: Shape, initializer: Initializer) -> Variable:
@@ -217,25 +253,33 @@ class Statistics(keras.layers.Layer):
     # Whether to merge is to walk through all that was observed, which several devices are better off doing each for itself.
     merges_together = False
 
-    def create(self, rows: "Rows", dtype: str) -> list[Variable]:
+    @abc.abstractmethod
+    def create(self, geometry: Any, dtype: str) -> list[Variable]:
         """Adds the averaged weights with `self._add` and returns them."""
-        raise NotImplementedError
 
     def create_controls(self) -> list[Variable]:
         """Adds weights that control what is emitted with `self._add` and returns them. Default: none."""
         return []
 
-    def check(self, rows: "Rows", x: Tensor) -> None:
+    def check(self, geometry: Any, x: Tensor) -> None:
         """Raises a `ValueError` if the layer's input cannot be observed, as far as its static shape tells."""
 
+    @abc.abstractmethod
     def observe(
-        self, rows: "Rows", x: Tensor, ds: Tensor, weights: Tensor | None, controls: Sequence[Tensor], dtype: str
+        self, geometry: Any, x: Tensor, ds: Tensor, weights: Tensor | None, controls: Sequence[Tensor], dtype: str
     ) -> tuple[Sequence[Tensor], Tensor]:
         """This batch's values of the averaged weights, and a scalar that is not finite if any of them is not.
 
         A function of its arguments and of the statistics' own arguments; the weights are not looked at.
+
+        Args:
+            geometry: how the layer presents itself: a `Geometry` of a structure that these statistics are for.
+            x: the layer's input.
+            ds: the gradient of what comes out.
+            weights: optional weights of the rows, such as a mask.
+            controls: values of the controlling weights.
+            dtype: of the averages.
         """
-        raise NotImplementedError
 
     def merge(
         self,
@@ -257,7 +301,7 @@ class Statistics(keras.layers.Layer):
 
     def emit(
         self,
-        rows: "Rows",
+        geometry: Any,
         x: Tensor,
         ds: Tensor,
         weights: Tensor | None,
@@ -275,9 +319,9 @@ class Statistics(keras.layers.Layer):
         begins = self._called_anew or not same
         self.traced_calls, self._called_anew = (1 if begins else self.traced_calls + 1), False
         self.looped = looped or (self.looped and not begins)
-        self.check(rows, x)
+        self.check(geometry, x)
         spreads = tuple(sharding.spread_of(v) for v in self._averages)
-        key = (type(self), repr(self.spec), rows.key, weights is None, replica.surroundings(), spreads)
+        key = (type(self), repr(self.spec), geometry.key, weights is None, replica.surroundings(), spreads)
         if key not in _EMISSIONS:
             # Not `self`: a cache that outlives the layer must not keep its weights alive.
             observer = type(self).from_config(self.get_config())
@@ -285,8 +329,8 @@ class Statistics(keras.layers.Layer):
                 functools.partial(
                     _emission,
                     observer,
-                    rows,
-                    steered=len(self._controls),
+                    geometry,
+                    controls=len(self._controls),
                     spreads=spreads,
                     replicas=replica.count(),
                 )

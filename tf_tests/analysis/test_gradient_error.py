@@ -5,7 +5,7 @@ import pytest
 
 from keras_ngd.analysis import gradient_error
 from keras_ngd.analysis.gradient_errors import ErrorMeasurement
-from keras_ngd.analysis.rows import LayerRows, layer_rows
+from keras_ngd.analysis.layer_rows import LayerRows, layer_rows
 from tf_tests.small import assert_same, compiled, mlp, regression, weights
 
 BATCH = 12

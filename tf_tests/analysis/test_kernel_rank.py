@@ -6,7 +6,7 @@ import pytest
 import keras_ngd
 from keras_ngd.analysis import kernel_rank, plot_kernel_ranks
 from keras_ngd.analysis.kernel_ranks import KernelRanks, numerical_rank
-from keras_ngd.analysis.rows import layer_rows
+from keras_ngd.analysis.layer_rows import layer_rows
 from tf_tests.small import assert_same, compiled, mlp, regression, weights
 
 

@@ -6,7 +6,7 @@ import pytest
 from keras import layers
 
 import keras_ngd
-from keras_ngd.analysis.rows import RowProbe, layer_rows
+from keras_ngd.analysis.layer_rows import RowProbe, layer_rows
 from tf_tests.reference import rows as reference
 from tf_tests.small import assert_same, captured, compiled, fit, gradients, mlp, regression, weights
 

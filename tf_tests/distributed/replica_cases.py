@@ -79,17 +79,18 @@ def obligations(strategy):
 
 def traced_as_one(strategy, names):
     """The same as `methods`, by what is for TPUs: no replica knows its number while it is traced. The sum alone is the CPU's."""
-    from keras_ngd.distributed import replicas
 
-    class OnParts(replicas.TPUReplicas):
+    from keras_ngd.distributed import strategies
+
+    class OnParts(strategies.TPUReplicas):
         def _sum(self, vector, name):
-            return replicas.Replicas._sum(self, vector, name)
+            return strategies.Replicas._sum(self, vector, name)
 
-    make, replicas.make = replicas.make, OnParts
+    make, strategies.make = strategies.make, OnParts
     try:
         return methods(strategy, names)
     finally:
-        replicas.make = make
+        strategies.make = make
 
 
 def uneven(strategy, names):

@@ -139,7 +139,7 @@ def test_strategies_that_cannot_serve_are_refused(name, message):
 
     import tensorflow as tf
 
-    from keras_ngd.distributed.replicas import strategy_of
+    from keras_ngd.distributed.strategies import strategy_of
 
     kind = operator.attrgetter(name)(tf.distribute)
 

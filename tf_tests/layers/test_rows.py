@@ -6,7 +6,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from keras_ngd.layers.rows import ConvolutionRows, DenseRows
+from keras_ngd.layers.convolution import ConvolutionGeometry
+from keras_ngd.layers.dense import DenseGeometry
 from tf_tests.reference import kronecker
 from tf_tests.reference import rows as reference
 from tf_tests.reference.running import close, run
@@ -48,15 +49,15 @@ def convolution_cases(draw):
     }
 
 
-def answers(rows, x, ds, mask=None):
-    """Everything `Rows` answer about one batch."""
+def answers(geometry, x, ds, mask=None):
+    """Everything a geometry answers about one batch."""
 
     def ask(x, ds, *mask):
         return (
-            rows.input_second_moment(x, *mask),
-            rows.input_means(x, *mask),
-            rows.gradient_second_moment(ds),
-            rows.gradient_sums(ds),
+            geometry.input_second_moment(x, *mask),
+            geometry.input_means(x, *mask),
+            geometry.gradient_second_moment(ds),
+            geometry.gradient_sums(ds),
         )
 
     return run(ask, x, ds, *([] if mask is None else [mask]))
@@ -81,12 +82,14 @@ def test_dense_rows(case):
     if masked:
         mask = rng.random((shape[0], a.shape[2])) < 0.5
         mask[:, 0] = True
-    found = answers(DenseRows(shape[-1], units, use_bias), x, ds, mask if mask is None else mask.reshape(shape[:-1]))
+    found = answers(
+        DenseGeometry(shape[-1], units, use_bias), x, ds, mask if mask is None else mask.reshape(shape[:-1])
+    )
     check_answers(found, reference.append_ones(a) if use_bias else a, reference.dense_rows(ds), mask)
 
 
 def convolution_batch(case):
-    """A case's `Rows`, its batch `(x, ds)` in its data format, and its rows `(a, ghat)` by the reference."""
+    """A case's geometry, its batch `(x, ds)` in its data format, and its rows `(a, ghat)` by the reference."""
     rng = np.random.default_rng(case["seed"])
     kernel_shape = (*case["kernel"], case["x_shape"][-1] // case["groups"], case["filters"])
     window = case["kernel"], case["strides"], case["dilation"], case["padding"]
@@ -102,7 +105,7 @@ def convolution_batch(case):
     data_format = "channels_last"
     if case["channels_first"]:
         x, ds, data_format = np.moveaxis(x, -1, 1), np.moveaxis(ds, -1, 1), "channels_first"
-    rows = ConvolutionRows(
+    geometry = ConvolutionGeometry(
         kernel_shape,
         case["groups"],
         case["use_bias"],
@@ -111,24 +114,24 @@ def convolution_batch(case):
         case["padding"],
         data_format,
     )
-    return rows, (x, ds), (a, ghat)
+    return geometry, (x, ds), (a, ghat)
 
 
 @given(convolution_cases())
 def test_convolution_rows(case):
-    rows, batch, (a, ghat) = convolution_batch(case)
-    assert (rows.groups, rows.input_dim, rows.output_dim) == (case["groups"], a.shape[-1], ghat.shape[-1])
-    check_answers(answers(rows, *batch), a, ghat)
+    geometry, batch, (a, ghat) = convolution_batch(case)
+    assert (geometry.groups, geometry.input_dim, geometry.output_dim) == (case["groups"], a.shape[-1], ghat.shape[-1])
+    check_answers(answers(geometry, *batch), a, ghat)
 
 
 @given(convolution_cases())
 def test_convolution_rows_at_some_positions(case):
     """Rows of `a` and `g` at the same positions, other ones of each example."""
-    rows, (x, ds), (a, ghat) = convolution_batch(case)
+    geometry, (x, ds), (a, ghat) = convolution_batch(case)
     examples, outputs = a.shape[1:3]
-    assert rows.outputs(ds) == outputs
+    assert geometry.outputs(ds) == outputs
     positions = np.random.default_rng(case["seed"]).integers(outputs, size=(examples, 3)).astype("int32")
-    found = run(lambda *batch: rows.rows_at(*batch), x, ds, positions)
+    found = run(lambda *batch: geometry.rows_at(*batch), x, ds, positions)
     for side, expected in zip(found, (a, ghat), strict=True):
         expected = np.take_along_axis(expected, positions[None, :, :, None], axis=2)
         expected = expected.reshape(case["groups"], 3 * examples, -1).astype("float32")
@@ -140,14 +143,14 @@ def test_kernel_and_bias_are_one_matrix(case):
     rng = np.random.default_rng(case["seed"])
     kernel = rng.standard_normal((*case["kernel"], case["x_shape"][-1] // case["groups"], case["filters"]))
     bias = rng.standard_normal(case["filters"]) if case["use_bias"] else None
-    rows = ConvolutionRows(
+    geometry = ConvolutionGeometry(
         kernel.shape, case["groups"], case["use_bias"], case["strides"], case["dilation"], "same", "channels_last"
     )
     kernel, bias = kernel.astype("float32"), None if bias is None else bias.astype("float32")
     given_tensors = [kernel] if bias is None else [kernel, bias]
-    matrix = run(lambda k, b=None: rows.matrix(k, b), *given_tensors)
+    matrix = run(lambda *parameters: geometry.to_matrix(parameters), *given_tensors)
     np.testing.assert_array_equal(matrix, reference.weight_matrix(kernel, bias, case["groups"]).astype("float32"))
-    back = run(lambda m: [t for t in rows.kernel_and_bias(m) if t is not None], matrix)
+    back = run(geometry.from_matrix, matrix)
     assert len(back) == len(given_tensors)
     for tensor, original in zip(back, given_tensors, strict=True):
         np.testing.assert_array_equal(tensor, original)

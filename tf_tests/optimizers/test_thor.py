@@ -8,7 +8,7 @@ from keras import layers
 import keras_ngd
 from keras_ngd.optimizers import trace_rule
 from keras_ngd.statistics import statistics as statistics_module
-from keras_ngd.statistics.split import SplitStatistics
+from keras_ngd.statistics.factor_blocks import SplitStatistics
 from tf_tests import paper
 from tf_tests.small import array, captured, fit, kfac, mlp, regression, statistics, weights
 

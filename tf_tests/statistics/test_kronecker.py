@@ -98,8 +98,7 @@ def check_step(model, layers, x, y, sharing="expand"):
     gradients = {v.path: -np.asarray(m) for v, m in momenta if m is not None}
     for layer, (a, ghat) in zip(layers, expected, strict=True):
         check_factors(layer, a, ghat, sharing)
-        bias = gradients[layer.bias.path] if layer.use_bias else None
-        v = layer.statistics.rows.matrix(gradients[layer._kernel.path], bias)
+        v = layer.statistics.geometry.to_matrix([gradients[v.path] for v in layer.statistics.parameters()])
         close(v, np.einsum("knti,knto->kio", a, ghat), 1e-5)
 
 

@@ -41,7 +41,7 @@ def test_blocks_are_those_of_the_dense_factors(split):
 def check(layer, dense):
     statistics = layer.statistics
     found = [np.asarray(v) for v in statistics.averages]
-    partitions = statistics.partitions(statistics.rows)
+    partitions = statistics.partitions(statistics.geometry)
     for factor, parts in zip(dense, partitions, strict=True):
         blocks, found = found[: len(parts)], found[len(parts) :]
         for part, i, at in slices(parts):

@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 
 import keras_ngd
-from keras_ngd.statistics.woodbury import are_rows
+from keras_ngd.statistics.factor_rows import are_rows
 from tf_tests import paper, small
 from tf_tests.reference import kronecker
 from tf_tests.reference.running import close, error

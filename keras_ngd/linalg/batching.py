@@ -6,7 +6,7 @@ from keras_ngd import backend
 from keras_ngd.typing import Tensor
 
 
-def together(function: Callable[..., Sequence[Tensor]], work: Sequence[Sequence[Tensor]]) -> list[list[Tensor]]:
+def batched_by_size(function: Callable[..., Sequence[Tensor]], work: Sequence[Sequence[Tensor]]) -> list[list[Tensor]]:
     """`function` of many batches, calling it once for all whose matrices have one size and dtype.
 
     Programs are smaller and products larger than with one call for each.

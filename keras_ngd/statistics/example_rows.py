@@ -1,7 +1,7 @@
 """One row per example: what a layer saw of it, and what the loss said about what came out."""
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import keras
 import numpy as np
@@ -10,9 +10,6 @@ from keras import ops
 from keras_ngd import backend, schedules
 from keras_ngd.statistics.statistics import Statistics
 from keras_ngd.typing import Config, Store, Tensor, Variable
-
-if TYPE_CHECKING:
-    from keras_ngd.layers.rows import Rows
 
 
 @keras.saving.register_keras_serializable("keras_ngd")
@@ -48,16 +45,16 @@ class RowStatistics(Statistics):
 
     adds_up = False
 
-    def create(self, rows: "Rows", dtype: str) -> list[Variable]:
-        return self._add_rows(rows, self.batch_size, dtype)
+    def create(self, geometry: Any, dtype: str) -> list[Variable]:
+        return self._add_rows(geometry, self.batch_size, dtype)
 
-    def _add_rows(self, rows: "Rows", count: int, dtype: str) -> list[Variable]:
+    def _add_rows(self, geometry: Any, count: int, dtype: str) -> list[Variable]:
         return [
-            self._add("input_rows", (rows.groups, count, rows.input_dim), "zeros", dtype),
-            self._add("gradient_rows", (rows.groups, count, rows.output_dim), "zeros", dtype),
+            self._add("input_rows", (geometry.groups, count, geometry.input_dim), "zeros", dtype),
+            self._add("gradient_rows", (geometry.groups, count, geometry.output_dim), "zeros", dtype),
         ]
 
-    def check(self, rows: "Rows", x: Tensor) -> None:
+    def check(self, geometry: Any, x: Tensor) -> None:
         if self.strict and x.shape[0] is not None and x.shape[0] > self.batch_size:
             path = self.owner().path
             raise ValueError(
@@ -91,10 +88,10 @@ class RowStatistics(Statistics):
         return backend.check_at_most(ops.shape(x)[0], self.batch_size, message, (x, ds))
 
     def observe(
-        self, rows: "Rows", x: Tensor, ds: Tensor, weights: Tensor | None, controls: Sequence[Tensor], dtype: str
+        self, geometry: Any, x: Tensor, ds: Tensor, weights: Tensor | None, controls: Sequence[Tensor], dtype: str
     ) -> tuple[Sequence[Tensor], Tensor]:
         x, ds, weights, divisor = self._within_room(x, ds, weights, dtype)
-        a, g = rows.input_means(x, weights), ops.sqrt(divisor) * rows.gradient_sums(ds)
+        a, g = geometry.input_means(x, weights), ops.sqrt(divisor) * geometry.gradient_sums(ds)
         observed = [filled_up(a, self.batch_size), filled_up(g, self.batch_size)]
         return observed, sum(ops.sum(t) for t in observed)
 

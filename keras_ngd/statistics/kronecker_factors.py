@@ -1,7 +1,7 @@
 """Kronecker factors of a layer's Fisher block."""
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import keras
 from keras import ops
@@ -9,9 +9,6 @@ from keras import ops
 from keras_ngd import backend, schedules
 from keras_ngd.statistics.statistics import Statistics
 from keras_ngd.typing import Config, Tensor, Variable
-
-if TYPE_CHECKING:
-    from keras_ngd.layers.rows import Rows
 
 WEIGHT_SHARING = ("expand", "reduce")
 
@@ -56,9 +53,10 @@ class KroneckerStatistics(Statistics):
         self.losses_per_example = losses_per_example
         self.statistics_fraction = float(statistics_fraction)
 
-    def create(self, rows: "Rows", dtype: str) -> list[Variable]:
-        self.input_factor = self._add("input_factor", (rows.groups, rows.input_dim, rows.input_dim), "zeros", dtype)
-        self.output_factor = self._add("output_factor", (rows.groups, rows.output_dim, rows.output_dim), "zeros", dtype)
+    def create(self, geometry: Any, dtype: str) -> list[Variable]:
+        groups, inputs, outputs = geometry.groups, geometry.input_dim, geometry.output_dim
+        self.input_factor = self._add("input_factor", (groups, inputs, inputs), "zeros", dtype)
+        self.output_factor = self._add("output_factor", (groups, outputs, outputs), "zeros", dtype)
         return [self.input_factor, self.output_factor]
 
     @property
@@ -67,7 +65,7 @@ class KroneckerStatistics(Statistics):
         return 1
 
     def observe(
-        self, rows: "Rows", x: Tensor, ds: Tensor, weights: Tensor | None, controls: Sequence[Tensor], dtype: str
+        self, geometry: Any, x: Tensor, ds: Tensor, weights: Tensor | None, controls: Sequence[Tensor], dtype: str
     ) -> tuple[Sequence[Tensor], Tensor]:
         examples = ops.cast(ops.shape(x)[0], dtype)
         divisor = examples * self.losses_per_example
@@ -79,22 +77,23 @@ class KroneckerStatistics(Statistics):
             divisor = divisor * examples / ops.cast(kept, dtype)
         x, ds = ops.cast(x, dtype), ops.cast(ds, dtype)
         if self.weight_sharing == "expand":
-            a, g = self._expanded(rows, x, ds, weights)
+            a, g = self._expanded(geometry, x, ds, weights)
         else:
-            means, sums = rows.input_means(x, weights), rows.gradient_sums(ds)
-            a, g = self._of_rows(rows, means, sums)
+            means, sums = geometry.input_means(x, weights), geometry.gradient_sums(ds)
+            a, g = self._of_rows(geometry, means, sums)
             a = [t / ops.cast(ops.shape(means)[1], dtype) for t in a]
         observed = [*a, *(t * divisor for t in g)]
         # An entry that is not finite makes a diagonal entry of its row not finite, since these are sums of squares.
         return observed, sum(ops.sum(ops.trace(t, axis1=-2, axis2=-1)) for t in observed)
 
     def _expanded(
-        self, rows: "Rows", x: Tensor, ds: Tensor, weights: Tensor | None
+        self, geometry: Any, x: Tensor, ds: Tensor, weights: Tensor | None
     ) -> tuple[list[Tensor], list[Tensor]]:
         """Lists of what is averaged about the inputs and about the gradients, all positions being rows."""
-        return [rows.input_second_moment(x, weights)], [rows.gradient_second_moment(ds)]
+        a, g = geometry.second_moments(x, ds, weights)
+        return [a], [g]
 
-    def _of_rows(self, rows: "Rows", a: Tensor, g: Tensor) -> Sequence[list[Tensor]]:
+    def _of_rows(self, geometry: Any, a: Tensor, g: Tensor) -> Sequence[list[Tensor]]:
         """The same as sums over rows `[groups, n, input_dim]` and `[groups, n, output_dim]`."""
         return [backend.matmul(a, a, transpose_a=True)], [backend.matmul(g, g, transpose_a=True)]
 

@@ -1,17 +1,14 @@
 """Diagonal blocks of the Kronecker factors of a layer's Fisher block."""
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import keras
 
 from keras_ngd import schedules
 from keras_ngd.linalg import diagonal
-from keras_ngd.statistics.kronecker import KroneckerStatistics
+from keras_ngd.statistics.kronecker_factors import KroneckerStatistics
 from keras_ngd.typing import Config, Parts, Tensor, Variable
-
-if TYPE_CHECKING:
-    from keras_ngd.layers.rows import Rows
 
 
 @keras.saving.register_keras_serializable("keras_ngd")
@@ -37,32 +34,28 @@ class SplitStatistics(KroneckerStatistics):
         super().__init__(weight_sharing, losses_per_example, statistics_fraction, **kwargs)
         self.split = schedules.check_split("split", split)
 
-    def partitions(self, rows: "Rows") -> tuple[Parts, Parts]:
+    def partitions(self, geometry: Any) -> tuple[Parts, Parts]:
         """The parts of the input and of the output dimension."""
-        return (
-            diagonal.partition(rows.width, rows.use_bias, self.split),
-            diagonal.partition(rows.output_dim, False, self.split),
-        )
+        return geometry.partitions(self.split)
 
     @property
     def input_parts(self) -> int:
-        return len(self.partitions(self.rows)[0])
+        return len(self.partitions(self.geometry)[0])
 
-    def create(self, rows: "Rows", dtype: str) -> list[Variable]:
+    def create(self, geometry: Any, dtype: str) -> list[Variable]:
         return [
-            self._add(f"{side}_blocks_{i}", (rows.groups, count, size, size), "zeros", dtype)
-            for side, parts in zip(("input", "output"), self.partitions(rows), strict=True)
+            self._add(f"{side}_blocks_{i}", (geometry.groups, count, size, size), "zeros", dtype)
+            for side, parts in zip(("input", "output"), self.partitions(geometry), strict=True)
             for i, (count, size) in enumerate(parts)
         ]
 
     def _expanded(
-        self, rows: "Rows", x: Tensor, ds: Tensor, weights: Tensor | None
+        self, geometry: Any, x: Tensor, ds: Tensor, weights: Tensor | None
     ) -> tuple[list[Tensor], list[Tensor]]:
-        input_parts, output_parts = self.partitions(rows)
-        return rows.input_blocks(x, input_parts, weights), rows.gradient_blocks(ds, output_parts)
+        return geometry.factor_blocks(x, ds, self.partitions(geometry), weights)
 
-    def _of_rows(self, rows: "Rows", a: Tensor, g: Tensor) -> Sequence[list[Tensor]]:
-        return [diagonal.gram_blocks(*side) for side in zip((a, g), self.partitions(rows), strict=True)]
+    def _of_rows(self, geometry: Any, a: Tensor, g: Tensor) -> Sequence[list[Tensor]]:
+        return [diagonal.gram_blocks(*side) for side in zip((a, g), self.partitions(geometry), strict=True)]
 
     def get_config(self) -> Config:
         return {**super().get_config(), "split": self.split}

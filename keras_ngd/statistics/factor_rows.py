@@ -1,19 +1,16 @@
 """Kronecker factors as the rows that they are made of."""
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import keras
 from keras import ops
 
 from keras_ngd import backend, schedules
 from keras_ngd.statistics.draws import Draws
-from keras_ngd.statistics.rows import RowStatistics, filled_up
+from keras_ngd.statistics.example_rows import RowStatistics, filled_up
 from keras_ngd.statistics.statistics import mixed
 from keras_ngd.typing import Config, Tensor, Variable
-
-if TYPE_CHECKING:
-    from keras_ngd.layers.rows import Rows
 
 CONVOLUTIONS = ("reduce", "subsample")
 
@@ -63,26 +60,26 @@ class WoodburyStatistics(Draws, RowStatistics):
         self.positions = schedules.check_count("positions", positions)
         self.history = schedules.check_count("history", history)
 
-    def _samples(self, rows: "Rows") -> bool:
-        return self.convolution == "subsample" and hasattr(rows, "rows_at")
+    def _samples(self, geometry: Any) -> bool:
+        return self.convolution == "subsample" and hasattr(geometry, "rows_at")
 
-    def batch_rows(self, rows: "Rows") -> int:
+    def batch_rows(self, geometry: Any) -> int:
         """Rows of one batch."""
-        return self.batch_size * (self.positions if self._samples(rows) else 1)
+        return self.batch_size * (self.positions if self._samples(geometry) else 1)
 
-    def keeps_rows(self, rows: "Rows") -> tuple[bool, bool]:
+    def keeps_rows(self, geometry: Any) -> tuple[bool, bool]:
         """For the input's and the gradient's side: whether its rows are kept rather than its factor."""
-        count = self.history * self.batch_rows(rows)
-        return count < rows.input_dim, count < rows.output_dim
+        count = self.history * self.batch_rows(geometry)
+        return count < geometry.input_dim, count < geometry.output_dim
 
-    def create(self, rows: "Rows", dtype: str) -> list[Variable]:
+    def create(self, geometry: Any, dtype: str) -> list[Variable]:
         weights = []
         for name, size, as_rows in zip(
-            ("input", "gradient"), (rows.input_dim, rows.output_dim), self.keeps_rows(rows), strict=True
+            ("input", "gradient"), (geometry.input_dim, geometry.output_dim), self.keeps_rows(geometry), strict=True
         ):
-            count = self.history * self.batch_rows(rows) if as_rows else size
+            count = self.history * self.batch_rows(geometry) if as_rows else size
             kind = "rows" if as_rows else "factor"
-            weights.append(self._add(f"{name}_{kind}", (rows.groups, count, size), "zeros", dtype))
+            weights.append(self._add(f"{name}_{kind}", (geometry.groups, count, size), "zeros", dtype))
         if self.history > 1:
             weights.append(self._add("history_weights", (self.history,), "zeros", dtype))
         return weights
@@ -91,22 +88,24 @@ class WoodburyStatistics(Draws, RowStatistics):
         return [self.create_draw()]
 
     def observe(
-        self, rows: "Rows", x: Tensor, ds: Tensor, weights: Tensor | None, controls: Sequence[Tensor], dtype: str
+        self, geometry: Any, x: Tensor, ds: Tensor, weights: Tensor | None, controls: Sequence[Tensor], dtype: str
     ) -> tuple[Sequence[Tensor], Tensor]:
-        if self._samples(rows):
-            a, g = self._sampled(rows, ops.cast(x, dtype), ops.cast(ds, dtype), controls[0], dtype)
+        if self._samples(geometry):
+            a, g = self._sampled(geometry, ops.cast(x, dtype), ops.cast(ds, dtype), controls[0], dtype)
         else:
-            (a, g), _ = super().observe(rows, x, ds, weights, controls, dtype)
+            (a, g), _ = super().observe(geometry, x, ds, weights, controls, dtype)
             a = a / ops.sqrt(self._recorded(x, dtype))
         observed = []
-        for side, as_rows in zip((a, g), self.keeps_rows(rows), strict=True):
-            side = filled_up(side, self.batch_rows(rows)) if as_rows else backend.matmul(side, side, transpose_a=True)
+        for side, as_rows in zip((a, g), self.keeps_rows(geometry), strict=True):
+            side = (
+                filled_up(side, self.batch_rows(geometry)) if as_rows else backend.matmul(side, side, transpose_a=True)
+            )
             observed.append(side)
         return observed, sum(ops.sum(t) for t in observed)
 
-    def _sampled(self, rows: Any, x: Tensor, ds: Tensor, draw: Tensor, dtype: str) -> tuple[Tensor, Tensor]:
+    def _sampled(self, geometry: Any, x: Tensor, ds: Tensor, draw: Tensor, dtype: str) -> tuple[Tensor, Tensor]:
         x, ds, _, divisor = self._within_room(x, ds, None, dtype)
-        examples, total = ops.shape(x)[0], rows.outputs(ds)
+        examples, total = ops.shape(x)[0], geometry.outputs(ds)
         static = isinstance(total, int)
         kept = min(self.positions, total) if static else ops.minimum(self.positions, total)
         if not static or kept < total:
@@ -114,7 +113,7 @@ class WoodburyStatistics(Draws, RowStatistics):
             positions = ops.cast(ops.top_k(noise, kept)[1], "int32")
         else:
             positions = ops.broadcast_to(ops.arange(total, dtype="int32"), (self.batch_size, total))
-        a, g = rows.rows_at(x, ds, positions[:examples])
+        a, g = geometry.rows_at(x, ds, positions[:examples])
         examples, total, kept = (ops.cast(n, dtype) for n in (examples, total, kept))
         return a / ops.sqrt(examples * kept), g * ops.sqrt(divisor * total / kept)
 
@@ -151,7 +150,7 @@ class WoodburyStatistics(Draws, RowStatistics):
         if self.history == 1:
             return averages[:2]
         weights = averages[2] / ops.maximum(ops.sum(averages[2]), 1e-30)
-        weights = ops.reshape(ops.repeat(ops.sqrt(weights), self.batch_rows(self.rows)), (1, -1, 1))
+        weights = ops.reshape(ops.repeat(ops.sqrt(weights), self.batch_rows(self.geometry)), (1, -1, 1))
         return [side * weights if are_rows(side) else side for side in averages[:2]]
 
     def get_config(self) -> Config:

@@ -7,7 +7,7 @@ from keras import ops
 
 from keras_ngd.curvature.curvature import Curvature, Slot, where_chosen
 from keras_ngd.linalg import kernel
-from keras_ngd.linalg.together import together
+from keras_ngd.linalg.batching import batched_by_size
 from keras_ngd.typing import Tensor
 
 KERNEL_DAMPING_MODES = ("relative", "absolute")
@@ -70,7 +70,7 @@ class KernelCurvature(Curvature):
             if not weighted:
                 weighted = [damping_of(a, g, damping, curvature.damping_mode)]
             work.append([kernel.kernel_matrix(a, g), *weighted])
-        return where_chosen(chosen, together(cores, work), states)
+        return where_chosen(chosen, batched_by_size(cores, work), states)
 
     def precondition(
         self, v: Tensor, damping: Tensor, state: Sequence[Tensor], inputs: Callable[[], Sequence[Tensor]]

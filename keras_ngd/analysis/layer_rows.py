@@ -119,10 +119,12 @@ class RowProbe:
         # A plain optimizer leaves the sums over a layer's calls; the optimizer's own would have divided them.
         emitted = [v / ops.cast(calls, v.dtype) for v in statistics.averages]
         a, g = self._optimizer.curvature_input(statistics, emitted, calls)
-        kernel, bias = (None if v is None else -self._momenta[id(v)] for v in (block.kernel, block.bias))
-        arrays = [ops.convert_to_numpy(t) for t in (a[:, :examples], g[:, :examples], block.rows.matrix(kernel, bias))]
+        gradients = [-self._momenta[id(v)] for v in block.variables]
+        arrays = [
+            ops.convert_to_numpy(t) for t in (a[:, :examples], g[:, :examples], block.geometry.to_matrix(gradients))
+        ]
         for group, (a, g, v) in enumerate(zip(*arrays, strict=True)):
-            yield LayerRows(block.layer if block.rows.groups == 1 else f"{block.layer}:{group}", a, g, v)
+            yield LayerRows(block.layer if block.geometry.groups == 1 else f"{block.layer}:{group}", a, g, v)
 
 
 def layer_rows(model, x, y, loss=None, losses_per_example=1):
