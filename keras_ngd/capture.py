@@ -20,6 +20,7 @@ def capture(
     optimizer: "NaturalGradient | str",
     skip: str | Sequence[str] | Callable[[keras.layers.Layer], bool] | None = None,
     data: Any = None,
+    include: str | Sequence[str] | Callable[[keras.layers.Layer], bool] | None = None,
 ) -> "CaptureReport":
     """Makes a model's layers record what a natural-gradient optimizer needs, in place.
 
@@ -66,6 +67,8 @@ def capture(
         data: a batch of the model's inputs, or a data set of batches, for what is measured: `THOR(split="auto")`, which takes
             256 examples at most, and for room for rows and steps in an epoch (SKFAC, SNGD, HyLo), where an array of more than
             1,024 examples is not taken for a batch. Default None.
+        include: layers to capture of kinds that are left to the rule of the rest unless they are asked for: as for `skip`.
+            Default None.
 
     Returns:
         A `CaptureReport`. Its `warnings`, of layers with large factors, are given as Python's warnings as well.
@@ -76,4 +79,4 @@ def capture(
             layer, layers compute in float16 without a static loss scale, or the model or the optimizer was made before the
             active `keras.distribution` was set.
     """
-    return swap.capture(model, optimizer, skip, data, analysis)
+    return swap.capture(model, optimizer, skip, include, data, analysis)

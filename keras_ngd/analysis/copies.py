@@ -27,7 +27,7 @@ def captured_copy(model, inputs, optimizer, data=None, compiled=False):
     if not copy.built:
         copy(inputs)
     copy.set_weights(model.get_weights())
-    capture(copy, optimizer, None, data, analysis)
+    capture(copy, optimizer, None, None, data, analysis)
     if compiled:
         _compile_like(copy, model, optimizer)
     return copy

@@ -10,6 +10,9 @@ from keras_ngd import keras_private, layers
 from keras_ngd.capturing.walk import layers_with_weights, path_of
 from keras_ngd.optimizers.natural_gradient import NaturalGradient
 
+# What `capture` takes to select layers: names and patterns, or a function of the layer.
+Selection = str | Sequence[str] | Callable[[keras.layers.Layer], bool] | None
+
 OF_ANOTHER = "not trainable here, and captured already: left as it is"
 
 
@@ -20,11 +23,33 @@ def layers_to_capture(model: keras.Model) -> list[keras.layers.Layer]:
 
 def decide(
     found: Sequence[tuple[keras.layers.Layer, keras.layers.Layer | None]],
-    skipped: Callable[[keras.layers.Layer], str] = lambda layer: "",
+    skipped: Callable[[keras.layers.Layer], bool] = lambda layer: False,
+    included: Callable[[keras.layers.Layer], bool] = lambda layer: False,
 ) -> list[tuple[keras.layers.Layer, str]]:
-    """Pairs of each layer that was found and the reason why it is not captured, an empty string if it is."""
+    """Pairs of each layer that was found and the reason why it is not captured, an empty string if it is.
+
+    Args:
+        found: pairs of a layer and the outermost wrapper it is inside of, or None.
+        skipped: function of a layer: whether it is left out.
+        included: function of a layer: whether it is captured though layers of its kind are not by default.
+    """
     owners = _owners(found)
-    return [(layer, skipped(layer) or _reason_against(layer, wrapper, owners)) for layer, wrapper in found]
+
+    def reason(layer: keras.layers.Layer, wrapper: keras.layers.Layer | None) -> str:
+        if skipped(layer):
+            return "left out by `skip`"
+        found = _reason_against(layer, wrapper, owners)
+        if found or kind_of(layer).by_default or included(layer):
+            return found
+        return "left to the rule of the rest by default; `include` captures it"
+
+    return [(layer, reason(layer, wrapper)) for layer, wrapper in found]
+
+
+def kind_of(layer: keras.layers.Layer) -> Any:
+    """The captured class of a layer, or None."""
+    kinds = layers.CAPTURED_KINDS
+    return type(layer) if type(layer) in kinds.values() else kinds.get(type(layer))
 
 
 def _owners(
@@ -42,7 +67,7 @@ def _reason_against(
     layer: keras.layers.Layer, wrapper: keras.layers.Layer | None, owners: dict[int, list[keras.layers.Layer]]
 ) -> str:
     """Why a layer is not captured, or an empty string."""
-    kind: Any = type(layer) if type(layer) in layers.CAPTURED_KINDS.values() else layers.CAPTURED_KINDS.get(type(layer))
+    kind = kind_of(layer)
     if kind is None:
         for plain in layers.CAPTURED_KINDS:
             if isinstance(layer, plain):
@@ -73,31 +98,31 @@ def _reason_against(
     return ""
 
 
-def skipper(
-    skip: str | Sequence[str] | Callable[[keras.layers.Layer], bool] | None, candidates: Sequence[keras.layers.Layer]
-) -> Callable[[keras.layers.Layer], str]:
-    """A function of the layer that says that it is left out, or an empty string, from what `skip` is.
+def selector(
+    name: str, selection: Selection, candidates: Sequence[keras.layers.Layer]
+) -> Callable[[keras.layers.Layer], bool]:
+    """A function of the layer that says whether the argument `name` of `capture` selects it, from what that is.
 
     Raises:
-        TypeError: if `skip` is of the wrong kind.
+        TypeError: if it is of the wrong kind.
         ValueError: if it names none of the candidates.
     """
-    if callable(skip) and not isinstance(skip, keras.layers.Layer):
-        leaves_out = skip
-        return lambda layer: "left out by `skip`" if leaves_out(layer) else ""
-    skip = () if skip is None else skip
-    patterns: list[Any] = list(skip) if isinstance(skip, (list, tuple, set, frozenset)) else [skip]
+    if callable(selection) and not isinstance(selection, keras.layers.Layer):
+        selects = selection
+        return lambda layer: bool(selects(layer))
+    selection = () if selection is None else selection
+    patterns: list[Any] = list(selection) if isinstance(selection, (list, tuple, set, frozenset)) else [selection]
 
     def matches(layer: keras.layers.Layer, pattern: str) -> bool:
         return fnmatch.fnmatchcase(layer.name, pattern) or fnmatch.fnmatchcase(path_of(layer), pattern)
 
     for pattern in patterns:
         if not isinstance(pattern, str):
-            raise TypeError(f"`skip` takes names, patterns or a function of the layer. Received: {pattern!r}")
+            raise TypeError(f"`{name}` takes names, patterns or a function of the layer. Received: {pattern!r}")
         if not any(matches(layer, pattern) for layer in candidates):
             names = ", ".join(map(path_of, candidates))
-            raise ValueError(f"`skip` names {pattern!r}, which matches no layer with weights. There are: {names}")
-    return lambda layer: "left out by `skip`" if any(matches(layer, p) for p in patterns) else ""
+            raise ValueError(f"`{name}` names {pattern!r}, which matches no layer with weights. There are: {names}")
+    return lambda layer: any(matches(layer, p) for p in patterns)
 
 
 def check_built(model: keras.Model, needed: Sequence[keras.layers.Layer]) -> None:

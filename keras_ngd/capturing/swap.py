@@ -3,7 +3,6 @@
 import contextlib
 import math
 import warnings
-from collections.abc import Callable, Sequence
 from typing import Any
 
 import keras
@@ -22,14 +21,15 @@ from keras_ngd.typing import Shape, Variable
 def capture(
     model: keras.Model,
     optimizer: NaturalGradient | str,
-    skip: str | Sequence[str] | Callable[[keras.layers.Layer], bool] | None,
+    skip: policy.Selection,
+    include: policy.Selection,
     data: Any,
     analysis: Any,
 ) -> CaptureReport:
     """Captures a model, as `keras_ngd.capture` says.
 
     Args:
-        model, optimizer, skip, data: as for `keras_ngd.capture`.
+        model, optimizer, skip, include, data: as for `keras_ngd.capture`.
         analysis: what methods measure with before layers are captured for them: `keras_ngd.analysis`, which stands above.
     """
     backend.check_served()
@@ -47,13 +47,14 @@ def capture(
             "with a new optimizer."
         )
     with replica.scope_of(model, optimizer):
-        return _capture(model, optimizer, skip, data, analysis)
+        return _capture(model, optimizer, skip, include, data, analysis)
 
 
 def _capture(
     model: keras.Model,
     optimizer: NaturalGradient,
-    skip: str | Sequence[str] | Callable[[keras.layers.Layer], bool] | None,
+    skip: policy.Selection,
+    include: policy.Selection,
     data: Any,
     analysis: Any,
 ) -> CaptureReport:
@@ -61,9 +62,10 @@ def _capture(
     for tensor in keras.tree.flatten(getattr(model, "inputs", None) or []):
         sharding.check_batch(tensor.shape[0])
     found = list(layers_with_weights(model))
-    skipped = policy.skipper(skip, [layer for layer, _ in found])
+    candidates = [layer for layer, _ in found]
+    skipped, included = policy.selector("skip", skip, candidates), policy.selector("include", include, candidates)
     policy.check_built(model, [layer for layer, _ in found if not skipped(layer)])
-    decisions = policy.decide(found, skipped)
+    decisions = policy.decide(found, skipped, included)
     if all(reason for _, reason in decisions):
         report = CaptureReport([LayerReport(path_of(la), type(la).__name__, reason=reason) for la, reason in decisions])
         raise ValueError(

@@ -1,0 +1,58 @@
+"""Small models with a layer of each captured kind. A new kind is a line of `KINDS`."""
+
+import dataclasses
+from collections.abc import Callable
+
+import keras
+import numpy as np
+from keras import layers
+
+EXAMPLES = 16
+
+
+@dataclasses.dataclass(frozen=True)
+class Kind:
+    """A model with a layer of some kind, which is named `layer`.
+
+    Attributes:
+        model: function of no arguments that makes it; its outputs are to be of 3 numbers for each example.
+        shape: of one example of its inputs.
+        tokens: how many there are, where inputs are integers below that; None for numbers.
+        include: the argument of `capture`.
+        rows: whether the methods on rows take it; where not, its name in the message that refuses it.
+    """
+
+    model: Callable
+    shape: tuple
+    tokens: int | None = None
+    include: str | None = None
+    rows: bool = True
+
+    def data(self, seed=0):
+        """`(x, y)`."""
+        rng = np.random.default_rng(seed)
+        if self.tokens is None:
+            x = rng.normal(size=(EXAMPLES, *self.shape)).astype("float32")
+        else:
+            x = rng.integers(0, self.tokens, size=(EXAMPLES, *self.shape)).astype("int32")
+        return x, rng.normal(size=(EXAMPLES, 3)).astype("float32")
+
+
+def alone(layer, shape, **kwargs):
+    """The kind of a layer that `layer()` makes, between inputs of this shape and a dense layer."""
+
+    def model():
+        inputs = keras.Input(shape, dtype="int32" if "tokens" in kwargs else None)
+        return keras.Model(inputs, layers.Dense(3, name="outputs")(layers.Flatten()(layer()(inputs))))
+
+    return Kind(model, shape, **kwargs)
+
+
+KINDS = {
+    "dense": alone(lambda: layers.Dense(4, "tanh", name="layer"), (5,)),
+    "dense-positions": alone(lambda: layers.Dense(4, name="layer"), (3, 5)),
+    "conv1d": alone(lambda: layers.Conv1D(4, 3, padding="causal", name="layer"), (6, 2)),
+    "conv2d": alone(lambda: layers.Conv2D(4, 3, strides=2, activation="relu", name="layer"), (6, 5, 2)),
+    "conv2d-grouped": alone(lambda: layers.Conv2D(4, 3, groups=2, use_bias=False, name="layer"), (5, 5, 4)),
+    "conv3d": alone(lambda: layers.Conv3D(2, 2, name="layer"), (3, 3, 3, 2)),
+}
