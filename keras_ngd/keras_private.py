@@ -57,6 +57,11 @@ def kernel_of(layer):
     return layer._kernel
 
 
+def embeddings_of(layer):
+    """The table that an embedding trains: `_embeddings`; of the property `embeddings` holds what is said of `kernel`."""
+    return layer._embeddings
+
+
 def causal_padding(layer):
     """What a `Conv1D` with `padding="causal"` pads its inputs with, as `ops.pad` takes it: `_compute_causal_padding`."""
     return layer._compute_causal_padding()
@@ -168,6 +173,14 @@ def mask_of(tensor):
     from keras.src.backend import get_keras_mask
 
     return get_keras_mask(tensor)
+
+
+def set_mask(tensor, mask):
+    """Attaches a mask to a tensor, as `mask_of` finds it, unless it is None: `set_keras_mask` of Keras's `masking`."""
+    from keras.src.backend.common.masking import set_keras_mask
+
+    if mask is not None:
+        set_keras_mask(tensor, mask)
 
 
 def layout_of(variable):

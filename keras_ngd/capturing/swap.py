@@ -11,6 +11,7 @@ from keras_ngd import backend, keras_private, layers, replica, sharding
 from keras_ngd.capturing import policy
 from keras_ngd.capturing.walk import layers_with_weights, path_of
 from keras_ngd.layers.captured import Captured
+from keras_ngd.layers.container import Container
 from keras_ngd.optimizers.blocks import Block, Group
 from keras_ngd.optimizers.natural_gradient import NaturalGradient
 from keras_ngd.optimizers.plain import plain_sgd
@@ -96,6 +97,7 @@ def _capture(
                 of_part.watched_by(optimizer)
                 recorded += 1
             entries.append(_describe(layer, optimizer))
+    _swap_containers(model)
     optimizer.note_capture(model)
     _forget_compiled_functions(model)
     report = CaptureReport(entries, optimizer)
@@ -116,6 +118,14 @@ def _describe(layer: keras.layers.Layer, optimizer: NaturalGradient) -> LayerRep
     return LayerReport(layer.path, type(layer).plain.__name__, tuple(shown), size)
 
 
+def _swap_containers(model: keras.Model) -> None:
+    """Layers in whose config captured layers in them would be lost become such as list them."""
+    for layer in keras_private.flatten_layers(model):
+        kind = layers.CONTAINER_KINDS.get(type(layer))
+        if kind is not None and Container.captured_layers(layer):
+            layer.__class__ = kind
+
+
 def release(model: keras.Model) -> None:
     """Turns captured layers back into plain Keras layers, in place; weights and results stay.
 
@@ -130,6 +140,9 @@ def release(model: keras.Model) -> None:
         raise TypeError(f"`model` must be a keras.Model. Received: {model!r}")
     for layer, _ in list(layers_with_weights(model)):
         _release_layer(layer)
+    for layer in keras_private.flatten_layers(model):
+        if type(layer) in layers.CONTAINER_KINDS.values():
+            layer.__class__ = type(layer).plain
     _forget_compiled_functions(model)
     if model.compiled and isinstance(model.optimizer, NaturalGradient):
         with replica.scope_of(model, model.optimizer):

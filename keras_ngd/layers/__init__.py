@@ -1,8 +1,12 @@
 """Captured layers: Keras layers with a probe on their pre-activation."""
 
+from keras_ngd.layers.attention import GroupQueryAttention, MultiHeadAttention
 from keras_ngd.layers.captured import Captured, Part
+from keras_ngd.layers.container import CONTAINER_KINDS, Container, register_container
 from keras_ngd.layers.convolution import Conv1D, Conv2D, Conv3D
 from keras_ngd.layers.dense import Dense, DenseGeometry
+from keras_ngd.layers.einsum_dense import EinsumDense
+from keras_ngd.layers.embedding import Embedding, ReversibleEmbedding
 from keras_ngd.layers.geometry import Geometry, MatrixGeometry, Structure
 from keras_ngd.layers.probe import probe
 
@@ -33,21 +37,29 @@ def register_kind(kind: type) -> type:
     return kind
 
 
-for _kind in (Dense, Conv1D, Conv2D, Conv3D):
+for _kind in (Dense, EinsumDense, Conv1D, Conv2D, Conv3D, Embedding, ReversibleEmbedding):
     register_kind(_kind)
 
 __all__ = [
     "CAPTURED_KINDS",
+    "CONTAINER_KINDS",
     "Captured",
+    "Container",
     "Conv1D",
     "Conv2D",
     "Conv3D",
     "Dense",
     "DenseGeometry",
+    "EinsumDense",
+    "Embedding",
     "Geometry",
+    "GroupQueryAttention",
     "MatrixGeometry",
+    "MultiHeadAttention",
     "Part",
+    "ReversibleEmbedding",
     "Structure",
     "probe",
+    "register_container",
     "register_kind",
 ]

@@ -197,11 +197,11 @@ class MatrixGeometry(FactoredGeometry):
         kernel = self.kernel_to_matrix(kernel)
         if not self.use_bias:
             return kernel
-        return ops.concatenate([kernel, ops.reshape(bias[0], (self.groups, 1, self.output_dim))], axis=1)
+        return ops.concatenate([kernel, self.bias_to_row(bias[0])], axis=1)
 
     def from_matrix(self, matrix: Tensor) -> list[Tensor]:
         kernel = self.kernel_from_matrix(matrix[:, : self.width])
-        return [kernel, ops.reshape(matrix[:, -1], self.bias_shape)] if self.use_bias else [kernel]
+        return [kernel, self.bias_from_row(matrix[:, -1])] if self.use_bias else [kernel]
 
     def kernel_to_matrix(self, kernel: Tensor) -> Tensor:
         """`[groups, width, output_dim]` of the kernel, whose last axis is that of the outputs, one group's after the other's."""
@@ -215,6 +215,14 @@ class MatrixGeometry(FactoredGeometry):
         if self.groups > 1:
             matrix = ops.transpose(matrix, (1, 0, 2))
         return ops.reshape(matrix, self.kernel_shape)
+
+    def bias_to_row(self, bias: Tensor) -> Tensor:
+        """`[groups, 1, output_dim]` of the bias."""
+        return ops.reshape(bias, (self.groups, 1, self.output_dim))
+
+    def bias_from_row(self, row: Tensor) -> Tensor:
+        """The bias of `[groups, output_dim]`."""
+        return ops.reshape(row, self.bias_shape)
 
     def _with_bias(self, gram: Tensor, sums: Tensor | None, count: Tensor) -> Tensor:
         """Borders `[groups, width, width]` sums with the sums of the rows and their number."""

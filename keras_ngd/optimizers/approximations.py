@@ -52,11 +52,13 @@ class KroneckerSettings:
         inverse: how factors are inverted: `"auto"`, `"cholesky"` or `"newton-schulz"`.
         damping_mode: `"relative"`, `"pi"`, `"sqrt"` or `"factor"`; see `curvature.kronecker.factor_dampings`.
         damping_factor: what the method's damping is multiplied with.
+        statistics_fraction: the share of each batch's examples that is observed.
     """
 
     inverse: str = "auto"
     damping_mode: str = "relative"
     damping_factor: float = 1.0
+    statistics_fraction: float = 1.0
 
 
 class AveragedApproximation(Approximation):
@@ -90,7 +92,8 @@ class LookupApproximation(AveragedApproximation):
     """
 
     def make_statistics(self, layer: Any) -> Statistics:
-        return SplitStatistics(None, "expand", self.method.losses_in_statistics)
+        fraction = self.method.kronecker_settings().statistics_fraction
+        return SplitStatistics(None, "expand", self.method.losses_in_statistics, fraction)
 
     def make_curvature(self, group: Group) -> Curvature:
         statistics, settings = group.blocks[0].statistics, self.method.kronecker_settings()

@@ -104,6 +104,13 @@ class Signals:
         """The gradients of a block's variables."""
         return [self.of(v) for v in block.variables]
 
+    def with_dense(self, blocks: Iterable[Block]) -> "Signals":
+        """The same with the sparse gradients of these blocks' variables as dense ones, as preconditioned ones are."""
+        grads = list(self.grads)
+        for index in (self.index(v) for block in blocks for v in block.variables):
+            grads[index] = backend.dense(grads[index]) if backend.is_sparse(grads[index]) else grads[index]
+        return self.with_gradients(grads)
+
     def with_gradients(self, grads: Sequence[Tensor]) -> "Signals":
         """The same of other gradients."""
         return Signals(grads, self.variables, self.key, self.is_overwritten)

@@ -128,7 +128,8 @@ class KFAC(NaturalGradient):
     def kronecker_settings(self) -> KroneckerSettings:
         # Blocks that are diagonal have their eigenvectors already.
         inverse = "auto" if self.inverse == "eigen" else self.inverse
-        return KroneckerSettings(inverse, "pi" if self.damping_mode == "exact" else self.damping_mode)
+        mode = "pi" if self.damping_mode == "exact" else self.damping_mode
+        return KroneckerSettings(inverse, mode, statistics_fraction=self.statistics_fraction)
 
     def get_config(self) -> Config:
         config = super().get_config()

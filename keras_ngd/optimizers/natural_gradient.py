@@ -150,6 +150,7 @@ class NaturalGradient(AssembledOptimizer):
         arrived = self.arrivals.take_in(signals)
         sums = self.ratio.of_batch(arrived.examples)
         signals, arrived, sums, share = self.exchange.mean_gradients(signals, arrived, sums, self.loss_carrier.weight)
+        signals = signals.with_dense(self.layout.blocks)
         loss = self.loss_carrier.taken_out(signals)
         self.ratio.take_in(sums, arrived.recorded)
         recorded = self._count(arrived, step, loss)

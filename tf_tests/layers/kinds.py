@@ -19,6 +19,7 @@ class Kind:
         shape: of one example of its inputs.
         tokens: how many there are, where inputs are integers below that; None for numbers.
         include: the argument of `capture`.
+        parts: the names of the captured layers in it, where it consists of such.
         rows: whether the methods on rows take it; where not, its name in the message that refuses it.
     """
 
@@ -27,6 +28,7 @@ class Kind:
     tokens: int | None = None
     include: str | None = None
     rows: bool = True
+    parts: tuple = ()
 
     def data(self, seed=0):
         """`(x, y)`."""
@@ -48,11 +50,47 @@ def alone(layer, shape, **kwargs):
     return Kind(model, shape, **kwargs)
 
 
+def between_two(layer):
+    """The kind of an attention layer that `layer()` makes, of a sequence to itself."""
+
+    def model():
+        inputs = keras.Input((4, 6))
+        return keras.Model(inputs, layers.Dense(3, name="outputs")(layers.Flatten()(layer()(inputs, inputs))))
+
+    return Kind(model, (4, 6), parts=("query", "key", "value", "attention_output"))
+
+
+def there_and_back(**kwargs):
+    """The kind of a table that tokens are looked up in and what becomes of them is projected on."""
+
+    def model():
+        inputs, layer = keras.Input((4,), dtype="int32"), layers.ReversibleEmbedding(7, 3, name="layer", **kwargs)
+        return keras.Model(
+            inputs, layers.Dense(3, name="outputs")(layers.Flatten()(layer(layer(inputs), reverse=True)))
+        )
+
+    return Kind(model, (4,), tokens=7)
+
+
 KINDS = {
     "dense": alone(lambda: layers.Dense(4, "tanh", name="layer"), (5,)),
     "dense-positions": alone(lambda: layers.Dense(4, name="layer"), (3, 5)),
     "conv1d": alone(lambda: layers.Conv1D(4, 3, padding="causal", name="layer"), (6, 2)),
     "conv2d": alone(lambda: layers.Conv2D(4, 3, strides=2, activation="relu", name="layer"), (6, 5, 2)),
     "conv2d-grouped": alone(lambda: layers.Conv2D(4, 3, groups=2, use_bias=False, name="layer"), (5, 5, 4)),
+    "einsum": alone(
+        lambda: layers.EinsumDense("abc,cde->abde", (4, 2, 3), bias_axes="de", activation="tanh", name="layer"),
+        (4, 3),
+    ),
+    "einsum-groups": alone(
+        lambda: layers.EinsumDense("atgi,gio->atgo", (4, 2, 3), bias_axes="go", name="layer"), (4, 2, 3)
+    ),
+    "einsum-plain-bias": alone(lambda: layers.EinsumDense("...x,xy->...y", 3, bias_axes="y", name="layer"), (2, 4, 5)),
+    "embedding": alone(lambda: layers.Embedding(7, 3, name="layer"), (4,), tokens=7),
+    "embedding-mask": alone(lambda: layers.Embedding(7, 3, mask_zero=True, name="layer"), (4,), tokens=7),
+    "attention": between_two(lambda: layers.MultiHeadAttention(2, 3, name="layer")),
+    "group-query": between_two(lambda: layers.GroupQueryAttention(3, 2, 1, name="layer")),
+    "tied": there_and_back(),
+    "untied": there_and_back(tie_weights=False),
     "conv3d": alone(lambda: layers.Conv3D(2, 2, name="layer"), (3, 3, 3, 2)),
 }

@@ -31,7 +31,8 @@ def test_it_is_captured_and_computes_what_the_plain_one_does(kind):
     model, (x, _) = kind.model(), kind.data()
     plain = model(x, training=True)
     report = keras_ngd.capture(model, small.METHODS["kfac"](), include=kind.include)
-    assert report.captured == ["layer", "outputs"], report
+    layer = [f"layer/{part}" for part in kind.parts] if kind.parts else ["layer"]
+    assert report.captured == [*layer, "outputs"], report
     np.testing.assert_allclose(model(x, training=True), plain, rtol=1e-5, atol=1e-6)
     names, results = [v.path for v in model.weights], model.predict(x, verbose=0)
     keras_ngd.release(model)
