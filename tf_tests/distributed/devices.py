@@ -10,7 +10,10 @@ import warnings
 from pathlib import Path
 
 DEVICES = 8
-FLAGS = f"--xla_force_host_platform_device_count={DEVICES} --xla_backend_optimization_level=0"
+FLAGS = (
+    f"--xla_force_host_platform_device_count={DEVICES} --xla_backend_optimization_level=0 "
+    "--xla_cpu_use_fusion_emitters=false"
+)
 
 if __name__ == "__main__":
     # Before JAX starts.
