@@ -37,11 +37,12 @@ help:
 demo: $(DEMO)
 	$(BIN)/python examples/quickstart.py
 
-# Workers get whole files: runs that several tests of one file look at take minutes.
+# Workers get whole files: runs that several tests of one file look at take minutes. In the order of their names: a file of a
+# few long tests would else be among the last, and one worker wait for it.
 test: lint $(HOROVOD)
-	KERAS_BACKEND=tensorflow $(BIN)/pytest -m "not processes" -n $(JOBS) --dist=loadfile --durations=12
+	KERAS_BACKEND=tensorflow $(BIN)/pytest -m "not processes" -n $(JOBS) --dist=loadfile --no-loadscope-reorder --durations=12
 	KERAS_BACKEND=tensorflow $(BIN)/pytest -m processes --durations=12
-	KERAS_BACKEND=jax $(BIN)/pytest -m "" -n $(JOBS) --dist=loadfile --durations=12
+	KERAS_BACKEND=jax $(BIN)/pytest -m "" -n $(JOBS) --dist=loadfile --no-loadscope-reorder --durations=12
 
 lint: $(TEST)
 	$(BIN)/ruff check
