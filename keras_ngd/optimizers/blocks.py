@@ -67,6 +67,13 @@ class Group:
         """`[k]`, from a scalar for each block, which may be several of the `k`: a convolution's groups."""
         return ops.concatenate([ops.repeat(values[block], block.geometry.groups) for block in self.blocks])
 
+    def of_blocks(self, values: Tensor) -> Tensor:
+        """`[blocks]`, the sums of the values `[k]` of each."""
+        counts = [block.geometry.groups for block in self.blocks]
+        if max(counts) == 1:
+            return values
+        return ops.stack([ops.sum(part) for part in backend.parts(values, counts)])
+
     def parts(self, stacked: Tensor) -> Iterable[tuple[Block, Tensor]]:
         """Pairs of every block and its part of what the curvature stacks."""
         return zip(self.blocks, backend.parts(stacked, [block.geometry.groups for block in self.blocks]), strict=True)

@@ -37,6 +37,10 @@ class Bound:
         loss_clip:   P <- nu P,   nu = min(1, loss_clip loss / <P, V>)                     at most such a share of the loss
         kl_clip:     P <- nu P,   nu = min(1, sqrt(kl_clip / (learning_rate^2 <P, V>)))    (Ba et al., 2017)
 
+    The first holds for each block alone, too, before it does for all: so it does for blocks of the Fisher matrix itself, and one
+    whose curvature is far too small (such as that of an attention's keys, whose gradients add up to zero over the positions, from
+    rows that are such sums) leaves the others their steps.
+
     Under the second the learning rate has no say in the length of steps that are clipped; under the first it always has.
 
     Args:
@@ -71,6 +75,20 @@ class Bound:
             )
         ]
 
+    def of_blocks(self, lengths: Tensor, loss: Tensor) -> Tensor:
+        """`[blocks]`, what each block's step is multiplied with before the step of all is bounded.
+
+        Args:
+            lengths: `[blocks]`, the `<P, V>` of each.
+            loss: scalar, this batch's.
+        """
+        if self._optimizer.loss_clip is None:
+            return ops.ones_like(lengths)
+        return self._share_of_loss(ops.maximum(ops.abs(lengths / self._optimizer.loss_scale**2), SMALLEST_LENGTH), loss)
+
+    def _share_of_loss(self, length: Tensor, loss: Tensor) -> Tensor:
+        return ops.minimum(1.0, self._optimizer.loss_clip * ops.where(ops.isfinite(loss), loss, 0.0) / length)
+
     def scale(self, length: Tensor, loss: Tensor, finite: Tensor) -> Tensor:
         """`nu`, which is counted.
 
@@ -83,7 +101,7 @@ class Bound:
         length = ops.maximum(ops.abs(length / optimizer.loss_scale**2), SMALLEST_LENGTH)
         nu = ops.ones((), "float32")
         if optimizer.loss_clip is not None:
-            nu = ops.minimum(nu, optimizer.loss_clip * ops.where(ops.isfinite(loss), loss, 0.0) / length)
+            nu = self._share_of_loss(length, loss)
         if optimizer.kl_clip is not None:
             rate = ops.cast(optimizer.learning_rate, "float32")
             nu = ops.minimum(nu, ops.sqrt(optimizer.kl_clip / ops.maximum(rate * rate * length, SMALLEST_LENGTH)))

@@ -168,7 +168,7 @@ class NaturalGradient(AssembledOptimizer):
             }
 
         self._refresh(inputs, damping, step, recorded)
-        preconditioned, length = self._precondition(signals, inputs, damping)
+        preconditioned, length = self._precondition(signals, inputs, damping, loss)
         others = self._others(signals, preconditioned)
         finite = self._all_finite([signals.grads[i] for i in others], length)
         nu = self.bound.scale(length, loss, finite)
@@ -230,7 +230,9 @@ class NaturalGradient(AssembledOptimizer):
         stored = [t for group, state in zip(groups, new, strict=True) for t in state_layout.stored_state(group, state)]
         return stored + list(decided)
 
-    def _precondition(self, signals: Signals, inputs: Inputs, damping: Tensor) -> tuple[dict[int, Tensor], Tensor]:
+    def _precondition(
+        self, signals: Signals, inputs: Inputs, damping: Tensor, loss: Tensor
+    ) -> tuple[dict[int, Tensor], Tensor]:
         """Preconditioned gradients of all blocks' variables by position, and the sum of all `<P, V>`."""
         gradients: dict[Block, Tensor] = {}
         found: dict[Block, Tensor] = {}
@@ -243,8 +245,11 @@ class NaturalGradient(AssembledOptimizer):
             state = state_layout.whole_state(group)
             p = group.curvature.precondition(v, damping, state, lambda group=group: group.stacked(inputs(group.blocks)))
             p = state_layout.on_all_devices(group, p)
-            lengths.append(ops.cast(ops.sum(p * v), "float32"))
-            found |= dict(group.parts(p))
+            of_each = group.of_blocks(ops.cast(ops.sum(p * v, axis=(1, 2)), "float32"))
+            shares = self.bound.of_blocks(of_each, loss)
+            lengths.append(ops.sum(of_each * shares))
+            for i, (block, part) in enumerate(group.parts(p)):
+                found[block] = part * ops.cast(shares[i], part.dtype)
         found, length = self.exchange.all_preconditioned(found, sum(lengths, ops.zeros((), "float32")))
         preconditioned = {}
         for block in self.layout.blocks:
