@@ -36,6 +36,9 @@ def capture(
       another optimizer stays, such as for that of a discriminator, which is frozen in the model that trains the generator);
     - quantized layers and layers with LoRA enabled.
 
+    `BatchNormalization`, `LayerNormalization`, `GroupNormalization` and `RMSNormalization` are captured where `include` selects
+    them: the scale and the offset of each feature then have a Fisher block of their own.
+
     A layer called several times per step is captured; its calls count like positions. A mask on the input of
     `Dense` takes the hidden positions out of its statistics. `sample_weight` scales the gradients, hence `G`, and
     leaves `A` as it is; the optimizer makes up for its size. Layers frozen after capture and before training are left to

@@ -5,7 +5,6 @@ from typing import Self
 
 from keras import ops
 
-from keras_ngd import backend
 from keras_ngd.curvature.curvature import Curvature, Slot, where_chosen
 from keras_ngd.curvature.kronecker import identities
 from keras_ngd.typing import Tensor
@@ -63,8 +62,8 @@ class UnitWiseCurvature(Curvature):
         damping = ops.cast(damping, self.dtype) * self.damping_factor
         if self.damping_mode == "relative":
             mean = self.trace([blocks]) / (self.features * self.parameters)
-            # Where nothing arrives nothing is known: the block counts as the identity.
-            return ops.where(mean > 0, damping**2 * mean, 1.0)
+            # Where nothing arrives nothing is known: the block counts as the identity. (What is not finite is to fail.)
+            return ops.where(ops.equal(mean, 0), 1.0, damping**2 * mean)
         return (damping**2 if self.damping_mode == "factor" else damping) * ops.ones_like(blocks[:, 0, 0, 0])
 
     @classmethod
@@ -88,15 +87,21 @@ class UnitWiseCurvature(Curvature):
     def precondition(
         self, v: Tensor, damping: Tensor, state: Sequence[Tensor], inputs: Callable[[], Sequence[Tensor]]
     ) -> Tensor:
-        by_feature = ops.expand_dims(ops.transpose(v, (0, 2, 1)), -1)
-        product = backend.matmul(state[0], by_feature) if self.parameters > 1 else state[0] * by_feature
-        return ops.transpose(product[..., 0], (0, 2, 1))
+        # `[k, features, 1, n]`: a product for each feature would take a device longer than sums of two products.
+        by_feature = ops.expand_dims(ops.transpose(v, (0, 2, 1)), 2)
+        return ops.transpose(ops.sum(state[0] * by_feature, axis=3), (0, 2, 1))
 
 
 def _inverses(blocks: Tensor) -> Tensor:
-    """The inverses of `[..., n, n]` for `n` of 1 or 2; not finite where there is none."""
+    """The inverses of the positive definite `[..., n, n]` for `n` of 1 or 2; not finite where one is not."""
     if blocks.shape[-1] == 1:
-        return 1 / blocks
+        return ops.where((blocks > 0) & ops.isfinite(blocks), 1 / blocks, float("nan"))
+    # Products of the entries themselves may be larger or smaller than any number of their dtype.
+    trace = ops.trace(blocks, axis1=-2, axis2=-1)
+    blocks = blocks / trace[..., None, None]
     p, q, w = blocks[..., 0, 0], blocks[..., 0, 1], blocks[..., 1, 1]
+    determinant = p * w - q * q
     rows = [ops.stack([w, -q], axis=-1), ops.stack([-q, p], axis=-1)]
-    return ops.stack(rows, axis=-2) / (p * w - q * q)[..., None, None]
+    # Of a block that is as good as singular, rounding decides on the sign.
+    divisor = ops.where((trace > 0) & (determinant > 0), determinant * trace, float("nan"))
+    return ops.stack(rows, axis=-2) / divisor[..., None, None]

@@ -104,3 +104,30 @@ class Captured(Base, metaclass=abc.ABCMeta):
         for name, statistics in self.all_statistics().items():
             config[name] = keras.saving.serialize_keras_object(statistics)
         return config
+
+
+# What `capture` makes of which layers.
+CAPTURED_KINDS: dict[type, type] = {}
+
+
+def register_kind(kind: type) -> type:
+    """Has `keras_ngd.capture` turn layers of the class `kind.plain` into captured ones of the class `kind`.
+
+    For kinds of layers of your own; those of Keras that are in this package are registered. May be used as a decorator.
+
+    Args:
+        kind: a subclass of `Captured` and of `kind.plain`, which computes what that does.
+
+    Raises:
+        TypeError: if it is none.
+    """
+    plain = getattr(kind, "plain", None)
+    if not (
+        isinstance(kind, type) and isinstance(plain, type) and issubclass(kind, Captured) and issubclass(kind, plain)
+    ):
+        raise TypeError(
+            "`kind` must be a class over `keras_ngd.layers.Captured` and over the layer that it captures, with that layer's "
+            f"class as its `plain`. Received: {kind!r}, whose `plain` is {plain!r}"
+        )
+    CAPTURED_KINDS[plain] = kind
+    return kind

@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING, Any
 import keras
 
 from keras_ngd import keras_private
-from keras_ngd.layers.captured import Captured
+from keras_ngd.layers.captured import CAPTURED_KINDS, Captured
 from keras_ngd.typing import Config
 
 # A mixin in front of some layer of Keras's, which a type checker is to see as one.
@@ -36,8 +36,6 @@ class Container(Base):
 
     def capture_contained(self) -> None:
         """Captures the layers that the config said are captured."""
-        from keras_ngd.layers import CAPTURED_KINDS
-
         pending, self._pending_captures = getattr(self, "_pending_captures", None), None
         inner = {layer.name: layer for layer in keras_private.flatten_layers(self) if layer is not self}
         for name, statistics in (pending or {}).items():

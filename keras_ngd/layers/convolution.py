@@ -8,7 +8,7 @@ import keras
 from keras import ops
 
 from keras_ngd import keras_private
-from keras_ngd.layers.captured import Captured, Part
+from keras_ngd.layers.captured import Captured, Part, register_kind
 from keras_ngd.layers.geometry import MatrixGeometry, gram
 from keras_ngd.layers.probe import probe
 from keras_ngd.linalg import diagonal, patch_blocks, patches
@@ -162,6 +162,7 @@ class CapturedConvolution(Captured):
         return self.convolution_op(inputs, self.kernel)
 
 
+@register_kind
 @keras.saving.register_keras_serializable("keras_ngd")
 class Conv1D(CapturedConvolution, keras.layers.Conv1D):
     """A `keras.layers.Conv1D` that natural-gradient methods observe; see `keras_ngd.layers.Dense`."""
@@ -181,6 +182,7 @@ class Conv1D(CapturedConvolution, keras.layers.Conv1D):
         )
 
 
+@register_kind
 @keras.saving.register_keras_serializable("keras_ngd")
 class Conv2D(CapturedConvolution, keras.layers.Conv2D):
     """A `keras.layers.Conv2D` that natural-gradient methods observe; see `keras_ngd.layers.Dense`."""
@@ -188,6 +190,7 @@ class Conv2D(CapturedConvolution, keras.layers.Conv2D):
     plain = keras.layers.Conv2D
 
 
+@register_kind
 @keras.saving.register_keras_serializable("keras_ngd")
 class Conv3D(CapturedConvolution, keras.layers.Conv3D):
     """A `keras.layers.Conv3D` that natural-gradient methods observe; see `keras_ngd.layers.Dense`."""

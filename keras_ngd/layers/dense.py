@@ -4,7 +4,7 @@ import keras
 from keras import ops
 
 from keras_ngd import keras_private
-from keras_ngd.layers.captured import Captured, Part
+from keras_ngd.layers.captured import Captured, Part, register_kind
 from keras_ngd.layers.geometry import MatrixGeometry
 from keras_ngd.layers.probe import probe
 from keras_ngd.typing import Tensor
@@ -26,6 +26,7 @@ class DenseGeometry(MatrixGeometry):
         return ops.reshape(ds, (1, ops.shape(ds)[0], -1, self.output_dim))
 
 
+@register_kind
 @keras.saving.register_keras_serializable("keras_ngd")
 class Dense(Captured, keras.layers.Dense):
     """A `keras.layers.Dense` whose inputs and pre-activation gradients natural-gradient methods observe.

@@ -7,7 +7,7 @@ import keras
 from keras import ops
 
 from keras_ngd import keras_private
-from keras_ngd.layers.captured import Captured, Part
+from keras_ngd.layers.captured import Captured, Part, register_kind
 from keras_ngd.layers.geometry import MatrixGeometry
 from keras_ngd.layers.probe import probe
 from keras_ngd.typing import Shape, Tensor
@@ -158,6 +158,7 @@ def _axes(letters: str, rank: int) -> dict[str, list[int]]:
     return axes
 
 
+@register_kind
 @keras.saving.register_keras_serializable("keras_ngd")
 class EinsumDense(Captured, keras.layers.EinsumDense):
     """A `keras.layers.EinsumDense` that natural-gradient methods observe; see `keras_ngd.layers.Dense` and `EinsumGeometry`.

@@ -7,7 +7,7 @@ import keras
 from keras import ops
 
 from keras_ngd import keras_private
-from keras_ngd.layers.captured import Captured, Part
+from keras_ngd.layers.captured import Captured, Part, register_kind
 from keras_ngd.layers.geometry import FactoredGeometry, Structure, flat
 from keras_ngd.layers.probe import probe
 from keras_ngd.linalg import diagonal
@@ -79,6 +79,7 @@ class ProjectionGeometry(LookupGeometry):
         return [ops.reshape(shares, (1, self.width, 1, 1))], second
 
 
+@register_kind
 @keras.saving.register_keras_serializable("keras_ngd")
 class Embedding(Captured, keras.layers.Embedding):
     """A `keras.layers.Embedding` that natural-gradient methods observe; see `keras_ngd.layers.Dense` and `LookupGeometry`.
@@ -107,6 +108,7 @@ class Embedding(Captured, keras.layers.Embedding):
         return probe(results, numbers, self.statistics.geometry, self.statistics, weights)
 
 
+@register_kind
 @keras.saving.register_keras_serializable("keras_ngd")
 class ReversibleEmbedding(Embedding, keras.layers.ReversibleEmbedding):
     """A `keras.layers.ReversibleEmbedding` that natural-gradient methods observe; see `Embedding` and `ProjectionGeometry`.

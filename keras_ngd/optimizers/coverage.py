@@ -55,7 +55,7 @@ def check_statistics_given(optimizer: "NaturalGradient", variables: Sequence[Var
     model = optimizer.captured_model()
     statistics = {} if model is None else {id(v): v.keras_ngd_statistics for v in _statistics_weights(model)}
     kernels = {optimizer._var_key(v) for s in statistics.values() for v in s.parameters()}
-    found = [v for v in variables if optimizer._var_key(v) in kernels]
+    found = [v for v in variables if optimizer._var_key(v) in kernels and _is_kernel(v)]
     if found:
         raise ValueError(
             f"{type(optimizer).__name__} is given {len(variables)} variables, kernels of captured layers among them "

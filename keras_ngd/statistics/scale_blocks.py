@@ -42,9 +42,10 @@ class UnitWiseStatistics(Statistics):
     ) -> tuple[Sequence[Tensor], Tensor]:
         u = geometry.unit_rows(ops.cast(x, dtype), ops.cast(ds, dtype), weights)
         divisor = ops.cast(ops.shape(x)[0], dtype) * self.losses_per_example
-        blocks = [[ops.sum(one * other, axis=0) for other in u] for one in u]
-        observed = divisor * ops.stack([ops.stack(row, axis=-1) for row in blocks], axis=-2)
-        return [observed[None]], ops.sum(ops.trace(observed, axis1=-2, axis2=-1))
+        blocks = ops.sum(ops.expand_dims(u, 0) * ops.expand_dims(u, 1), axis=2)
+        observed = divisor * ops.transpose(blocks, (2, 0, 1))
+        # An entry that is not finite makes a diagonal entry of its block not finite, since these are sums of squares.
+        return [ops.expand_dims(observed, 0)], ops.sum(ops.trace(observed, axis1=1, axis2=2))
 
     def get_config(self) -> Config:
         return {**super().get_config(), "losses_per_example": self.losses_per_example}

@@ -86,7 +86,8 @@ def test_not_captured_kinds_are_reported_and_train():
     reasons = {path.split("/")[-1]: reason for path, reason in report.not_captured.items()}
     assert reasons["framewise"] == "inside TimeDistributed 'frames', which calls it in its own way"
     assert reasons["step"] == "inside RNN 'loop', which calls it in its own way"
-    assert reasons["norm"] == reasons["query"] == "not a captured kind"
+    assert reasons["norm"] == "left to the rule of the rest by default; `include` captures it"
+    assert reasons["query"] == "not a captured kind"
     assert sum(path.endswith("simple_rnn_cell") for path in report.not_captured) == 2
     rng, before = np.random.default_rng(0), weights(model)
     fit(compiled(model, optimizer), rng.normal(size=(16, 4, 3)), rng.normal(size=(16, 2)))
@@ -142,7 +143,7 @@ def test_report():
     ]
     assert report.captured == ["conv", "head"]
     assert report.not_captured == {
-        "norm": "not a captured kind",
+        "norm": "left to the rule of the rest by default; `include` captures it",
         "depthwise": "not a captured kind",
         "small": "left out by `skip`",
     }

@@ -93,4 +93,8 @@ KINDS = {
     "tied": there_and_back(),
     "untied": there_and_back(tie_weights=False),
     "conv3d": alone(lambda: layers.Conv3D(2, 2, name="layer"), (3, 3, 3, 2)),
+    "batchnorm": alone(lambda: layers.BatchNormalization(1, name="layer"), (2, 3), include="layer"),
+    "layernorm": alone(lambda: layers.LayerNormalization([1, 2], name="layer"), (2, 3), include="layer"),
+    "groupnorm": alone(lambda: layers.GroupNormalization(2, scale=False, name="layer"), (2, 4), include="layer"),
+    "rmsnorm": alone(lambda: layers.RMSNormalization(name="layer"), (5,), include="layer"),
 }
