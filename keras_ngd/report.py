@@ -1,5 +1,6 @@
 """What `capture` did, layer by layer."""
 
+import html
 import weakref
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -23,6 +24,10 @@ class LayerReport:
         shapes: shapes of what is averaged for it; empty where it is not captured.
         bytes: size of all second-order state: averages, the curvature's state, and what else a method keeps of the layer.
         reason: why it is not captured; empty where it is.
+        parameters: how many trainable numbers it has.
+        captured_parameters: how many of them are in captured weight matrices; the others follow the rule of the rest.
+        curvature: how the Fisher blocks of its matrices are approximated, such as `"Kronecker"`; empty where it is not captured.
+        refresh_cost: about how many multiplications a refresh of its curvature takes.
     """
 
     layer: str
@@ -30,6 +35,10 @@ class LayerReport:
     shapes: tuple[Shape, ...] = ()
     bytes: int = 0
     reason: str = ""
+    parameters: int = 0
+    captured_parameters: int = 0
+    curvature: str = ""
+    refresh_cost: float = 0.0
 
     @property
     def captured(self) -> bool:
@@ -37,7 +46,9 @@ class LayerReport:
 
 
 class CaptureReport:
-    """The layers of a model and what a natural-gradient optimizer makes of them; `print` shows it as a table.
+    """The layers of a model and what a natural-gradient optimizer makes of them; `print` shows it as a table, as do notebooks.
+
+    `summary` has less of it, in fewer columns; `to_markdown` is for documents.
 
     Args:
         layers: a `LayerReport` for each layer with weights.
@@ -86,29 +97,130 @@ class CaptureReport:
         heard = optimizer.ratio.heard_losses
         return optimizer.loss_ratio, "from the compiled loss" if heard else "there is no compiled loss"
 
+    @property
+    def parameters(self) -> int:
+        """How many trainable numbers the model has."""
+        return sum(entry.parameters for entry in self.layers)
+
+    @property
+    def captured_share(self) -> float:
+        """The share of these that is in captured weight matrices."""
+        return sum(entry.captured_parameters for entry in self.layers) / max(self.parameters, 1)
+
+    # Tables
+
     def __str__(self) -> str:
-        rows = [("layer", "kind", "factors, or why not captured", "bytes")]
+        rows = [("layer", "kind", "curvature", "factors, or why not captured", "parameters", "bytes")]
         for entry in self.layers:
             shapes = ", ".join("x".join(map(str, shape)) for shape in entry.shapes)
+            size = f"{entry.bytes:,}" if entry.captured else "-"
             rows.append(
-                (entry.layer, entry.kind, shapes or entry.reason, f"{entry.bytes:,}" if entry.captured else "-")
+                (entry.layer, entry.kind, entry.curvature, shapes or entry.reason, f"{entry.parameters:,}", size)
             )
-        rows.append((f"{len(self.captured)} of {len(self.layers)} captured", "", "", f"{self.bytes:,}"))
-        widths = [max(len(row[i]) for row in rows) for i in range(4)]
-
-        def line(row: Sequence[str]) -> str:
-            return (
-                f"{row[0]:<{widths[0]}}  {row[1]:<{widths[1]}}  {row[2]:<{widths[2]}}  {row[3]:>{widths[3]}}".rstrip()
-            )
-
-        rule = "-" * (sum(widths) + 6)
-        number, source = self._losses()
-        losses = (
-            [f"losses per example: {'?' if number is None else format(number, '.6g')} ({source})"] if source else []
-        )
-        return "\n".join([line(rows[0]), rule, *map(line, rows[1:-1]), rule, line(rows[-1]), *losses, *self.warnings])
+        rows.append((self._total(), "", "", "", f"{self.parameters:,}", f"{self.bytes:,}"))
+        return "\n".join([_table(rows, right=2), *self._remarks()])
 
     __repr__ = __str__
+
+    def summary(self, width: int = 79) -> str:
+        """What fits a terminal: for each kind of layer how many there are, their parameters, state and cost of a refresh.
+
+        Args:
+            width: characters in a line; longer names and reasons are cut. Default 79.
+        """
+        groups: dict[tuple[str, str], list[LayerReport]] = {}
+        for entry in self.layers:
+            groups.setdefault((entry.kind, entry.curvature if entry.captured else entry.reason), []).append(entry)
+        rows = [("layers", "curvature, or why not", "parameters", "bytes", "refresh")]
+        for (kind, what), entries in groups.items():
+            captured = entries[0].captured
+            cost = sum(entry.refresh_cost for entry in entries)
+            rows.append(
+                (
+                    f"{len(entries)} {kind}",
+                    what,
+                    _short(sum(entry.parameters for entry in entries)),
+                    _short(sum(entry.bytes for entry in entries)) if captured else "-",
+                    _short(cost) if captured else "-",
+                )
+            )
+        cost = sum(entry.refresh_cost for entry in self.layers)
+        rows.append((self._total(), "", _short(self.parameters), _short(self.bytes), _short(cost)))
+        free = (
+            width - max(len(row[0]) for row in rows[:-1]) - sum(max(len(row[i]) for row in rows) for i in (2, 3, 4)) - 8
+        )
+        rows = [(a, b if len(b) <= free else b[: max(free - 1, 0)] + "…", c, d, e) for a, b, c, d, e in rows]
+        return "\n".join([_table(rows, right=3), *self._remarks()])
+
+    def to_markdown(self) -> str:
+        """All layers as a table in Markdown."""
+        header, *rows, total = self._cells()
+        rule = ["---", "---", "---", "---", "---:", "---:", "---:"]
+        lines = [header, rule, *rows, [f"**{total[0]}**", *total[1:]]]
+        return "\n".join("| " + " | ".join(cell.replace("|", "\\|") for cell in line) + " |" for line in lines)
+
+    def _repr_html_(self) -> str:
+        header, *rows, total = self._cells()
+
+        def line(cells: Sequence[str], tag: str) -> str:
+            return "<tr>" + "".join(f"<{tag}>{html.escape(cell)}</{tag}>" for cell in cells) + "</tr>"
+
+        remarks = "".join(f"<p>{html.escape(remark)}</p>" for remark in self._remarks())
+        body = "".join(line(row, "td") for row in rows)
+        return (
+            f"<table><thead>{line(header, 'th')}</thead><tbody>{body}</tbody><tfoot>{line(total, 'th')}</tfoot></table>"
+            f"{remarks}"
+        )
+
+    def _cells(self) -> list[list[str]]:
+        """A header, a row for each layer, and a total."""
+        cells = [["layer", "kind", "curvature", "factors, or why not captured", "parameters", "bytes", "refresh"]]
+        for entry in self.layers:
+            shapes = ", ".join("x".join(map(str, shape)) for shape in entry.shapes)
+            sizes = [f"{entry.bytes:,}", _short(entry.refresh_cost)] if entry.captured else ["-", "-"]
+            cells.append(
+                [entry.layer, entry.kind, entry.curvature, shapes or entry.reason, f"{entry.parameters:,}", *sizes]
+            )
+        cost = sum(entry.refresh_cost for entry in self.layers)
+        cells.append([self._total(), "", "", "", f"{self.parameters:,}", f"{self.bytes:,}", _short(cost)])
+        return cells
+
+    def _total(self) -> str:
+        return f"{len(self.captured)} of {len(self.layers)} captured, {100 * self.captured_share:.3g}% of parameters"
+
+    def _remarks(self) -> list[str]:
+        number, source = self._losses()
+        losses = f"losses per example: {'?' if number is None else format(number, '.6g')} ({source})" if source else ""
+        return [*([losses] if losses else []), *self.warnings]
+
+
+def _table(rows: Sequence[Sequence[str]], right: int) -> str:
+    """Rows in columns, the last `right` of them flush right; rules below the first row and above the last."""
+    # The last row's first cell may run on into empty ones.
+    widths = [max(len(row[i]) for row in rows[:-1]) for i in range(len(rows[0]))]
+    for i in range(len(widths) - right, len(widths)):
+        widths[i] = max(widths[i], len(rows[-1][i]))
+    left = len(widths) - right
+
+    def line(row: Sequence[str]) -> str:
+        cells = [f"{cell:<{size}}" for cell, size in zip(row[:left], widths, strict=False)]
+        numbers = [f"{cell:>{size}}" for cell, size in zip(row[left:], widths[left:], strict=True)]
+        return "  ".join([*cells, *numbers]).rstrip()
+
+    room = sum(widths[:left]) + 2 * (left - 1)
+    numbers = [f"{cell:>{size}}" for cell, size in zip(rows[-1][left:], widths[left:], strict=True)]
+    total = "  ".join([f"{rows[-1][0]:<{room}}", *numbers]).rstrip()
+    rule = "-" * (max(room, len(rows[-1][0])) + sum(widths[left:]) + 2 * right)
+    return "\n".join([line(rows[0]), rule, *map(line, rows[1:-1]), rule, total])
+
+
+def _short(number: float) -> str:
+    """A number in three digits, with a letter for thousands, millions and so on."""
+    for letter in ("", "k", "M", "G", "T"):
+        if abs(number) < 999.5 or letter == "T":
+            return f"{number:.3g}{letter}"
+        number /= 1000
+    return ""
 
 
 def _size_warning(entry: LayerReport) -> str:

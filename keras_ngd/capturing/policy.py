@@ -71,7 +71,7 @@ def _reason_against(
     if kind is None:
         for plain in layers.CAPTURED_KINDS:
             if isinstance(layer, plain):
-                return f"a subclass of {plain.__name__}: its call may compute something else"
+                return f"a subclass of {plain.__name__}, which may compute something else: see `keras_ngd.layers.keeps_call`"
         return "not a captured kind"
     if wrapper is not None:
         return f"inside {type(wrapper).__name__} {wrapper.name!r}, which calls it in its own way"

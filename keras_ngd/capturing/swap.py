@@ -1,7 +1,9 @@
 """Turning a model's layers into captured layers and back."""
 
 import contextlib
+import importlib
 import math
+import sys
 import warnings
 from typing import Any
 
@@ -59,6 +61,8 @@ def _capture(
     data: Any,
     analysis: Any,
 ) -> CaptureReport:
+    if "keras_hub" in sys.modules:
+        importlib.import_module("keras_ngd.layers.of_keras_hub")
     sharding.check([*model.weights, *optimizer.variables])
     for tensor in keras.tree.flatten(getattr(model, "inputs", None) or []):
         sharding.check_batch(tensor.shape[0])
@@ -68,7 +72,7 @@ def _capture(
     policy.check_built(model, [layer for layer, _ in found if not skipped(layer)])
     decisions = policy.decide(found, skipped, included)
     if all(reason for _, reason in decisions):
-        report = CaptureReport([LayerReport(path_of(la), type(la).__name__, reason=reason) for la, reason in decisions])
+        report = CaptureReport([_left_out(layer, reason) for layer, reason in decisions])
         raise ValueError(
             f"No layer of model {model.name!r} can be captured, so {optimizer.name} would be plain SGD:\n{report}"
         )
@@ -81,7 +85,7 @@ def _capture(
         if reason:
             if reason != policy.OF_ANOTHER:
                 _release_layer(layer)
-            entries.append(LayerReport(path_of(layer), type(layer).__name__, reason=reason))
+            entries.append(_left_out(layer, reason))
         else:
             layer.__class__ = layers.CAPTURED_KINDS.get(type(layer), type(layer))
             with contextlib.ExitStack() as scopes:
@@ -108,14 +112,38 @@ def _capture(
 
 def _describe(layer: keras.layers.Layer, optimizer: NaturalGradient) -> LayerReport:
     shown: list[Shape] = []
-    size = 0
+    names: list[str] = []
+    size, cost, numbers = 0, 0.0, 0
     for statistics in layer.all_statistics().values():
         block, averages = Block.of(statistics), statistics.averages
         shapes = [sharding.shape_of(v) for v in averages]
         shown += [s[1:] if s[0] == 1 else s for s in shapes if len(s) > 2]
         size += backend.itemsize(averages[0].dtype) * sum(map(math.prod, shapes))
-        size += optimizer.curvature_of(Group([block])).bytes + optimizer.further_bytes(block)
-    return LayerReport(layer.path, type(layer).plain.__name__, tuple(shown), size)
+        curvature = optimizer.curvature_of(Group([block]))
+        size += curvature.bytes + optimizer.further_bytes(block)
+        cost += curvature.refresh_cost
+        numbers += sum(math.prod(v.shape) for v in block.variables)
+        names.append(optimizer.approximation_of(block.geometry).name_of(curvature))
+    return LayerReport(
+        layer.path,
+        type(layer).plain.__name__,
+        tuple(shown),
+        size,
+        parameters=_own_parameters(layer),
+        captured_parameters=numbers,
+        curvature=", ".join(dict.fromkeys(names)),
+        refresh_cost=cost,
+    )
+
+
+def _left_out(layer: keras.layers.Layer, reason: str) -> LayerReport:
+    return LayerReport(path_of(layer), type(layer).__name__, reason=reason, parameters=_own_parameters(layer))
+
+
+def _own_parameters(layer: keras.layers.Layer) -> int:
+    """How many numbers a layer itself trains."""
+    trained = [v for v in keras_private.own_weights(layer) if v.trainable and not hasattr(v, "keras_ngd_statistics")]
+    return sum(math.prod(v.shape) for v in trained) if layer.trainable else 0
 
 
 def _swap_containers(model: keras.Model) -> None:

@@ -1,7 +1,7 @@
 """Captured layers: Keras layers with probes on their pre-activations."""
 
 from keras_ngd.layers.attention import GroupQueryAttention, MultiHeadAttention
-from keras_ngd.layers.captured import CAPTURED_KINDS, Captured, Part, register_kind
+from keras_ngd.layers.captured import CAPTURED_KINDS, Captured, Part, keeps_call, register_kind
 from keras_ngd.layers.container import CONTAINER_KINDS, Container, register_container
 from keras_ngd.layers.convolution import Conv1D, Conv2D, Conv3D
 from keras_ngd.layers.dense import Dense, DenseGeometry
@@ -39,6 +39,7 @@ __all__ = [
     "RMSNormalization",
     "ReversibleEmbedding",
     "Structure",
+    "keeps_call",
     "probe",
     "register_container",
     "register_kind",

@@ -131,3 +131,41 @@ def register_kind(kind: type) -> type:
         )
     CAPTURED_KINDS[plain] = kind
     return kind
+
+
+def keeps_call(cls: type) -> type:
+    """Has `keras_ngd.capture` treat a subclass of a layer that it captures like that layer. May be used as a decorator.
+
+    A subclass might compute something else, so it is left to the rule of the rest unless it says that it does not. The captured
+    class, `Captured` and the subclass's name, is made here, and saved and loaded under the subclass's module.
+
+    ```python
+    @keras_ngd.layers.keeps_call
+    class Projection(keras.layers.Dense):
+        ...  # other initializers, a `get_config`, but no `call`
+    ```
+
+    Args:
+        cls: a subclass of a captured layer of Keras's, with its `call`.
+
+    Returns:
+        The subclass.
+
+    Raises:
+        TypeError: if it extends no captured layer, or has a `call` of its own.
+    """
+    bases: Any = getattr(cls, "__mro__", ())
+    plain = next((base for base in bases[1:] if base in CAPTURED_KINDS), None)
+    if plain is None:
+        raise TypeError(
+            f"`keeps_call` is for subclasses of layers that `keras_ngd.capture` captures. Received: {cls!r}"
+        )
+    if cls.call is not plain.call:  # type: ignore[attr-defined]
+        raise TypeError(
+            f"{cls.__name__} has a `call` of its own, which need not compute what that of {plain.__name__} does: write a "
+            "captured class for it, and register that with `keras_ngd.layers.register_kind`."
+        )
+    kind = type(f"Captured{cls.__name__}", (CAPTURED_KINDS[plain], cls), {"plain": cls, "__doc__": cls.__doc__})
+    keras.saving.register_keras_serializable(cls.__module__)(kind)
+    register_kind(kind)
+    return cls

@@ -32,6 +32,10 @@ class Approximation(abc.ABC):
     def make_curvature(self, group: Group) -> Curvature:
         """A new curvature for a group of blocks of one shape."""
 
+    def name_of(self, curvature: Curvature) -> str:
+        """What reports call the approximation, one of whose curvatures this is."""
+        return type(curvature).__name__.removesuffix("Curvature")
+
     @abc.abstractmethod
     def curvature_input(self, statistics: Statistics, averages: Sequence[Tensor], calls: Tensor) -> list[Tensor]:
         """A block's averages as its curvature takes them: summed over the layer's calls, without the loss scale, in the units of
@@ -70,6 +74,9 @@ class AveragedApproximation(Approximation):
 
     def __init__(self, method: "NaturalGradient") -> None:
         self.method = method
+
+    def name_of(self, curvature: Curvature) -> str:
+        return type(self).__name__.removesuffix("Approximation")
 
     def curvature_input(self, statistics: Statistics, averages: Sequence[Tensor], calls: Tensor) -> list[Tensor]:
         return in_units_of_the_loss(self.method, statistics, averages, calls)

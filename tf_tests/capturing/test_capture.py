@@ -82,12 +82,12 @@ def test_not_captured_kinds_are_reported_and_train():
 
     report = keras_ngd.capture(model, optimizer)
 
-    assert report.captured == ["head"]
+    attention = [f"attention/{name}" for name in ("query", "key", "value", "attention_output")]
+    assert report.captured == [*attention, "head"]
     reasons = {path.split("/")[-1]: reason for path, reason in report.not_captured.items()}
     assert reasons["framewise"] == "inside TimeDistributed 'frames', which calls it in its own way"
     assert reasons["step"] == "inside RNN 'loop', which calls it in its own way"
     assert reasons["norm"] == "left to the rule of the rest by default; `include` captures it"
-    assert reasons["query"] == "not a captured kind"
     assert sum(path.endswith("simple_rnn_cell") for path in report.not_captured) == 2
     rng, before = np.random.default_rng(0), weights(model)
     fit(compiled(model, optimizer), rng.normal(size=(16, 4, 3)), rng.normal(size=(16, 2)))
@@ -117,9 +117,6 @@ class Cell(layers.Layer):
 
 # The report
 
-TABLE = """
-"""
-
 
 def test_report():
     x = keras.Input((6, 6, 2))
@@ -136,11 +133,12 @@ def test_report():
     assert str(report) == repr(report)
     lines = str(report).splitlines()
     assert [line.split() for line in (lines[0], lines[2], lines[6], lines[-2])] == [
-        ["layer", "kind", "factors,", "or", "why", "not", "captured", "bytes"],
-        ["conv", "Conv2D", "18x18,", "3x3", "2,664"],
-        ["head", "Dense", "17x17,", "2x2", "2,344"],
-        ["2", "of", "5", "captured", "5,008"],
+        ["layer", "kind", "curvature", "factors,", "or", "why", "not", "captured", "parameters", "bytes"],
+        ["conv", "Conv2D", "Kronecker", "18x18,", "3x3", "54", "2,664"],
+        ["head", "Dense", "Kronecker", "17x17,", "2x2", "34", "2,344"],
+        ["2", "of", "5", "captured,", "54.7%", "of", "parameters", "161", "5,008"],
     ]
+    assert (report.parameters, report.captured_share) == (161, 88 / 161)
     assert report.captured == ["conv", "head"]
     assert report.not_captured == {
         "norm": "left to the rule of the rest by default; `include` captures it",
@@ -148,6 +146,38 @@ def test_report():
         "small": "left out by `skip`",
     }
     assert report.bytes == 5008
+
+
+def test_report_in_other_forms():
+    """A summary that fits a terminal, a table in Markdown and one in HTML, of the same numbers."""
+    x = keras.Input((6,), dtype="int32")
+    h = layers.Embedding(1000, 8, name="a_long_name_of_an_embedding")(x)
+    h = layers.LayerNormalization(name="norm")(h)
+    h = layers.Dense(4, name="one")(layers.Dense(8, name="<two>")(h))
+    report = keras_ngd.capture(keras.Model(x, h), kfac())
+    assert [(entry.curvature, entry.refresh_cost) for entry in report.layers] == [
+        ("Lookup", 1000 + 8**3),
+        ("", 0.0),
+        ("Kronecker", 9**3 + 8**3),
+        ("Kronecker", 9**3 + 4**3),
+    ]
+    for width in (65, 79, 200):
+        lines = report.summary(width).splitlines()
+        assert all(len(line) <= width for line in lines[:-1])
+        assert [line.split()[:2] for line in lines[2:5]] == [
+            ["1", "Embedding"],
+            ["1", "LayerNormalization"],
+            ["2", "Dense"],
+        ]
+    assert "left to the rule of the rest by default" in lines[3]
+    assert lines[-2].split()[-3:] == ["8.12k", "10.4k", "3.55k"], lines[-2]
+    rows = [line.strip("| ").split(" | ") for line in report.to_markdown().splitlines()]
+    assert {len(row) for row in rows} == {7}
+    assert rows[2][:3] == ["a_long_name_of_an_embedding", "Embedding", "Lookup"]
+    assert rows[-1][0] == "**3 of 4 captured, 99.8% of parameters**"
+    page = report._repr_html_()
+    assert page.count("<tr>") == page.count("</tr>") == 6
+    assert "<td>&lt;two&gt;</td>" in page
 
 
 @pytest.mark.parametrize("inverse", ["cholesky", "eigen"])

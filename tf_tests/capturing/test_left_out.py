@@ -14,6 +14,7 @@ from tf_tests.capturing.models import (
 )
 from tf_tests.small import (
     array,
+    assert_same,
     captured,
     compiled,
     fit,
@@ -206,12 +207,48 @@ def test_subclasses_of_a_captured_kind_are_left_alone():
     model, (x, y) = keras.Sequential([keras.Input((4,)), Doubling(4, name="mine"), layers.Dense(4)]), regression()
     optimizer = kfac()
     report = keras_ngd.capture(model, optimizer)
-    assert list(report.not_captured.values()) == ["a subclass of Dense: its call may compute something else"]
+    assert list(report.not_captured.values()) == [
+        "a subclass of Dense, which may compute something else: see `keras_ngd.layers.keeps_call`"
+    ]
     assert [entry.kind for entry in report.layers] == ["Doubling", "Dense"]
     assert type(model.get_layer("mine")) is Doubling
     before = array(model.get_layer("mine").kernel)
     fit(compiled(model, optimizer), x, y)
     assert np.any(before != array(model.get_layer("mine").kernel))
+
+
+@keras_ngd.layers.keeps_call
+@keras.saving.register_keras_serializable("keras_ngd_tests")
+class Small(layers.Dense):
+    """A user's own `Dense`, which starts small, and computes what that does."""
+
+    def __init__(self, units, kernel_initializer=None, **kwargs):
+        super().__init__(
+            units, kernel_initializer=kernel_initializer or keras.initializers.RandomNormal(0.01), **kwargs
+        )
+
+
+def test_subclasses_that_keep_call_are_captured(tmp_path):
+    model, (x, y) = keras.Sequential([keras.Input((4,)), Small(4, name="mine"), layers.Dense(4)]), regression()
+    optimizer = kfac()
+    report = keras_ngd.capture(model, optimizer)
+    assert len(report.captured) == 2
+    assert isinstance(model.get_layer("mine"), Small)
+    fit(compiled(model, optimizer), x, y)
+    model.save(tmp_path / "model.keras")
+    resumed = keras.models.load_model(tmp_path / "model.keras")
+    for each in (model, resumed):
+        fit(each, x, y)
+    assert_same(weights(resumed), weights(model))
+    keras_ngd.release(model)
+    assert type(model.get_layer("mine")) is Small
+
+
+def test_subclasses_that_do_not_keep_call():
+    with pytest.raises(TypeError, match="Doubling has a `call` of its own"):
+        keras_ngd.layers.keeps_call(Doubling)
+    with pytest.raises(TypeError, match="subclasses of layers that `keras_ngd.capture` captures"):
+        keras_ngd.layers.keeps_call(layers.Dropout)
 
 
 def test_lora_and_quantized_layers_are_left_alone():
