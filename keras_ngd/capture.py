@@ -24,7 +24,8 @@ def capture(
 ) -> "CaptureReport":
     """Makes a model's layers record what a natural-gradient optimizer needs, in place.
 
-    `Dense`, `Conv1D`, `Conv2D` and `Conv3D` layers, at any depth of nested models and layers, become their
+    `Dense` layers and convolutions (`Conv1D` to `Conv3D`, `Conv1DTranspose` to `Conv3DTranspose`, `DepthwiseConv1D`,
+    `DepthwiseConv2D`, `SeparableConv1D`, `SeparableConv2D`), at any depth of nested models and layers, become their
     `keras_ngd.layers` counterparts and gain a small sub-layer of statistics weights. The model stays the same object with the
     same weights of its own and the same results; `get_weights`, `count_params` and `summary` have the statistics too. All
     other layers train by the plain update rule; so do these, with the reason in the report:
@@ -41,8 +42,9 @@ def capture(
 
     A layer called several times per step is captured; its calls count like positions. A mask on the input of
     `Dense` takes the hidden positions out of its statistics. `sample_weight` scales the gradients, hence `G`, and
-    leaves `A` as it is; the optimizer makes up for its size. Layers frozen after capture and before training are left to
-    Keras: nothing of theirs is trained.
+    leaves `A` as it is; the optimizer makes up for its size. The bias of a transposed convolution, which is added where the
+    contributions of several pixels meet, follows the plain update rule. Layers frozen after capture and before training are
+    left to Keras: nothing of theirs is trained.
 
     A loss with a derivative of a captured layer in it (a gradient penalty, a Hessian) is refused when it is differentiated: leave
     such layers out with `skip`.

@@ -6,8 +6,9 @@ from dataclasses import dataclass
 
 import keras
 
-from keras_ngd import keras_private, schedules
+from keras_ngd import schedules
 from keras_ngd.capturing import layers_to_capture
+from keras_ngd.capturing.policy import kind_of
 from keras_ngd.linalg.packing import packed_size
 
 METHODS = ("sgd", "kfac", "kfac-mem-opt", "sp-ngd", "thor", "skfac", "sngd", "hylo-kid", "hylo-kis")
@@ -24,8 +25,9 @@ def layer_shapes(model: keras.Model) -> list[tuple[int, int, int]]:
 
     Returns:
         A list of `(input_dim, output_dim, positions)`: the sizes of the factors `A` (with one for the bias) and `G`, and
-        how many output positions an example has. A grouped convolution is one entry for each group; a layer called
-        several times counts as called once.
+        how many positions an example has: outputs, or inputs of a transposed convolution. A grouped convolution is one entry
+        for each group, a depthwise one for each channel, and a separable one has entries for both of its parts; a layer
+        called several times counts as called once.
 
     Raises:
         ValueError: if no layer would be captured, or a layer's number of positions is unknown.
@@ -37,21 +39,22 @@ def layer_shapes(model: keras.Model) -> list[tuple[int, int, int]]:
 
 
 def _shapes_of(layer):
-    *inputs, filters = keras_private.kernel_of(layer).shape
-    groups = getattr(layer, "groups", 1)
-    return groups * [(math.prod(inputs) + int(layer.use_bias), filters // groups, _positions(layer))]
+    kind = kind_of(layer)
+    positions = _positions(layer, kind.rows_of)
+    geometries = [part.geometry for part in kind.parts(layer).values()]
+    return [(g.input_dim, g.output_dim, positions) for g in geometries for _ in range(g.groups)]
 
 
-def _positions(layer):
+def _positions(layer, side):
     try:
-        shape = layer.output.shape
+        shape = getattr(layer, side).shape
     except (AttributeError, ValueError):
         shape = (None, None, None)
     inner = shape[2:] if getattr(layer, "data_format", None) == "channels_first" else shape[1:-1]
     if None in inner:
         raise ValueError(
-            f"Layer {layer.path!r} has an unknown number of output positions. Make `model` a Functional or Sequential model "
-            f"with inputs of a fixed size, or give a list of shapes. Received: output shape {shape}"
+            f"Layer {layer.path!r} has an unknown number of {side} positions. Make `model` a Functional or Sequential model "
+            f"with inputs of a fixed size, or give a list of shapes. Received: {side} shape {shape}"
         )
     return math.prod(inner)
 

@@ -5,6 +5,7 @@ from keras_ngd.layers.captured import CAPTURED_KINDS, Captured, Part, keeps_call
 from keras_ngd.layers.container import CONTAINER_KINDS, Container, register_container
 from keras_ngd.layers.convolution import Conv1D, Conv2D, Conv3D
 from keras_ngd.layers.dense import Dense, DenseGeometry
+from keras_ngd.layers.depthwise_convolution import DepthwiseConv1D, DepthwiseConv2D
 from keras_ngd.layers.einsum_dense import EinsumDense
 from keras_ngd.layers.embedding import Embedding, ReversibleEmbedding
 from keras_ngd.layers.geometry import Geometry, MatrixGeometry, Structure
@@ -15,6 +16,8 @@ from keras_ngd.layers.normalization import (
     RMSNormalization,
 )
 from keras_ngd.layers.probe import probe
+from keras_ngd.layers.separable_convolution import SeparableConv1D, SeparableConv2D
+from keras_ngd.layers.transposed_convolution import Conv1DTranspose, Conv2DTranspose, Conv3DTranspose
 
 __all__ = [
     "CAPTURED_KINDS",
@@ -23,12 +26,17 @@ __all__ = [
     "Captured",
     "Container",
     "Conv1D",
+    "Conv1DTranspose",
     "Conv2D",
+    "Conv2DTranspose",
     "Conv3D",
+    "Conv3DTranspose",
     "Dense",
     "DenseGeometry",
     "EinsumDense",
     "Embedding",
+    "DepthwiseConv1D",
+    "DepthwiseConv2D",
     "Geometry",
     "GroupNormalization",
     "GroupQueryAttention",
@@ -38,6 +46,8 @@ __all__ = [
     "Part",
     "RMSNormalization",
     "ReversibleEmbedding",
+    "SeparableConv1D",
+    "SeparableConv2D",
     "Structure",
     "keeps_call",
     "probe",

@@ -53,6 +53,9 @@ class Captured(Base, metaclass=abc.ABCMeta):
     # Whether `keras_ngd.capture` captures layers of this kind unless it is told to leave them out.
     by_default = True
 
+    # What has a position for each of an example's rows: the layer's "output", or its "input".
+    rows_of = "output"
+
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         names = [name for name in kwargs if name == "statistics" or name.endswith("_statistics")]
         pending = {name: kwargs.pop(name) for name in names}

@@ -42,9 +42,7 @@ class ConvolutionGeometry(MatrixGeometry):
         return self.kernel, self.strides, self.dilation, self.padding
 
     def _channels_last(self, x: Tensor) -> Tensor:
-        if not self.channels_first:
-            return x
-        return ops.transpose(x, (0, *range(2, len(x.shape)), 1))
+        return patches.channels_last(x) if self.channels_first else x
 
     def input_second_moment(self, x: Tensor, weights: Tensor | None = None) -> Tensor:
         x, sums = self._channels_last(x), None
@@ -131,6 +129,12 @@ class ConvolutionGeometry(MatrixGeometry):
         return self._split_filters(ops.sum(ds, axis=tuple(range(1, len(ds.shape) - 1))))
 
 
+def add_bias(x: Tensor, bias: Tensor, data_format: str) -> Tensor:
+    """What a convolution made and its bias, as Keras adds them."""
+    ones = (1,) * (len(x.shape) - 2)
+    return ops.add(x, ops.reshape(bias, (1, *ones, -1) if data_format == "channels_last" else (1, -1, *ones)))
+
+
 class CapturedConvolution(Captured):
     """What the captured convolutions share, whatever their number of spatial axes."""
 
@@ -152,9 +156,7 @@ class CapturedConvolution(Captured):
             return super().call(inputs)
         x = self._convolve(inputs)
         if self.use_bias:
-            channels_last = self.data_format == "channels_last"
-            ones = (1,) * self.rank
-            x = ops.add(x, ops.reshape(self.bias, (1, *ones, -1) if channels_last else (1, -1, *ones)))
+            x = add_bias(x, self.bias, self.data_format)
         x = probe(x, inputs, self.statistics.geometry, self.statistics)
         return x if self.activation is None else self.activation(x)
 

@@ -44,7 +44,13 @@ def spatial_sizes(x: Tensor) -> list[Any]:
     return [x.shape[i] if x.shape[i] is not None else dynamic[i] for i in range(1, len(x.shape) - 1)]
 
 
-def _at_least_zero(size: Any) -> Any:
+def channels_last(x: Tensor) -> Tensor:
+    """`[n, c, *sizes]` as `[n, *sizes, c]`."""
+    return ops.transpose(x, (0, *range(2, len(x.shape)), 1))
+
+
+def at_least_zero(size: Any) -> Any:
+    """`max(size, 0)` of an int or a tensor."""
     return max(size, 0) if isinstance(size, int) else ops.maximum(size, 0)
 
 
@@ -55,7 +61,7 @@ def _windows(
     geometry = [
         pad_and_crop_sizes(*axis, padding) for axis in zip(spatial_sizes(x), kernel, strides, dilation, strict=True)
     ]
-    x = ops.pad(x, [(0, 0), *((before, _at_least_zero(after)) for before, after, _ in geometry), (0, 0)])
+    x = ops.pad(x, [(0, 0), *((before, at_least_zero(after)) for before, after, _ in geometry), (0, 0)])
     for position in itertools.product(*(range(k) for k in kernel)):
         starts = [p * d for p, d in zip(position, dilation, strict=True)]
         slices = [
@@ -106,7 +112,7 @@ def patches_at(
     """The patches of some outputs: `[n, p, prod(kernel), c]` for the flat output positions `[n, p]`."""
     sizes = spatial_sizes(x)
     geometry = [pad_and_crop_sizes(*axis, padding) for axis in zip(sizes, kernel, strides, dilation, strict=True)]
-    widths = [(before, _at_least_zero(after)) for before, after, _ in geometry]
+    widths = [(before, at_least_zero(after)) for before, after, _ in geometry]
     x = ops.pad(x, [(0, 0), *widths, (0, 0)])
     padded = [size + before + after for size, (before, after) in zip(sizes, widths, strict=True)]
     steps = [math.prod(padded[i + 1 :]) for i in range(len(padded))]

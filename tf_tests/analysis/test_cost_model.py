@@ -228,9 +228,16 @@ def test_layer_shapes():
     x = keras.Sequential([layers.Reshape((1, 6)), layers.Conv1D(5, 1)])(x)
     outputs = layers.Dense(2)(layers.Dense(7)(x)[:, 0])
     model = keras.Model(inputs, outputs)
-    expected = [(36, 6, 49), (28, 3, 9), (28, 3, 9), (7, 5, 1), (6, 7, 1), (8, 2, 1)]
+    expected = [(36, 6, 49), (28, 3, 9), (28, 3, 9), *6 * [(10, 1, 1)], (7, 5, 1), (6, 7, 1), (8, 2, 1)]
     assert layer_shapes(model) == expected
     assert cost_model(model, (1, 2), "kfac", 4, V100).costs == cost_model(expected, (1, 2), "kfac", 4, V100).costs
+
+
+def test_shapes_of_several_parts_and_of_pixels():
+    inputs = keras.Input((5, 4, 2))
+    x = layers.SeparableConv2D(3, 2, depth_multiplier=2)(inputs)
+    model = keras.Model(inputs, layers.Conv2DTranspose(5, (2, 3), strides=2)(x))
+    assert layer_shapes(model) == [(4, 2, 12), (4, 2, 12), (5, 3, 12), (3, 30, 12)]
 
 
 def test_unknown_positions():

@@ -129,23 +129,24 @@ def test_report():
 
     report = keras_ngd.capture(model, optimizer, skip="small")
 
-    # Float32; A, G and an inverse of each: 2 * 4 * (18^2 + 3^2) for the convolution, 2 * 4 * (17^2 + 2^2) for the head.
+    # Float32; A, G and an inverse of each: 2 * 4 * (18^2 + 3^2) for the convolution, 2 * 4 * (17^2 + 2^2) for the head,
+    # 2 * 4 * 3 * (5^2 + 1) for the depthwise one, a block for each channel.
     assert str(report) == repr(report)
     lines = str(report).splitlines()
-    assert [line.split() for line in (lines[0], lines[2], lines[6], lines[-2])] == [
+    assert [line.split() for line in (lines[0], lines[2], lines[4], lines[6], lines[-2])] == [
         ["layer", "kind", "curvature", "factors,", "or", "why", "not", "captured", "parameters", "bytes"],
         ["conv", "Conv2D", "Kronecker", "18x18,", "3x3", "54", "2,664"],
+        ["depthwise", "DepthwiseConv2D", "Kronecker", "3x5x5,", "3x1x1", "15", "624"],
         ["head", "Dense", "Kronecker", "17x17,", "2x2", "34", "2,344"],
-        ["2", "of", "5", "captured,", "54.7%", "of", "parameters", "161", "5,008"],
+        ["3", "of", "5", "captured,", "64%", "of", "parameters", "161", "5,632"],
     ]
-    assert (report.parameters, report.captured_share) == (161, 88 / 161)
-    assert report.captured == ["conv", "head"]
+    assert (report.parameters, report.captured_share) == (161, 103 / 161)
+    assert report.captured == ["conv", "depthwise", "head"]
     assert report.not_captured == {
         "norm": "left to the rule of the rest by default; `include` captures it",
-        "depthwise": "not a captured kind",
         "small": "left out by `skip`",
     }
-    assert report.bytes == 5008
+    assert report.bytes == 5632
 
 
 def test_report_in_other_forms():

@@ -1,0 +1,66 @@
+"""`keras.layers.SeparableConv1D` and `SeparableConv2D` with a probe on what each of their two convolutions makes."""
+
+import keras
+from keras import ops
+
+from keras_ngd.layers.captured import Captured, Part, register_kind
+from keras_ngd.layers.convolution import ConvolutionGeometry, add_bias
+from keras_ngd.layers.depthwise_convolution import DepthwiseGeometry
+from keras_ngd.layers.probe import probe
+from keras_ngd.typing import Tensor
+
+
+class CapturedSeparable(Captured):
+    """What the captured separable convolutions share, whatever their number of spatial axes.
+
+    A separable convolution is a depthwise one, which has the strides and no bias, and a pointwise one of what that makes: two
+    parts, `statistics` and `pointwise_statistics`.
+    """
+
+    def parts(self) -> dict[str, Part]:
+        depthwise = DepthwiseGeometry(
+            self.depthwise_kernel.shape, False, self.strides, self.dilation_rate, self.padding, self.data_format
+        )
+        ones = (1,) * self.rank
+        pointwise = ConvolutionGeometry(
+            self.pointwise_kernel.shape, 1, self.use_bias, ones, ones, "valid", self.data_format
+        )
+        of_pointwise = [self.pointwise_kernel, self.bias] if self.use_bias else [self.pointwise_kernel]
+        return {
+            "statistics": Part(depthwise, [self.depthwise_kernel]),
+            "pointwise_statistics": Part(pointwise, of_pointwise),
+        }
+
+    def call(self, inputs: Tensor) -> Tensor:
+        if self.statistics is None:
+            return super().call(inputs)
+        between = ops.depthwise_conv(
+            inputs,
+            self.depthwise_kernel,
+            strides=self.strides,
+            padding=self.padding,
+            dilation_rate=self.dilation_rate,
+            data_format=self.data_format,
+        )
+        between = probe(between, inputs, self.statistics.geometry, self.statistics)
+        x = ops.conv(between, self.pointwise_kernel, strides=1, padding="valid", data_format=self.data_format)
+        if self.use_bias:
+            x = add_bias(x, self.bias, self.data_format)
+        x = probe(x, between, self.pointwise_statistics.geometry, self.pointwise_statistics)
+        return x if self.activation is None else self.activation(x)
+
+
+@register_kind
+@keras.saving.register_keras_serializable("keras_ngd")
+class SeparableConv1D(CapturedSeparable, keras.layers.SeparableConv1D):
+    """A `keras.layers.SeparableConv1D` that natural-gradient methods observe; see `keras_ngd.layers.Dense`."""
+
+    plain = keras.layers.SeparableConv1D
+
+
+@register_kind
+@keras.saving.register_keras_serializable("keras_ngd")
+class SeparableConv2D(CapturedSeparable, keras.layers.SeparableConv2D):
+    """A `keras.layers.SeparableConv2D` that natural-gradient methods observe; see `keras_ngd.layers.Dense`."""
+
+    plain = keras.layers.SeparableConv2D
