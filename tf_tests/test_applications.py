@@ -24,7 +24,8 @@ SMALL = ("MobileNetV3Small",)
 def test_captures_trains_and_releases(name):
     model = getattr(keras.applications, name)(weights=None, input_shape=(32, 32, 3), classes=5)
     kinds = [type(layer) for layer in model._flatten_layers()]
-    layers = [la for la in model._flatten_layers() if type(la) in (keras.layers.Dense, keras.layers.Conv2D)]
+    captured = (keras.layers.Dense, keras.layers.Conv2D, keras.layers.DepthwiseConv2D)
+    layers = [la for la in model._flatten_layers() if type(la) in captured]
     small = name in SMALL
     optimizer = paper.KFAC(0.01, damping=0.1) if small else paper.THOR(0.01, damping=0.1, split=64)
     report = keras_ngd.capture(model, optimizer)
@@ -36,9 +37,9 @@ def test_captures_trains_and_releases(name):
     model.compile(optimizer=optimizer, loss=loss, jit_compile=JIT and small, run_eagerly=not small)
     rng = np.random.default_rng(0)
     x, y = rng.uniform(0, 255, (4, 32, 32, 3)).astype("float32"), np.array([0, 3, 1, 2])
-    before = [np.array(ops.convert_to_numpy(layer._kernel)) for layer in layers]
+    before = [np.array(ops.convert_to_numpy(layer.kernel)) for layer in layers]
     model.train_on_batch(x, y)
-    after = [ops.convert_to_numpy(layer._kernel) for layer in layers]
+    after = [ops.convert_to_numpy(layer.kernel) for layer in layers]
     assert optimizer.factor_updates == optimizer.inverse_updates == 1
     assert optimizer.skipped_steps == 0
     assert all(np.isfinite(kernel).all() for kernel in after)
