@@ -104,7 +104,7 @@ def check_step(optimizer: "NaturalGradient", signals: Signals) -> None:
             raise ValueError(
                 f"Layer {block.layer!r} was captured, but the training step does not call it (it takes no part in the "
                 "loss, or its kernel is used without it), so its statistics never arrive. Leave it out: "
-                f"`keras_ngd.capture(model, optimizer, skip=[{block.layer!r}])`."
+                f"`keras_ngd.capture(model, optimizer, skip=[{block.statistics.owner().path!r}])`."
             )
         statistics = block.statistics
         if not statistics.several_calls and (statistics.traced_calls > 1 or statistics.looped):
@@ -114,7 +114,7 @@ def check_step(optimizer: "NaturalGradient", signals: Signals) -> None:
 
 def several_calls_message(optimizer: "NaturalGradient", block: Block) -> str:
     """What to say where rows of several calls, or passes, of a layer cannot be put together."""
-    name = type(optimizer).__name__
+    name, skip = type(optimizer).__name__, f"skip=[{block.statistics.owner().path!r}]"
     if block.statistics.several_calls:
         return (
             f"The gradients of several passes were added up before one step, so the rows that {name} keeps of layer "
@@ -123,6 +123,6 @@ def several_calls_message(optimizer: "NaturalGradient", block: Block) -> str:
         )
     return (
         f"Layer {block.layer!r} is called several times in a training step, and what {name} records of its calls cannot be "
-        f"put together. Leave it out: `keras_ngd.capture(model, optimizer, skip=[{block.layer!r}])`. (If the gradients of "
+        f"put together. Leave it out: `keras_ngd.capture(model, optimizer, {skip})`. (If the gradients of "
         "several passes were added up: make a step for each, or one pass with a larger batch; KFAC and THOR take them.)"
     )
