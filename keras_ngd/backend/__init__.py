@@ -17,11 +17,11 @@ from keras_ngd.backend.devices import (
 from keras_ngd.backend.gradients import identity_with_gradient, of_known_shape
 from keras_ngd.backend.numerics import (
     cholesky,
+    concatenated,
     dtype_name,
     eigh,
     filter_gradient,
     itemsize,
-    joined,
     matmul,
     parts,
     triangular_inverse,
@@ -72,7 +72,7 @@ __all__ = [
     "is_sparse",
     "is_sparse_tensor",
     "itemsize",
-    "joined",
+    "concatenated",
     "makes_variables",
     "matmul",
     "name",

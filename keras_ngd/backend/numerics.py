@@ -80,7 +80,7 @@ def triangular_inverse(lower):
     return inverse(lower) if lower.ndim == 2 else jax.lax.map(inverse, lower)
 
 
-def joined(tensors):
+def concatenated(tensors):
     """Tensors one after the other; one alone as it is."""
     return tensors[0] if len(tensors) == 1 else ops.concatenate(tensors)
 

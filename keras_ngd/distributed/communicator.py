@@ -20,18 +20,18 @@ class Communicator:
         size: number of workers.
         rank: which of them this is, from 0; None where one trace is for all.
         local_rank: the same, among the workers of its machine.
-        together: whether workers are one program, whose variables are the same from the start.
+        single_program: whether workers are one program, whose variables are the same from the start.
     """
 
     size: int = 1
     rank: int | None = 0
     local_rank: int = 0
-    together: bool = False
+    single_program: bool = False
 
     @property
     def batch_share(self) -> float:
         """What one worker is given of the batches that the user speaks of; Keras multiplies its loss with the same number."""
-        return 1 / self.size if self.together else 1.0
+        return 1 / self.size if self.single_program else 1.0
 
     def all_reduce(self, tensors: Sequence[Tensor], stage: str, name: str) -> list[Tensor]:
         """Sums over all workers, on all workers; received are `2 (P - 1) / P` times the tensors' size (in a ring)."""

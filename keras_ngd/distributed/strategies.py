@@ -60,10 +60,10 @@ class Replicas(Communicator):
     `all_reduce` may not, and a step without an update then exchanges gradients alone.
 
     Attributes:
-        together: True: their variables are the same from the start, made by one program.
+        single_program: True: their variables are the same from the start, made by one program.
     """
 
-    together = True
+    single_program = True
 
     def __init__(self, strategy: tf.distribute.Strategy) -> None:
         self.strategy, self.size = strategy, strategy.num_replicas_in_sync

@@ -23,7 +23,7 @@ def batched_by_size(function: Callable[..., Sequence[Tensor]], work: Sequence[Se
     for i, (first, *_) in enumerate(work):
         members.setdefault((first.shape[-1], backend.dtype_name(first)), []).append(i)
     for indices in members.values():
-        joined = [backend.joined(tensors) for tensors in zip(*(work[i] for i in indices), strict=True)]
+        joined = [backend.concatenated(tensors) for tensors in zip(*(work[i] for i in indices), strict=True)]
         counts = [work[i][0].shape[0] for i in indices]
         parts = [backend.parts(tensor, counts) for tensor in function(*joined)]
         for i, found in zip(indices, zip(*parts, strict=True), strict=True):

@@ -12,13 +12,13 @@ from keras_ngd.optimizers import checks
 from keras_ngd.optimizers.blocks import Block, Group, Signals
 from keras_ngd.optimizers.loss_value import average_weight
 from keras_ngd.optimizers.state_layout import laid_out
-from keras_ngd.statistics.statistics import WITNESS
+from keras_ngd.statistics.statistics import SENTINEL
 from keras_ngd.typing import AddVariable, Tensor, Variable
 
 if TYPE_CHECKING:
     from keras_ngd.optimizers.natural_gradient import NaturalGradient
 
-# How far from 1 a witness may be, and how far from a whole number a number of calls (relative). Both
+# How far from 1 a sentinel may be, and how far from a whole number a number of calls (relative). Both
 # travel in float32; noise on the gradients, or a clip of each of them, changes them by far more.
 SAME, WHOLE = 1e-4, 1e-3
 
@@ -31,7 +31,7 @@ class Arrived:
         averages: for each block those that its statistics go on with: what arrived, divided by the calls that arrived with
             it, or the old ones.
         calls: for each block how often its layer was called; where it was not, how often it was the last time.
-        opened: whose gate was open.
+        gate_open: whose gate was open.
         refused: of these, who saw something that is not finite.
         absent: of these, whose layer was not called.
         distorted: of these, whose statistics cannot be told from what arrived.
@@ -41,7 +41,7 @@ class Arrived:
 
     averages: dict[Block, list[Tensor]]
     calls: dict[Block, Tensor]
-    opened: Tensor
+    gate_open: Tensor
     refused: Tensor
     absent: Tensor
     distorted: Tensor
@@ -56,7 +56,7 @@ class Arrived:
     @property
     def recorded(self) -> Tensor:
         """Whose averages a batch has entered."""
-        return self.opened & ~self.kept
+        return self.gate_open & ~self.kept
 
 
 def _whole(numbers: Tensor) -> Tensor:
@@ -102,7 +102,7 @@ class Arrivals:
     def take_in(self, signals: Signals) -> Arrived:
         """What arrived among the gradients `signals`, as `Arrived`.
 
-        Each call of a layer emits its averages, a 1 as `calls` and a `WITNESS` as `witness`, and gradients are sums over calls.
+        Each call of a layer emits its averages, a 1 as `calls` and a `SENTINEL` as `sentinel`, and gradients are sums over calls.
         So a factor that a training step multiplies all gradients with drops out, and what else it does to them shows.
         """
         blocks = self._blocks
@@ -111,16 +111,16 @@ class Arrivals:
             return ops.stack([signals.of(getattr(block.statistics, name)) for block in blocks])
 
         calls, accepted, examples = arrived("calls"), arrived("accepted"), arrived("examples")
-        witness = arrived("witness")
+        sentinel = arrived("sentinel")
         traced = ops.convert_to_tensor([float(max(block.statistics.traced_calls, 1)) for block in blocks], calls.dtype)
-        opened = ops.stack([ops.convert_to_tensor(block.statistics.gate) > 0 for block in blocks])
+        gate_open = ops.stack([ops.convert_to_tensor(block.statistics.gate) > 0 for block in blocks])
         present, absent = calls > 0, calls == 0
         number = numbers_of_calls(calls, traced)
         divisor = ops.where(present, calls, 1.0)
-        intact = present & (ops.abs(witness / divisor / WITNESS - 1) <= SAME)
+        intact = present & (ops.abs(sentinel / divisor / SENTINEL - 1) <= SAME)
         not_finite = ~ops.isfinite(calls) | (intact & (accepted / divisor < 1 - WHOLE))
         mixed = self._mixed_passes(ops.where(intact, number, 1.0))
-        taken = opened & intact & ~mixed & ~not_finite
+        taken = gate_open & intact & ~mixed & ~not_finite
         emitted = [signals.of(v) for block in blocks for v in block.statistics.averages]
 
         def old() -> list[Tensor]:
@@ -135,19 +135,19 @@ class Arrivals:
             ]
 
         # In most steps nothing is to be done, and nothing of the averages' size is touched.
-        untouched = ops.all((calls == 1) & (witness == WITNESS)) & ~ops.any(mixed)
+        untouched = ops.all((calls == 1) & (sentinel == SENTINEL)) & ~ops.any(mixed)
 
         flat = iter(ops.cond(untouched, lambda: list(emitted), lambda: ops.cond(ops.any(taken), divided, old)))
         last = [ops.convert_to_tensor(block.statistics.calls) for block in blocks]
         return Arrived(
             averages={b: laid_out(b, [next(flat) for _ in b.statistics.averages]) for b in blocks},
             calls={b: ops.where(present[i], number[i], last[i]) for i, b in enumerate(blocks)},
-            opened=opened,
-            refused=opened & not_finite,
-            absent=opened & absent,
-            distorted=opened & ~absent & ~not_finite & ~(intact & ~mixed),
+            gate_open=gate_open,
+            refused=gate_open & not_finite,
+            absent=gate_open & absent,
+            distorted=gate_open & ~absent & ~not_finite & ~(intact & ~mixed),
             examples=ops.where(present, examples / divisor, 0.0),
-            changes=self._changes_of(calls, number, traced, intact, opened) | {"mixed": ops.any(opened & mixed)},
+            changes=self._changes_of(calls, number, traced, intact, gate_open) | {"mixed": ops.any(gate_open & mixed)},
         )
 
     def _mixed_passes(self, number: Tensor) -> Tensor:
@@ -164,11 +164,11 @@ class Arrivals:
         return ops.stack(mixed)
 
     def _changes_of(
-        self, calls: Tensor, number: Tensor, traced: Tensor, intact: Tensor, opened: Tensor
+        self, calls: Tensor, number: Tensor, traced: Tensor, intact: Tensor, gate_open: Tensor
     ) -> dict[str, Tensor]:
         """What a training step of the user's did to the statistics that did no harm to them."""
         adds_up = [block.statistics.adds_up and not block.statistics.looped for block in self._blocks]
-        accumulated = opened & intact & (number > traced) & ops.convert_to_tensor(adds_up, "bool")
+        accumulated = gate_open & intact & (number > traced) & ops.convert_to_tensor(adds_up, "bool")
         # Not 1e-3: a penalty is as small as that.
         scaled = intact & (ops.abs(calls / ops.where(number > 0, number, 1.0) - 1) > 1e-6)
         return {"scaled": ops.any(scaled), "accumulated": ops.any(accumulated)}
@@ -192,11 +192,11 @@ class Arrivals:
             (statistics.calls, calls),
             (statistics.accepted, calls),
             (statistics.examples, examples),
-            (statistics.witness, WITNESS * calls),
+            (statistics.sentinel, SENTINEL * calls),
         ]
         # Not what arrives, which rounding would spoil where it was multiplied and divided.
         controls = [ops.convert_to_tensor(control) for control in statistics.controls]
-        drawn = arrived.opened[number] & ~arrived.absent[number]
+        drawn = arrived.gate_open[number] & ~arrived.absent[number]
         for control, old, new in zip(statistics.controls, controls, statistics.next_controls(controls), strict=True):
             values.append((control, ops.where(drawn, new, old)))
         return values

@@ -61,7 +61,7 @@ class Group:
 
     def stacked(self, tensors: Mapping[Block, Sequence[Tensor]]) -> list[Tensor]:
         """The tensors of a dict from blocks to lists of them, joined over the blocks of the group: a list."""
-        return [backend.joined(parts) for parts in zip(*(tensors[block] for block in self.blocks), strict=True)]
+        return [backend.concatenated(parts) for parts in zip(*(tensors[block] for block in self.blocks), strict=True)]
 
     def of_each(self, values: Mapping[Block, Tensor]) -> Tensor:
         """`[k]`, from a scalar for each block, which may be several of the `k`: a convolution's groups."""

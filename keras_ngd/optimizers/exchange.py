@@ -71,7 +71,7 @@ class Exchange:
                 "Workers cannot talk to each other inside a step that XLA compiles. Leave `jit_compile` of `model.compile` at "
                 "'auto', or set it to False."
             )
-        if not communicator.together:
+        if not communicator.single_program:
             with backend.outside_trace():
                 distributed.check_same(communicator, self._description(variables))
                 self._take_over_state(communicator)
@@ -119,7 +119,7 @@ class Exchange:
         if communicator.size == 1:
             return
         fraction = optimizer.gradient_worker_fraction
-        if communicator.together and fraction != 1:
+        if communicator.single_program and fraction != 1:
             raise ValueError(
                 "Replicas of a strategy hold the same variables, so all hold all inverses. Use Horovod, or leave "
                 f"`gradient_worker_fraction` at 1. Received: gradient_worker_fraction={fraction!r}"
@@ -176,7 +176,7 @@ class Exchange:
         ]
         owners = workers.owners_of(signals.variables, key)
         left_out = ops.concatenate([arrived.refused, arrived.absent, arrived.distorted]) & (examples > 0)
-        if self.communicator.together:
+        if self.communicator.single_program:
             # Their gathering takes equal lengths only.
             grads = [backend.dense(g) if backend.is_sparse(g) else g for g in grads]
         found, share, left_out, numbers = workers.mean_gradients(

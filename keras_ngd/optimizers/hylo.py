@@ -10,7 +10,7 @@ from keras import ops
 
 from keras_ngd import backend, schedules
 from keras_ngd.linalg.sampling import SAMPLINGS
-from keras_ngd.optimizers import gradient_switch, joining
+from keras_ngd.optimizers import combining, gradient_switch
 from keras_ngd.optimizers.arguments import NOT_OF_ROWS, documented
 from keras_ngd.optimizers.blocks import Block, Layout
 from keras_ngd.optimizers.row_method import of_rows, steps_in
@@ -136,14 +136,14 @@ class HyLo(SNGD):
     def rows(self) -> int:
         """How many rows are chosen of a batch."""
         if isinstance(self.rank, float):
-            return max(round(self.rank * self.room), 1)
+            return max(round(self.rank * self.capacity), 1)
         # Of a smaller batch, all rows stand for themselves.
-        return min(max(round(self.rank * self.exchange.communicator.batch_share), 1), self.room)
+        return min(max(round(self.rank * self.exchange.communicator.batch_share), 1), self.capacity)
 
     def make_statistics(self, layer: keras.layers.Layer) -> Statistics:
         return LowRankStatistics(
             self.rows,
-            self.room,
+            self.capacity,
             self.losses_in_statistics,
             self.mode if self.mode in ("kid", "kis") else "both",
             self.sampling,
@@ -159,9 +159,9 @@ class HyLo(SNGD):
         units = self._units_of_probe(self.ratio_of(statistics, before=self.damping_mode == "absolute"))
         return [a, self.scaled_rows(statistics, g), weights, damping / ops.cast(units, damping.dtype)]
 
-    def joins(self, shapes: Sequence[Shape]) -> list[int]:
+    def combinations(self, shapes: Sequence[Shape]) -> list[int]:
         relative = self.damping_mode == "relative"
-        return [*super().joins(shapes), joining.WEIGHTS, joining.MEAN if relative else joining.SAME]
+        return [*super().combinations(shapes), combining.WEIGHTS, combining.MEAN if relative else combining.SAME]
 
     def weights_travel(self, block: Block) -> Tensor:
         return block.statistics.gate > (KIS + KID) / 2 if self.mode in ("switch", "random") else self.mode == "kid"

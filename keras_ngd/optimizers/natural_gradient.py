@@ -155,12 +155,12 @@ class NaturalGradient(AssembledOptimizer):
         self.ratio.take_in(sums, arrived.recorded)
         recorded = self._count(arrived, step, loss)
         # Rows are shared in the units of the loss, which these averages make.
-        averages, joined = self.share_statistics(arrived.averages, arrived.calls, share, arrived.kept)
+        averages, combined = self.share_statistics(arrived.averages, arrived.calls, share, arrived.kept)
         damping = schedules.value_at(self.damping, step)
 
         def inputs(blocks: Sequence[Block]) -> dict[Block, list[Tensor]]:
             return {
-                b: joined.get(b)
+                b: combined.get(b)
                 or self.approximation_of(b.geometry).curvature_input(
                     b.statistics, state_layout.whole_averages(b, averages), arrived.calls[b]
                 )
@@ -179,15 +179,15 @@ class NaturalGradient(AssembledOptimizer):
 
     def _count(self, arrived: "Arrived", step: Tensor, loss: Tensor) -> Tensor:
         """Counts what arrived, and takes the loss into its average; whether any statistics were recorded."""
-        opened, recorded = ops.any(arrived.opened), ops.any(arrived.recorded)
+        gate_open, recorded = ops.any(arrived.gate_open), ops.any(arrived.recorded)
         refused = ops.any(arrived.refused)
         updates = ops.convert_to_tensor(self.counters.factor_updates)
         self.mean_loss.take_in(loss, average_weight(self.factor_decay, updates), recorded & ~refused)
         # A batch that reached no layer is none; one with statistics that nobody can tell is not tried again at once.
-        self.clock.recorded(step, ops.any(arrived.opened & ~arrived.absent) & ~refused)
+        self.clock.recorded(step, ops.any(arrived.gate_open & ~arrived.absent) & ~refused)
         self.arrivals.count(arrived)
         self.counters.count("factor_updates", recorded & ~refused)
-        self.counters.count("skipped_statistics", opened & refused)
+        self.counters.count("skipped_statistics", gate_open & refused)
         self.counters.count_changes(arrived.changes | {"distorted": ops.any(arrived.distorted)})
         return recorded
 
@@ -240,7 +240,7 @@ class NaturalGradient(AssembledOptimizer):
         for block in self.local_layout.blocks:
             gradients[block] = ops.cast(block.geometry.to_matrix(signals.of_block(block)), block.shape[2])
         for group in self.local_layout.groups:
-            v = backend.joined([gradients[block] for block in group.blocks])
+            v = backend.concatenated([gradients[block] for block in group.blocks])
             v = state_layout.on_all_devices(group, v)
             state = state_layout.whole_state(group)
             p = group.curvature.precondition(v, damping, state, lambda group=group: group.stacked(inputs(group.blocks)))

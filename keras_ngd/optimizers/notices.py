@@ -13,11 +13,11 @@ class Notices:
 
     def __init__(self, name: str) -> None:
         self._name = name
-        self._given: set[str] = set()
+        self._combined: set[str] = set()
 
     def give(self, found: Iterable[tuple[str, str]]) -> None:
         """Warns of those of the pairs `(key, message)` whose key was not seen before."""
         for key, message in found:
-            if key not in self._given:
-                self._given.add(key)
+            if key not in self._combined:
+                self._combined.add(key)
                 warnings.warn(f"{self._name}: {message}", stacklevel=4)

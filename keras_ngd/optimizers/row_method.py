@@ -9,13 +9,13 @@ import keras
 from keras import ops, tree
 
 from keras_ngd import backend, schedules, sharding
-from keras_ngd.optimizers import joining
+from keras_ngd.optimizers import combining
 from keras_ngd.optimizers.approximations import KroneckerSettings
 from keras_ngd.optimizers.arguments import NOT_OF_ROWS, documented
 from keras_ngd.optimizers.blocks import Block, Layout
+from keras_ngd.optimizers.capacity import Capacity
 from keras_ngd.optimizers.loss_ratio import check_losses_per_example
 from keras_ngd.optimizers.natural_gradient import NaturalGradient
-from keras_ngd.optimizers.room import Room
 from keras_ngd.statistics import RowStatistics
 from keras_ngd.statistics.draws import LAYERS, Draws
 from keras_ngd.statistics.statistics import Statistics
@@ -55,7 +55,7 @@ def steps_in(data: Any) -> int | None:
         return None
 
 
-class Given:
+class Combined:
     """Of each block, variables with what its curvature takes of all workers. (Keras does not look into objects of ours.)"""
 
     def __init__(self) -> None:
@@ -63,7 +63,7 @@ class Given:
 
 
 @documented(*NOT_OF_ROWS)
-class RowMethod(Room, NaturalGradient):
+class RowMethod(Capacity, NaturalGradient):
     """Base of the methods whose statistics are rows: one interval for rows and inverses, and room for a batch of rows.
 
     An inverse belongs to the rows it was made of, so it is renewed whenever rows are recorded.
@@ -136,7 +136,7 @@ class RowMethod(Room, NaturalGradient):
             sizes = {tensor.shape[0] for tensor in tree.flatten(getattr(model, "inputs", None) or [])}
             found = sizes.pop() if len(sizes) == 1 else None
         self.found_batch_size = found
-        self.start_room(found)
+        self.start_capacity(found)
 
     @staticmethod
     def _batch_of(data: Any) -> int | None:
@@ -147,18 +147,21 @@ class RowMethod(Room, NaturalGradient):
 
     # Several workers
 
-    def joins(self, shapes: Sequence[Shape]) -> list[int]:
-        """How each tensor that a curvature takes is made of those of all workers: kinds of `joining`, for their shapes."""
-        return [joining.ROWS, joining.WEIGHTED_ROWS]
+    def combinations(self, shapes: Sequence[Shape]) -> list[int]:
+        """How each tensor that a curvature takes is made of those of all workers: kinds of `combining`, for their shapes."""
+        return [combining.ROWS, combining.WEIGHTED_ROWS]
 
-    def given_shapes(self, block: Block) -> list[Shape]:
+    def combined_shapes(self, block: Block) -> list[Shape]:
         """The shapes of what a block's curvature takes, of all workers together."""
-        shapes, workers = [sharding.shape_of(v) for v in self.given_weights(block)], self.exchange.communicator.size
+        shapes, workers = [sharding.shape_of(v) for v in self.combined_weights(block)], self.exchange.communicator.size
         if workers == 1:
             return shapes
-        return [joining.joined_shape(s, kind, workers) for s, kind in zip(shapes, self.joins(shapes), strict=True)]
+        return [
+            combining.combined_shape(s, kind, workers)
+            for s, kind in zip(shapes, self.combinations(shapes), strict=True)
+        ]
 
-    def given_weights(self, block: Block) -> list[Variable]:
+    def combined_weights(self, block: Block) -> list[Variable]:
         """The weights of a block's statistics that have the shapes of what its curvature takes."""
         return block.statistics.averages
 
@@ -169,17 +172,17 @@ class RowMethod(Room, NaturalGradient):
     def further_bytes(self, block: Block) -> int:
         if self.exchange.communicator.size == 1 or not of_rows(block):
             return 0
-        return backend.itemsize(block.shape[2]) * sum(math.prod(shape) for shape in self.given_shapes(block))
+        return backend.itemsize(block.shape[2]) * sum(math.prod(shape) for shape in self.combined_shapes(block))
 
     def build_own_state(self, layout: Layout) -> None:
         if self.exchange.workers is None:
             return
-        self._given = Given()
+        self._combined = Combined()
         for i, block in enumerate(filter(of_rows, layout.blocks)):
             # Not a part of what is saved: other numbers of workers would have no use for it. Keras tracks attributes of its own.
-            self._given.of_block[block] = [
+            self._combined.of_block[block] = [
                 keras.Variable("zeros", shape, block.shape[2], trainable=False, name=f"rows_of_all_{i}_{j}")
-                for j, shape in enumerate(self.given_shapes(block))
+                for j, shape in enumerate(self.combined_shapes(block))
             ]
 
     def can_renew(self, variable: Variable) -> bool:
@@ -200,22 +203,22 @@ class RowMethod(Room, NaturalGradient):
     ) -> tuple[dict[Block, list[Tensor]], dict[Block, list[Tensor]]]:
         if self.exchange.workers is None:
             return super().share_statistics(averages, calls, share, refused)
-        given, shared = {}, {block: averages[block] for block in self.layout.blocks if not of_rows(block)}
+        combined, shared = {}, {block: averages[block] for block in self.layout.blocks if not of_rows(block)}
         shared = self.exchange.mean_statistics(shared, share, refused)
         for i, block in enumerate(self.layout.blocks):
             if not of_rows(block):
                 continue
-            old = [ops.convert_to_tensor(v) for v in self._given.of_block[block]]
-            given[block] = ops.cond(
+            old = [ops.convert_to_tensor(v) for v in self._combined.of_block[block]]
+            combined[block] = ops.cond(
                 block.statistics.gate > 0,
-                functools.partial(self._joined, i, block, averages[block], calls[block], share, refused[i], old),
+                functools.partial(self._combination, i, block, averages[block], calls[block], share, refused[i], old),
                 functools.partial(list, old),
             )
-            for variable, value in zip(self._given.of_block[block], given[block], strict=True):
+            for variable, value in zip(self._combined.of_block[block], combined[block], strict=True):
                 self.assign(variable, value)
-        return averages | shared, given
+        return averages | shared, combined
 
-    def _joined(
+    def _combination(
         self,
         number: int,
         block: Block,
@@ -226,9 +229,9 @@ class RowMethod(Room, NaturalGradient):
         old: Sequence[Tensor],
     ) -> list[Tensor]:
         tensors = self.curvature_input(block.statistics, averages, calls)
-        kinds = self.joins([t.shape for t in tensors])
+        kinds = self.combinations([t.shape for t in tensors])
         new = [
-            joining.join(
+            combining.combine(
                 self.exchange.communicator, t, kind, share, self.weights_travel(block), f"keras_ngd_rows_{number}_{j}"
             )
             for j, (t, kind) in enumerate(zip(tensors, kinds, strict=True))
@@ -241,7 +244,7 @@ class RowMethod(Room, NaturalGradient):
         return (self.seed + 1009 * rank) % LAYERS
 
     def separate_draws(self) -> None:
-        if self.exchange.communicator.together:
+        if self.exchange.communicator.single_program:
             return  # Of replicas the draws are the same, and each draws for itself: see `Draws`.
         for number, block in enumerate(self.layout.blocks):
             if isinstance(block.statistics, Draws):

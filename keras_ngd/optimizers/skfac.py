@@ -9,7 +9,7 @@ from keras_ngd import schedules
 from keras_ngd.curvature import WoodburyCurvature
 from keras_ngd.curvature.curvature import Curvature
 from keras_ngd.curvature.kronecker import DAMPING_MODES
-from keras_ngd.optimizers import joining
+from keras_ngd.optimizers import combining
 from keras_ngd.optimizers.arguments import NOT_OF_ROWS, documented
 from keras_ngd.optimizers.blocks import Block, Group
 from keras_ngd.optimizers.row_method import RowMethod
@@ -106,7 +106,7 @@ class SKFAC(RowMethod):
 
     def make_statistics(self, layer: keras.layers.Layer) -> Statistics:
         return WoodburyStatistics(
-            self.room,
+            self.capacity,
             self.losses_in_statistics,
             self.convolution,
             self.positions,
@@ -117,20 +117,20 @@ class SKFAC(RowMethod):
 
     def make_curvature(self, group: Group) -> Curvature:
         block = group.blocks[0]
-        sides = [shape[1:] for shape in self.given_shapes(block)]
+        sides = [shape[1:] for shape in self.combined_shapes(block)]
         return WoodburyCurvature(group.count, sides, block.shape[2], self.damping_mode)
 
-    def given_weights(self, block: Block) -> list[Variable]:
+    def combined_weights(self, block: Block) -> list[Variable]:
         return block.statistics.averages[:2]
 
-    def joins(self, shapes: Sequence[Shape]) -> list[int]:
+    def combinations(self, shapes: Sequence[Shape]) -> list[int]:
         return [self._join(rows, size) for _, rows, size in shapes]
 
     def _join(self, rows: int, size: int) -> int:
         if rows == size:
-            return joining.FACTOR
+            return combining.FACTOR
         # As on one worker, a factor with no fewer rows than columns is kept itself.
-        return joining.WEIGHTED_ROWS if rows * self.exchange.communicator.size < size else joining.ROWS_OF_FACTOR
+        return combining.WEIGHTED_ROWS if rows * self.exchange.communicator.size < size else combining.ROWS_OF_FACTOR
 
     def start_statistics(self, statistics: Statistics, number: int) -> None:
         super().start_statistics(statistics, number)

@@ -93,13 +93,13 @@ class SNGD(RowMethod):
     default_damping = RELATIVE_DAMPING
 
     def make_statistics(self, layer: keras.layers.Layer) -> Statistics:
-        return RowStatistics(self.room, self.losses_in_statistics, self.strict)
+        return RowStatistics(self.capacity, self.losses_in_statistics, self.strict)
 
     def make_curvature(self, group: Group) -> Curvature:
         block = group.blocks[0]
         return KernelCurvature(
             group.count,
-            self.given_shapes(block)[0][1],
+            self.combined_shapes(block)[0][1],
             block.shape[2],
             block.shape[0] + block.shape[1],
             self.damping_mode,

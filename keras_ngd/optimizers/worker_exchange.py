@@ -154,11 +154,11 @@ class Workers:
         blocks = [block for block in self.layout.blocks if block in emitted]
         if not blocks:
             return {}
-        opened = ops.stack([block.statistics.gate > 0 for block in blocks])
+        gate_open = ops.stack([block.statistics.gate > 0 for block in blocks])
         refuses = dict(zip(self.layout.blocks, ops.unstack(refused), strict=True))
         means = ops.cond(
-            ops.any(opened),
-            lambda: self._means(blocks, opened, emitted, share, refuses),
+            ops.any(gate_open),
+            lambda: self._means(blocks, gate_open, emitted, share, refuses),
             lambda: flat(emitted, blocks),
         )
         return unflat(means, emitted, blocks)
@@ -170,7 +170,7 @@ class Workers:
     def _means(
         self,
         blocks: Sequence[Block],
-        opened: Tensor,
+        gate_open: Tensor,
         emitted: dict[Block, list[Tensor]],
         share: Tensor | None,
         refused: dict[Block, Tensor],
@@ -186,12 +186,12 @@ class Workers:
                 def reduced(i: int = i, block: Block = block) -> list[Tensor]:
                     return self.communicator.all_reduce(each[block], "statistics", f"keras_ngd_statistics_{i}")
 
-                sums += ops.cond(opened[i], reduced, functools.partial(list, each[block]))
+                sums += ops.cond(gate_open[i], reduced, functools.partial(list, each[block]))
         means, chosen = unflat(unpacked(sums, flat(emitted, blocks)), emitted, blocks), []
         for i, block in enumerate(blocks):
             for variable, mean, unsent in zip(block.statistics.averages, means[block], emitted[block], strict=True):
                 mean = ops.where(refused[block], ops.convert_to_tensor(variable), mean)
-                chosen.append(mean if self.one_clock else ops.where(opened[i], mean, unsent))
+                chosen.append(mean if self.one_clock else ops.where(gate_open[i], mean, unsent))
         return chosen
 
     def _scattered_statistics(

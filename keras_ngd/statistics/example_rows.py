@@ -63,7 +63,7 @@ class RowStatistics(Statistics):
                 f"`skip=[{path!r}]`."
             )
 
-    def _within_room(
+    def _within_capacity(
         self, x: Tensor, ds: Tensor, weights: Tensor | None, dtype: str
     ) -> tuple[Tensor, Tensor, Tensor | None, Tensor]:
         """What there is room for of `x`, `ds` and `weights`, and `N`, times what the rest of the batch is to the part."""
@@ -90,7 +90,7 @@ class RowStatistics(Statistics):
     def observe(
         self, geometry: Any, x: Tensor, ds: Tensor, weights: Tensor | None, controls: Sequence[Tensor], dtype: str
     ) -> tuple[Sequence[Tensor], Tensor]:
-        x, ds, weights, divisor = self._within_room(x, ds, weights, dtype)
+        x, ds, weights, divisor = self._within_capacity(x, ds, weights, dtype)
         a, g = geometry.input_means(x, weights), ops.sqrt(divisor) * geometry.gradient_sums(ds)
         observed = [filled_up(a, self.batch_size), filled_up(g, self.batch_size)]
         return observed, sum(ops.sum(t) for t in observed)
@@ -125,13 +125,13 @@ class RowStatistics(Statistics):
 
     def save_own_variables(self, store: Store) -> None:
         super().save_own_variables(store)
-        store["room"] = np.array([getattr(self, name) for name in self.sizes], "int32")
+        store["capacity"] = np.array([getattr(self, name) for name in self.sizes], "int32")
 
     def load_own_variables(self, store: Store) -> None:
         saved = {key: store[key] for key in store.keys()}
-        room = saved.pop("room", None)
-        if room is not None and not self.strict:
-            self.resize([int(size) for size in room])
+        capacity = saved.pop("capacity", None)
+        if capacity is not None and not self.strict:
+            self.resize([int(size) for size in capacity])
             self.loaded = True
         super().load_own_variables(saved)
 

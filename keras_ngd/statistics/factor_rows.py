@@ -104,7 +104,7 @@ class WoodburyStatistics(Draws, RowStatistics):
         return observed, sum(ops.sum(t) for t in observed)
 
     def _sampled(self, geometry: Any, x: Tensor, ds: Tensor, draw: Tensor, dtype: str) -> tuple[Tensor, Tensor]:
-        x, ds, _, divisor = self._within_room(x, ds, None, dtype)
+        x, ds, _, divisor = self._within_capacity(x, ds, None, dtype)
         examples, total = ops.shape(x)[0], geometry.outputs(ds)
         static = isinstance(total, int)
         kept = min(self.positions, total) if static else ops.minimum(self.positions, total)

@@ -14,9 +14,9 @@ from keras import ops
 from keras_ngd import backend, keras_private, replica, sharding
 from keras_ngd.typing import Config, Initializer, Shape, Store, Tensor, Variable
 
-# What a call emits as `witness`: more than gradients are usually clipped to one by one, so that this shows, but no more than
+# What a call emits as `sentinel`: more than gradients are usually clipped to one by one, so that this shows, but no more than
 # the length of a batch, which is in the norm of all of them too.
-WITNESS = 64.0
+SENTINEL = 64.0
 
 # Functions of a geometry and a kind of statistics, shared by all layers that have both.
 _EMISSIONS: dict[Any, Callable[..., Any]] = {}
@@ -34,7 +34,7 @@ class Weights(NamedTuple):
     calls: Any
     accepted: Any
     examples: Any
-    witness: Any
+    sentinel: Any
 
     @classmethod
     def named(cls, values: Sequence[Any], averages: int, controls: int) -> Self:
@@ -43,7 +43,7 @@ class Weights(NamedTuple):
 
     def flat(self) -> tuple[Any, ...]:
         """All of them, the averages first."""
-        return (*self.averages, *self.controls, self.gate, self.calls, self.accepted, self.examples, self.witness)
+        return (*self.averages, *self.controls, self.gate, self.calls, self.accepted, self.examples, self.sentinel)
 
 
 def _emission(
@@ -64,7 +64,7 @@ def _emission(
     def stored(values: Sequence[Tensor]) -> list[Tensor]:
         return [value if s is None else s.stored(value) for value, s in zip(values, spreads, strict=True)]
 
-    def opened() -> tuple[Tensor, ...]:
+    def recorded() -> tuple[Tensor, ...]:
         old = [average if s is None else s.whole(average) for average, s in zip(before.averages, spreads, strict=True)]
         # Keras divides the loss of a replica by how many there are; what is kept does not depend on that.
         upstream = ds if replicas == 1 else ds * ops.cast(replicas, ds.dtype)
@@ -77,10 +77,10 @@ def _emission(
         new = [ops.where(finite, value, average) for value, average in zip(merged, old, strict=True)]
         return (*stored(new), *following, ops.cast(finite, "float32"))
 
-    def closed() -> tuple[Tensor, ...]:
+    def kept() -> tuple[Tensor, ...]:
         return (*before.averages, *before.controls, ops.zeros((), "float32"))
 
-    *new, accepted = ops.cond(before.gate > 0, opened, closed)
+    *new, accepted = ops.cond(before.gate > 0, recorded, kept)
     return Weights(
         averages=new[: len(spreads)],
         controls=new[len(spreads) :],
@@ -91,7 +91,7 @@ def _emission(
         accepted=accepted,
         examples=ops.cast(ops.shape(x)[0], "float32"),
         # Numbers known to the compiler, which then knows that nothing was done to them on their way, where nothing was.
-        witness=WITNESS * ops.ones_like(before.calls),
+        sentinel=SENTINEL * ops.ones_like(before.calls),
     ).flat()
 
 
@@ -116,7 +116,7 @@ class Statistics(keras.layers.Layer, abc.ABC):
         calls: how often the layer was called in the last pass.
         accepted: how many of these calls were observed; fewer than `calls` if some were not finite.
         examples: the length of the batch in the last pass, summed over the calls.
-        witness: `WITNESS` for each of the calls, by which the optimizer sees whether what it gets is what was emitted.
+        sentinel: `SENTINEL` for each of the calls, by which the optimizer sees whether what it gets is what was emitted.
         loss: `[2]`, of one layer of a model alone, whose `carries_loss` is set: the optimizer has the loss and a 1 arrive as its
             gradient. None elsewhere.
 
@@ -139,7 +139,7 @@ class Statistics(keras.layers.Layer, abc.ABC):
     calls: Variable
     accepted: Variable
     examples: Variable
-    witness: Variable
+    sentinel: Variable
     part: str
     _averages: list[Variable]
     _controls: list[Variable]
@@ -181,7 +181,7 @@ class Statistics(keras.layers.Layer, abc.ABC):
         self.calls = self._add("calls", (), "ones", "float32")
         self.accepted = self._add("accepted", (), "ones", "float32")
         self.examples = self._add("examples", (), "zeros", "float32")
-        self.witness = self._add("witness", (), keras.initializers.Constant(WITNESS), "float32")
+        self.sentinel = self._add("sentinel", (), keras.initializers.Constant(SENTINEL), "float32")
         self.loss = self._add("loss", (2,), "zeros", "float32") if self.carries_loss else None
         # Keras compiles no step with XLA that has a layer which does not support it; workers cannot meet inside one. (What is
         # for a TPU is compiled all the same.)

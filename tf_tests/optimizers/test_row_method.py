@@ -152,7 +152,7 @@ def test_sizes_are_taken_from_the_data(kind, method):
     optimizer = method(batch_size=None, **({"steps_per_epoch": None} if method is METHODS["HyLo"] else {}))
     model = mlp()
     keras_ngd.capture(model, optimizer, data=data)
-    assert optimizer.room == model.layers[1].statistics.batch_size == batch_size
+    assert optimizer.capacity == model.layers[1].statistics.batch_size == batch_size
     assert optimizer.get_config()["batch_size"] is None
     if method is METHODS["HyLo"]:
         assert optimizer.steps_per_epoch == optimizer.get_config()["steps_per_epoch"] == steps
@@ -168,7 +168,7 @@ def test_the_batch_size_of_the_model_is_the_last_resort(method):
     for given, data, expected in ((None, None, 16), (None, X[:6], 6), (12, X[:6], 12)):
         optimizer = method(batch_size=given)
         keras_ngd.capture(fixed(16), optimizer, data=data)
-        assert optimizer.room == expected
+        assert optimizer.capacity == expected
 
 
 def test_a_batch_larger_than_there_is_room_for(method):

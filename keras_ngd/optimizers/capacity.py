@@ -11,7 +11,7 @@ from keras_ngd.statistics.statistics import Statistics
 from keras_ngd.typing import Tensor, Variable
 
 # Where neither data, nor the model, nor the first trace says how large a batch is.
-DEFAULT_ROOM = 128
+DEFAULT_CAPACITY = 128
 
 
 # A mixin, which a type checker is to see as what it is mixed with.
@@ -21,7 +21,7 @@ else:
     Base = object
 
 
-class Room(Base):
+class Capacity(Base):
     """Mixin for methods on rows: room for a batch is made as late as it can be.
 
     With `batch_size` it is that. Else it is as a checkpoint has it. Else it is the size of the batch that the captured layers are
@@ -36,18 +36,18 @@ class Room(Base):
 
     # What data or the model say, or what was seen; whether less than that may be made; what the first layer was called with,
     # and its statistics; whether gradients have arrived, whose shapes are those of the room.
-    _found_room: int | None = None
+    _found_capacity: int | None = None
     _shrinks: bool = True
     _seen: int | None = None
     _first: Callable[[], RowStatistics | None] | None = None
     _stepping: bool = False
 
     @property
-    def room(self) -> int:
+    def capacity(self) -> int:
         """How many examples of a worker there is room for; of a larger batch the leading ones are recorded."""
         if self.batch_size is not None:
             return self._share(self.batch_size)
-        return self._found_room or DEFAULT_ROOM
+        return self._found_capacity or DEFAULT_CAPACITY
 
     @property
     def strict(self) -> bool:
@@ -57,9 +57,9 @@ class Room(Base):
     def _share(self, batch_size: int) -> int:
         return math.ceil(batch_size * self.exchange.communicator.batch_share - 1e-6)
 
-    def start_room(self, batch_size: int | None) -> None:
+    def start_capacity(self, batch_size: int | None) -> None:
         """Starts with what data or the model say about the size of all workers' batch, or with None."""
-        self._found_room = None if batch_size is None else self._share(batch_size)
+        self._found_capacity = None if batch_size is None else self._share(batch_size)
         self._shrinks, self._seen, self._first = batch_size is None, None, None
 
     def called(self, statistics: Statistics, x: Tensor) -> None:
@@ -78,20 +78,20 @@ class Room(Base):
                 return
             self._seen = examples
             with backend.outside_trace():
-                self._make_room()
+                self._make_capacity()
         else:
             self._seen = examples
 
-    def _make_room(self) -> list[tuple[Variable, Variable]]:
+    def _make_capacity(self) -> list[tuple[Variable, Variable]]:
         """Gives all layers room for what was seen. Returns pairs of variables that were and of those in their place."""
         model = self.captured_model()
         if (
             model is None
             or self._seen is None
-            or not (self._seen > self.room or (self._shrinks and self._seen < self.room))
+            or not (self._seen > self.capacity or (self._shrinks and self._seen < self.capacity))
         ):
             return []
-        self._found_room = self._seen
+        self._found_capacity = self._seen
         pairs: list[tuple[Variable, Variable]] = []
         found = [
             s for s in keras_private.flatten_layers(model) if isinstance(s, RowStatistics) and s.is_watched_by(self)
@@ -111,9 +111,9 @@ class Room(Base):
         recorded = [statistics for statistics in recorded if isinstance(statistics, RowStatistics)]
         if recorded and not self.strict:
             if not self._stepping and not any(statistics.loaded for statistics in recorded):
-                made = {id(old): new for old, new in self._make_room()}
+                made = {id(old): new for old, new in self._make_capacity()}
                 variables = [made.get(id(v), v) for v in variables]
-            self._found_room = recorded[0].batch_size
+            self._found_capacity = recorded[0].batch_size
         super().build(variables)
 
     def apply(self, grads: Sequence[Tensor], trainable_variables: Sequence[Variable] | None = None) -> None:

@@ -20,7 +20,7 @@ from keras_ngd.typing import Shape, Tensor
 ROWS, WEIGHTED_ROWS, WEIGHTS, FACTOR, ROWS_OF_FACTOR, SAME, MEAN = range(7)
 
 
-def joined_shape(shape: Shape, kind: int, size: int) -> Shape:
+def combined_shape(shape: Shape, kind: int, size: int) -> Shape:
     """The shape of what `size` workers' tensors of this shape make together."""
     shape = tuple(shape)
     if kind in (ROWS, WEIGHTED_ROWS):
@@ -30,8 +30,8 @@ def joined_shape(shape: Shape, kind: int, size: int) -> Shape:
     return (shape[0], shape[2], shape[2]) if kind == ROWS_OF_FACTOR else shape
 
 
-def join(communicator: Communicator, tensor: Tensor, kind: int, share: Tensor, travels: Tensor, name: str) -> Tensor:
-    """What all workers' tensors make together, of the shape `joined_shape`, on all workers.
+def combine(communicator: Communicator, tensor: Tensor, kind: int, share: Tensor, travels: Tensor, name: str) -> Tensor:
+    """What all workers' tensors make together, of the shape `combined_shape`, on all workers.
 
     Args:
         communicator: a `Communicator`.
@@ -70,7 +70,7 @@ def join(communicator: Communicator, tensor: Tensor, kind: int, share: Tensor, t
             return weights() if travels else identities()
         return ops.cond(travels, weights, identities)
     return ops.reshape(
-        ops.transpose(gathered(tensor), (1, 0, 2, 3)), joined_shape(tensor.shape, kind, communicator.size)
+        ops.transpose(gathered(tensor), (1, 0, 2, 3)), combined_shape(tensor.shape, kind, communicator.size)
     )
 
 

@@ -6,7 +6,7 @@ import pytest
 from keras import ops
 
 import keras_ngd
-from keras_ngd.optimizers.room import DEFAULT_ROOM
+from keras_ngd.optimizers.capacity import DEFAULT_CAPACITY
 from tf_tests import small
 
 TENSORFLOW = keras.backend.backend() == "tensorflow"
@@ -42,9 +42,9 @@ def test_the_first_trace_tells(method):
     told = small.captured(network(), method(batch_size=16))
     small.fit(told, x, y, batch_size=16, epochs=2)
     model = small.captured(network(), method())
-    assert room_of(model) == DEFAULT_ROOM
+    assert room_of(model) == DEFAULT_CAPACITY
     small.fit(model, x, y, batch_size=16, epochs=2)
-    assert model.optimizer.room == room_of(model) == 16
+    assert model.optimizer.capacity == room_of(model) == 16
     assert model.optimizer.factor_updates == 4
     small.assert_same(small.weights(model), small.weights(told))
     small.assert_same(small.statistics(model), small.statistics(told))
@@ -56,7 +56,7 @@ def test_a_larger_batch_than_the_data_had(method):
     keras_ngd.capture(model, optimizer, data=x[:8])
     assert room_of(model) == 8
     small.fit(small.compiled(model, optimizer), x, y, batch_size=16)
-    assert optimizer.room == room_of(model) == 16
+    assert optimizer.capacity == room_of(model) == 16
 
 
 def test_a_batch_of_unknown_size():
@@ -68,7 +68,7 @@ def test_a_batch_of_unknown_size():
     )
     for each in (told, model):
         small.fit(each, x, y, batch_size=16)
-    assert room_of(model) == (DEFAULT_ROOM if TENSORFLOW else 16)
+    assert room_of(model) == (DEFAULT_CAPACITY if TENSORFLOW else 16)
     small.assert_close(small.weights(model), small.weights(told))
 
 
@@ -77,7 +77,7 @@ def test_a_generator():
     model = small.captured(network(), METHODS["HyLo"]())
     model.fit((batch for batch in [(x[:16], y[:16]), (x[16:], y[16:])] * 2), epochs=1, verbose=0)
     assert model.optimizer.factor_updates == 4
-    assert room_of(model) in (16, DEFAULT_ROOM)
+    assert room_of(model) in (16, DEFAULT_CAPACITY)
 
 
 def test_rows_of_a_batch_that_there_is_no_room_for(method):
@@ -117,9 +117,9 @@ def test_a_named_batch_size_is_a_limit(method):
 def test_a_whole_array_is_no_batch(method):
     data = np.zeros((1797, 4), "float32")
     keras_ngd.capture(model := network(), optimizer := method(), data=data)
-    assert optimizer.room == room_of(model) == DEFAULT_ROOM
+    assert optimizer.capacity == room_of(model) == DEFAULT_CAPACITY
     keras_ngd.capture(model, optimizer := method(), data=data[:1024])
-    assert optimizer.room == room_of(model) == 1024
+    assert optimizer.capacity == room_of(model) == 1024
 
 
 def test_thor_measures_on_the_first_examples_of_an_array(monkeypatch):
@@ -157,7 +157,7 @@ def test_a_saved_model_goes_on(tmp_path):
     small.fit(model, x, y, batch_size=16)
     model.save(tmp_path / "model.keras")
     again = keras.models.load_model(tmp_path / "model.keras")
-    assert again.optimizer.room == room_of(again) == 16
+    assert again.optimizer.capacity == room_of(again) == 16
     for each in (model, again):
         small.fit(each, x, y, batch_size=16)
     small.assert_close(small.weights(again), small.weights(model), tolerance=1e-6)
@@ -177,7 +177,7 @@ def test_a_loop_of_ones_own(method):
         gradients = [ops.convert_to_tensor(g) for g in small.gradients(model, x, y).values()]
     optimizer.apply(gradients, model.trainable_variables)
     assert optimizer.factor_updates == 1
-    assert room_of(model) == (16 if TENSORFLOW else DEFAULT_ROOM)
+    assert room_of(model) == (16 if TENSORFLOW else DEFAULT_CAPACITY)
 
 
 @pytest.mark.slow
