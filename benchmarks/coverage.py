@@ -1,7 +1,7 @@
 """How much of the models that people train is captured: a table in docs/layers.md.
 
 Models have random weights; those of keras_hub and the last four are small ones of their architecture. Those of
-`keras.applications` are all there, as they are for 1,000 classes. Normalisation layers follow the rule of the rest, as by default.
+`keras.applications` are all there, as they are for 1,000 classes. Normalisation layers follow the rule of the rest.
 
     python -m benchmarks.coverage
 """
