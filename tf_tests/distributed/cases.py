@@ -38,6 +38,17 @@ def network():
     return keras.Model(inputs, layers.Dense(4, name="logits")(h))
 
 
+def tokens():
+    """A table, whose gradient is sparse, attention, and a normalisation layer that is captured."""
+    keras.utils.set_random_seed(1)
+    inputs = keras.Input((6, 6, 2))
+    numbers = layers.Reshape((72,))(inputs)[:, :8]
+    h = layers.Embedding(4, 4, name="table")(keras.ops.cast(keras.ops.clip(numbers + 2, 0, 3), "int32"))
+    h = h + layers.MultiHeadAttention(2, 2, name="attention")(h, h)
+    h = layers.Flatten()(layers.LayerNormalization(name="norm")(h))
+    return keras.Model(inputs, layers.Dense(4, name="logits")(h))
+
+
 def _kfac(size, **arguments):
     return paper.KFAC(0.05, 0.03, **{"factor_interval": 2, "inverse_interval": 4, **arguments})
 
@@ -67,6 +78,10 @@ METHODS = {
     "sngd": lambda size: _rows(paper.SNGD, size),
     "hylo-kid": lambda size: _rows(paper.HyLo, size, rank=1.0, mode="kid"),
     "hylo-kis": lambda size: _rows(paper.HyLo, size, rank=1.0, mode="kis"),
+    # Of blocks of every structure: see `tokens`.
+    "tokens-sp-ngd": lambda size: _kfac(size, gradient_worker_fraction=0, reduce_scatter=True),
+    "tokens-thor": lambda size: _thor(size, gradient_worker_fraction=0.5),
+    "tokens-sngd": lambda size: _rows(paper.SNGD, size),
 }
 # And what does not, since each worker compresses or samples its own batch, or is not tried here:
 COMPRESSING = {
@@ -87,8 +102,9 @@ COMPRESSING = {
 
 def prepared(method, size=1):
     """A captured and compiled model."""
-    model, optimizer = network(), {**METHODS, **COMPRESSING}[method](size)
-    keras_ngd.capture(model, optimizer)
+    model = tokens() if method.startswith("tokens") else network()
+    optimizer = {**METHODS, **COMPRESSING}[method](size)
+    keras_ngd.capture(model, optimizer, include=lambda layer: method.startswith("tokens"))
     loss = keras.losses.SparseCategoricalCrossentropy(from_logits=True)
     model.compile(optimizer=optimizer, loss=loss, metrics=["accuracy"])
     return model
