@@ -30,7 +30,7 @@ def capture(
     same weights of its own and the same results; `get_weights`, `count_params` and `summary` have the statistics too. All
     other layers train by the plain update rule; so do these, with the reason in the report:
 
-    - layers inside wrappers and recurrent layers (`TimeDistributed`, `Bidirectional`, `RNN`), which call them in loops;
+    - layers inside wrappers other than `Bidirectional` and `TimeDistributed` (of a fixed number of steps), and inside of cells;
     - subclasses of the captured kinds, whose `call` may compute something else;
     - layers that share their kernel with another layer, since the gradient is a sum that no single block describes;
     - layers that are not trainable when captured: unfreeze them, then capture again with a new optimizer (what they record for
@@ -39,6 +39,10 @@ def capture(
 
     `BatchNormalization`, `LayerNormalization`, `GroupNormalization` and `RMSNormalization` are captured where `include` selects
     them: the scale and the offset of each feature then have a Fisher block of their own.
+
+    So become `SimpleRNN`, `LSTM`, `GRU`, and `RNN` of their cells (stacked or not), with what their cells see at each step; they
+    never use cuDNN while they record. Steps that a mask hides do not count, but no mask reaches layers inside `TimeDistributed`.
+    Convolutional LSTMs, and cells and recurrent layers of your own, follow the plain update rule.
 
     A layer called several times per step is captured; its calls count like positions. A mask on the input of
     `Dense` takes the hidden positions out of its statistics. `sample_weight` scales the gradients, hence `G`, and

@@ -151,6 +151,13 @@ def same_rank(values, weight):
 # Calls and variables
 
 
+def over_time(step, inputs, initial_states, **arguments):
+    """The loop that recurrent layers run: `keras.src.backend.rnn`, with its arguments."""
+    from keras.src.backend import rnn
+
+    return rnn(step, inputs, initial_states, **arguments)
+
+
 def call_context():
     """What Keras knows of the call that is under way: its `entry_layer`, called first, and what that was told; or None."""
     from keras.src.backend.common import global_state

@@ -236,6 +236,31 @@ def is_stateless():
         assert keras_private.is_stateless()
 
 
+def over_time():
+    def step(inputs, states):
+        x, weight = inputs
+        total = states[0] + weight * x
+        return total, [total]
+
+    x, weights = np.arange(6, dtype="float32").reshape(1, 3, 2), np.array([[[1.0], [10.0], [100.0]]], "float32")
+    mask, start = ops.convert_to_tensor([[True, False, True]]), ops.zeros((1, 2))
+    for unroll in (False, True):
+        last, outputs, states = keras_private.over_time(
+            step,
+            tuple(map(ops.convert_to_tensor, (x, weights))),
+            [start],
+            go_backwards=True,
+            mask=mask,
+            unroll=unroll,
+            input_length=3,
+            zero_output_for_mask=False,
+            return_all_outputs=True,
+        )
+        np.testing.assert_array_equal(outputs, [[[400.0, 500.0], [400.0, 500.0], [400.0, 501.0]]])
+        np.testing.assert_array_equal(last, [[400.0, 501.0]])
+        np.testing.assert_array_equal(states[0], [[400.0, 501.0]])
+
+
 def mask_of():
     found = keras.layers.Masking()(ops.convert_to_tensor([[[0.0], [1.0]]]))
     assert ops.convert_to_numpy(keras_private.mask_of(found)).tolist() == [[False, True]]

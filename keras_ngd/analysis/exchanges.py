@@ -8,7 +8,7 @@ import keras
 
 from keras_ngd import schedules
 from keras_ngd.capturing import layers_to_capture
-from keras_ngd.capturing.policy import kind_of
+from keras_ngd.layers import kind_of
 from keras_ngd.linalg.packing import packed_size
 
 METHODS = ("sgd", "kfac", "kfac-mem-opt", "sp-ngd", "thor", "skfac", "sngd", "hylo-kid", "hylo-kis")

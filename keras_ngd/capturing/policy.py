@@ -7,11 +7,13 @@ from typing import Any
 import keras
 
 from keras_ngd import keras_private, layers
-from keras_ngd.capturing.walk import layers_with_weights, path_of
+from keras_ngd.capturing.walk import layers_with_weights, path_of, stood_for
 from keras_ngd.optimizers.natural_gradient import NaturalGradient
 
 # What `capture` takes to select layers: names and patterns, or a function of the layer.
 Selection = str | Sequence[str] | Callable[[keras.layers.Layer], bool] | None
+
+CONVOLUTIONAL_LSTMS = (keras.layers.ConvLSTM1D, keras.layers.ConvLSTM2D, keras.layers.ConvLSTM3D)
 
 OF_ANOTHER = "not trainable here, and captured already: left as it is"
 
@@ -39,17 +41,11 @@ def decide(
         if skipped(layer):
             return "left out by `skip`"
         found = _reason_against(layer, wrapper, owners)
-        if found or kind_of(layer).by_default or included(layer):
+        if found or layers.kind_of(layer).by_default or included(layer):
             return found
         return "left to the rule of the rest by default; `include` captures it"
 
     return [(layer, reason(layer, wrapper)) for layer, wrapper in found]
-
-
-def kind_of(layer: keras.layers.Layer) -> Any:
-    """The captured class of a layer, or None."""
-    kinds = layers.CAPTURED_KINDS
-    return type(layer) if type(layer) in kinds.values() else kinds.get(type(layer))
 
 
 def _owners(
@@ -58,8 +54,9 @@ def _owners(
     """The layers that own each variable, by the variable's identity."""
     owners: dict[int, list[keras.layers.Layer]] = {}
     for layer, _ in found:
-        for variable in keras_private.own_weights(layer):
-            owners.setdefault(id(variable), []).append(layer)
+        for owner in (layer, *stood_for(layer)):
+            for variable in keras_private.own_weights(owner):
+                owners.setdefault(id(variable), []).append(layer)
     return owners
 
 
@@ -67,12 +64,19 @@ def _reason_against(
     layer: keras.layers.Layer, wrapper: keras.layers.Layer | None, owners: dict[int, list[keras.layers.Layer]]
 ) -> str:
     """Why a layer is not captured, or an empty string."""
-    kind = kind_of(layer)
+    kind = layers.kind_of(layer)
     if kind is None:
+        if isinstance(wrapper, CONVOLUTIONAL_LSTMS):
+            return "inside a convolutional LSTM, whose steps are convolutions of inputs and state: not a captured kind"
         for plain in layers.CAPTURED_KINDS:
             if isinstance(layer, plain):
                 return f"a subclass of {plain.__name__}, which may compute something else: see `keras_ngd.layers.keeps_call`"
         return "not a captured kind"
+    if wrapper is not None and type(wrapper) is keras.layers.TimeDistributed:
+        return (
+            f"inside TimeDistributed {wrapper.name!r}, which maps it over steps of no fixed number; call dense layers on the "
+            "whole sequence, or fix the number of steps"
+        )
     if wrapper is not None:
         return f"inside {type(wrapper).__name__} {wrapper.name!r}, which calls it in its own way"
     if getattr(layer, "quantization_mode", None) is not None:

@@ -11,7 +11,7 @@ import keras
 
 from keras_ngd import backend, keras_private, layers, replica, sharding
 from keras_ngd.capturing import policy
-from keras_ngd.capturing.walk import layers_with_weights, path_of
+from keras_ngd.capturing.walk import layers_with_weights, path_of, stood_for
 from keras_ngd.layers.captured import Captured
 from keras_ngd.layers.container import Container
 from keras_ngd.optimizers.blocks import Block, Group
@@ -182,6 +182,8 @@ def release(model: keras.Model) -> None:
 
 
 def _release_layer(layer: keras.layers.Layer) -> None:
+    for inside in stood_for(layer):
+        _release_layer(inside)
     if not isinstance(layer, Captured):
         return
     layer.detach_statistics()

@@ -1,7 +1,7 @@
 """Captured layers: Keras layers with probes on their pre-activations."""
 
 from keras_ngd.layers.attention import GroupQueryAttention, MultiHeadAttention
-from keras_ngd.layers.captured import CAPTURED_KINDS, Captured, Part, keeps_call, register_kind
+from keras_ngd.layers.captured import CAPTURED_KINDS, Captured, Part, keeps_call, kind_of, register_kind
 from keras_ngd.layers.container import CONTAINER_KINDS, Container, register_container
 from keras_ngd.layers.convolution import Conv1D, Conv2D, Conv3D
 from keras_ngd.layers.dense import Dense, DenseGeometry
@@ -16,7 +16,10 @@ from keras_ngd.layers.normalization import (
     RMSNormalization,
 )
 from keras_ngd.layers.probe import probe
+from keras_ngd.layers.recurrent import GRU, LSTM, RNN, SimpleRNN
+from keras_ngd.layers.recurrent_cells import GRUCell, LSTMCell, SimpleRNNCell
 from keras_ngd.layers.separable_convolution import SeparableConv1D, SeparableConv2D
+from keras_ngd.layers.time_steps import StepGeometry
 from keras_ngd.layers.transposed_convolution import Conv1DTranspose, Conv2DTranspose, Conv3DTranspose
 
 __all__ = [
@@ -41,6 +44,11 @@ __all__ = [
     "GroupNormalization",
     "GroupQueryAttention",
     "LayerNormalization",
+    "GRU",
+    "GRUCell",
+    "Geometry",
+    "LSTM",
+    "LSTMCell",
     "MatrixGeometry",
     "MultiHeadAttention",
     "Part",
@@ -50,6 +58,12 @@ __all__ = [
     "SeparableConv2D",
     "Structure",
     "keeps_call",
+    "RNN",
+    "SimpleRNN",
+    "SimpleRNNCell",
+    "StepGeometry",
+    "Structure",
+    "kind_of",
     "probe",
     "register_container",
     "register_kind",

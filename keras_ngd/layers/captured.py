@@ -74,6 +74,13 @@ class Captured(Base, metaclass=abc.ABCMeta):
             ValueError: where it has none that could be captured; says why.
         """
 
+    def stands_for(self) -> "list[keras.layers.Layer]":
+        """The layers in it whose weights its parts are made of, which are not captured by themselves. Default: none.
+
+        Called of plain layers, too. A layer of weights of its own stands for none.
+        """
+        return []
+
     def build(self, input_shape: Any = None) -> None:
         super().build(input_shape)
         pending, self._pending_statistics = self._pending_statistics, {}
@@ -103,7 +110,8 @@ class Captured(Base, metaclass=abc.ABCMeta):
         return {name: getattr(self, name) for name in self.parts()}
 
     def get_config(self) -> Config:
-        config = super().get_config()
+        # Those that wait for the layer to be built, if any do: wrappers make layers anew of their configs.
+        config = {**super().get_config(), **getattr(self, "_pending_statistics", {})}
         for name, statistics in self.all_statistics().items():
             config[name] = keras.saving.serialize_keras_object(statistics)
         return config
@@ -111,6 +119,11 @@ class Captured(Base, metaclass=abc.ABCMeta):
 
 # What `capture` makes of which layers.
 CAPTURED_KINDS: dict[type, type] = {}
+
+
+def kind_of(layer: Any) -> Any:
+    """The captured class of a layer, plain or captured, or None."""
+    return type(layer) if type(layer) in CAPTURED_KINDS.values() else CAPTURED_KINDS.get(type(layer))
 
 
 def register_kind(kind: type) -> type:

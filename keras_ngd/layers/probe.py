@@ -21,14 +21,16 @@ if TYPE_CHECKING:
     from keras_ngd.statistics.statistics import Statistics
 
 
-def probe(s: Tensor, x: Tensor, geometry: Geometry, statistics: "Statistics", weights: Tensor | None = None) -> Tensor:
+def probe(
+    s: Tensor, x: Tensor | None, geometry: Geometry, statistics: "Statistics", weights: Tensor | None = None
+) -> Tensor:
     """Returns `s`, and has `statistics` observe `x` and the gradient of `s` in the backward pass.
 
     A loss with this gradient in it is refused where it is differentiated: what is recorded would not be of the whole loss.
 
     Args:
         s: the layer's pre-activation.
-        x: the layer's input.
+        x: the layer's input; None where it arrives with the gradient of `s`, as its last columns (`layers.time_steps`).
         geometry: how the layer presents the matrix that made `s`.
         statistics: the layer's `Statistics`.
         weights: optional weights of the rows (a mask), as the geometry takes them.
@@ -41,21 +43,22 @@ def probe(s: Tensor, x: Tensor, geometry: Geometry, statistics: "Statistics", we
         )
     if not statistics.trainable:
         return s
-    statistics.called(x)
+    statistics.called(s if x is None else x)
     call = surroundings.around()
     # TensorFlow vectorizes the probe away, gradient and all.
     statistics.vectorized = _refusal(statistics, "ops.vectorized_map") if surroundings.VECTORIZED in call else None
-    x = ops.stop_gradient(x)
-    observed = [x] if weights is None else [x, ops.cast(weights, x.dtype)]
+    inputs = [] if x is None else [ops.stop_gradient(x)]
+    observed = inputs if weights is None else [*inputs, ops.cast(weights, s.dtype if x is None else x.dtype)]
     # The loss arrives elsewhere, and nothing comes from here.
     others = statistics.read_loss()
     state = [ops.convert_to_tensor(v) for v in statistics.trainable_variables if v is not statistics.loss]
     # Graphs and traces keep no model alive.
-    reference = weakref.ref(statistics)
+    reference, arriving = weakref.ref(statistics), x is None
 
     def gradient(ds: Tensor, *arguments: Tensor) -> tuple[Tensor | None, ...]:
         inputs, values = arguments[: len(observed)], arguments[len(observed) : len(observed) + len(state)]
-        return (*_gradient(reference, call, geometry, ds, inputs, values), *(ops.zeros_like(t) for t in others))
+        emitted = _gradient(reference, call, geometry, ds, inputs, values, arriving)
+        return (*emitted, *(ops.zeros_like(t) for t in others))
 
     return backend.identity_with_gradient(gradient)(s, *observed, *state, *others)
 
@@ -67,11 +70,12 @@ def _gradient(
     ds: Tensor,
     inputs: Sequence[Tensor],
     values: Sequence[Tensor],
+    arriving: bool,
 ) -> tuple[Tensor | None, ...]:
-    statistics = reference()
+    statistics, unobserved = reference(), [None for _ in inputs]
     if statistics is None:
         # A graph outlived them: the layer was released.
-        return (ds, *(None for _ in inputs), *(None for _ in values))
+        return (ds, *unobserved, *(None for _ in values))
     backward = surroundings.around()
     loops = surroundings.between(call, backward)
     for kind, function in ((surroundings.MAPS, "ops.map"), (surroundings.VECTORIZED, "ops.vectorized_map")):
@@ -79,7 +83,7 @@ def _gradient(
             raise ValueError(_refusal(statistics, function))
 
     def differentiated(*_: Tensor) -> Any:
-        raise ValueError(_second_derivative(reference()))
+        raise ValueError(second_derivative(reference()))
 
     # A loss that has this derivative in it depends on the layer's kernel by way of `ds`, even where that is constant: what it
     # passes through on its way has a variable as an argument.
@@ -88,9 +92,14 @@ def _gradient(
     as_read = values[-1]
     ds, *values = (ops.stop_gradient(t) for t in (ds, *values))
     upstream = surroundings.unvectorized(ds, _refusal(statistics, "ops.vectorized_map"))
-    weights = inputs[1] if len(inputs) > 1 else None
-    emitted = statistics.emit(geometry, inputs[0], upstream, weights, values, looped=bool(loops), as_read=as_read)
-    return (followed, *(None for _ in inputs), *emitted)
+    if arriving:
+        outputs = geometry.groups * geometry.output_dim
+        x, upstream = upstream[..., outputs:], upstream[..., :outputs]
+    else:
+        x, *inputs = inputs
+    weights = inputs[0] if inputs else None
+    emitted = statistics.emit(geometry, x, upstream, weights, values, looped=bool(loops), as_read=as_read)
+    return (followed, *unobserved, *emitted)
 
 
 def _refusal(statistics: "Statistics", function: str) -> str:
@@ -103,7 +112,8 @@ def _refusal(statistics: "Statistics", function: str) -> str:
     )
 
 
-def _second_derivative(statistics: "Statistics | None") -> str:
+def second_derivative(statistics: "Statistics | None") -> str:
+    """What to say of a loss with a derivative of the layer in it."""
     path = "..." if statistics is None else statistics.owner().path
     return (
         f"Layer {path!r} was captured, and the loss contains a derivative of what it computes (a gradient penalty, a "

@@ -173,7 +173,8 @@ class Statistics(keras.layers.Layer, abc.ABC):
     def attach(self, owner: keras.layers.Layer, part: str, geometry: Any, dtype: str) -> None:
         """Creates the weights for a part of the layer `owner`, which is of this geometry."""
         self._owner = weakref.ref(owner)
-        self.part = part
+        # Of several parts of a layer, each has paths of its own.
+        self.part = self.name = part
         self.geometry = geometry
         self._averages = self.create(geometry, dtype)
         self._controls = self.create_controls()

@@ -104,4 +104,20 @@ KINDS = {
     "layernorm": alone(lambda: layers.LayerNormalization([1, 2], name="layer"), (2, 3), include="layer"),
     "groupnorm": alone(lambda: layers.GroupNormalization(2, scale=False, name="layer"), (2, 4), include="layer"),
     "rmsnorm": alone(lambda: layers.RMSNormalization(name="layer"), (5,), include="layer"),
+    "simple-rnn": alone(lambda: layers.SimpleRNN(3, return_sequences=True, unroll=True, name="layer"), (3, 2)),
+    "lstm": alone(lambda: layers.LSTM(3, go_backwards=True, name="layer"), (4, 2)),
+    "gru": alone(lambda: layers.GRU(3, return_sequences=True, name="layer"), (3, 2)),
+    "gru-reset-before": alone(lambda: layers.GRU(3, reset_after=False, name="layer"), (3, 2)),
+    "stacked-cells": alone(lambda: layers.RNN([layers.LSTMCell(2), layers.GRUCell(3)], name="layer"), (3, 2)),
+    "bidirectional": alone(
+        lambda: layers.Bidirectional(layers.LSTM(2, name="lstm"), name="layer"),
+        (3, 2),
+        parts=("forward_lstm", "backward_lstm"),
+    ),
+    "time-distributed": alone(
+        lambda: layers.TimeDistributed(layers.Conv1D(2, 2, name="inside"), name="layer"),
+        (3, 4, 2),
+        rows=False,
+        parts=("inside",),
+    ),
 }

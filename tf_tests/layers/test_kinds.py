@@ -65,7 +65,9 @@ def test_every_method_trains_it_and_resumes_bit_for_bit(kind, method, tmp_path):
 def test_it_is_cloned(kind):
     model, report = make(kind)
     clone = keras.models.clone_model(model)
-    assert keras_ngd.capture(clone, small.METHODS["kfac"](), include=kind.include).captured == report.captured
+    found = keras_ngd.capture(clone, small.METHODS["kfac"](), include=kind.include).captured
+    # By their names: what is inside of a wrapper Keras builds before it is there, so that paths begin anew.
+    assert [path.split("/")[-1] for path in found] == [path.split("/")[-1] for path in report.captured]
 
 
 @every_kind
