@@ -93,6 +93,13 @@ def kernel_of():
         assert keras_private.kernel_of(layer).trainable
 
 
+def embeddings_of():
+    layer = keras.layers.Embedding(3, 2)
+    layer.build()
+    assert keras_private.embeddings_of(layer) is layer.weights[0]
+    assert keras_private.embeddings_of(layer).trainable
+
+
 def causal_padding():
     layer = keras.layers.Conv1D(2, 3, dilation_rate=2, padding="causal")
     layer.build((None, 8, 1))
@@ -265,6 +272,14 @@ def mask_of():
     found = keras.layers.Masking()(ops.convert_to_tensor([[[0.0], [1.0]]]))
     assert ops.convert_to_numpy(keras_private.mask_of(found)).tolist() == [[False, True]]
     assert keras_private.mask_of(ops.ones((1,))) is None
+
+
+def set_mask():
+    tensor = ops.convert_to_tensor([[1.0, 2.0]])
+    keras_private.set_mask(tensor, None)
+    assert keras_private.mask_of(tensor) is None
+    keras_private.set_mask(tensor, ops.convert_to_tensor([True, False]))
+    assert ops.convert_to_numpy(keras_private.mask_of(tensor)).tolist() == [True, False]
 
 
 def layout_of():

@@ -81,7 +81,8 @@ METHODS = {
     # Of blocks of every structure: see `tokens`.
     "tokens-sp-ngd": lambda size: _kfac(size, gradient_worker_fraction=0, reduce_scatter=True),
     "tokens-thor": lambda size: _thor(size, gradient_worker_fraction=0.5),
-    "tokens-sngd": lambda size: _rows(paper.SNGD, size),
+    # A damping in float32's reach of the kernel matrices' largest eigenvalues, some thousands.
+    "tokens-sngd": lambda size: paper.SNGD(0.05, 10.0, interval=2, batch_size=BATCH // size),
 }
 # And what does not, since each worker compresses or samples its own batch, or is not tried here:
 COMPRESSING = {
