@@ -121,3 +121,65 @@ KINDS = {
         parts=("inside",),
     ),
 }
+
+# Kinds that are trained in one model: what is compiled for each takes most of a test's time.
+GROUPS = {
+    "matrices": [
+        "dense",
+        "dense-positions",
+        "einsum",
+        "einsum-groups",
+        "einsum-plain-bias",
+        "attention",
+        "group-query",
+    ],
+    "convolutions": ["conv1d", "conv2d", "conv2d-grouped", "conv3d", "depthwise1d", "depthwise2d"],
+    "further convolutions": ["separable1d", "separable2d", "conv1d-transpose", "conv2d-transpose", "conv3d-transpose"],
+    "tables": ["embedding", "embedding-mask", "tied", "untied"],
+    "scales": ["batchnorm", "layernorm", "groupnorm", "rmsnorm"],
+    "loops": ["simple-rnn", "lstm", "gru", "gru-reset-before", "stacked-cells", "bidirectional"],
+    "called often": ["time-distributed"],
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Group:
+    """Kinds in one model.
+
+    Attributes:
+        model: function of no arguments that makes it.
+        kinds: dict from names to each `Kind`.
+    """
+
+    model: Callable
+    kinds: dict
+
+    @property
+    def rows(self):
+        return all(kind.rows for kind in self.kinds.values())
+
+    def data(self):
+        """`(x, y)`, `x` a list."""
+        found = [kind.data(seed) for seed, kind in enumerate(self.kinds.values())]
+        return [x for x, _ in found], found[0][1]
+
+    def include(self, layer):
+        """The argument of `capture`."""
+        return any(kind.include is not None and layer.name == kind.include for kind in self.kinds.values())
+
+
+def group(name):
+    """A kind whose model has those of a group side by side, under their names."""
+    kinds = {kind: KINDS[kind] for kind in GROUPS[name]}
+
+    def model():
+        inputs, outputs = [], []
+        for kind, of_kind in kinds.items():
+            with keras.name_scope(kind):
+                part = of_kind.model()
+            part = keras.Model(part.input, part.output, name=kind)
+            inputs.append(keras.Input(of_kind.shape, dtype=part.input.dtype, name=f"{kind}-inputs"))
+            outputs.append(part(inputs[-1]))
+        return keras.Model(inputs, layers.Average()(outputs) if len(outputs) > 1 else outputs[0])
+
+    return Group(model, kinds)
