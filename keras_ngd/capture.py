@@ -24,9 +24,10 @@ def capture(
 ) -> "CaptureReport":
     """Makes a model's layers record what a natural-gradient optimizer needs, in place.
 
-    `Dense` layers and convolutions (`Conv1D` to `Conv3D`, `Conv1DTranspose` to `Conv3DTranspose`, `DepthwiseConv1D`,
-    `DepthwiseConv2D`, `SeparableConv1D`, `SeparableConv2D`), at any depth of nested models and layers, become their
-    `keras_ngd.layers` counterparts and gain a small sub-layer of statistics weights. The model stays the same object with the
+    `Dense` and `EinsumDense` layers (hence attention), `Embedding`, `ReversibleEmbedding` and convolutions (`Conv1D` to `Conv3D`,
+    `Conv1DTranspose` to `Conv3DTranspose`, `DepthwiseConv1D`, `DepthwiseConv2D`, `SeparableConv1D`, `SeparableConv2D`), at any
+    depth of nested models and layers, become their `keras_ngd.layers` counterparts and gain a small sub-layer of statistics
+    weights for each of their weight matrices. The model stays the same object with the
     same weights of its own and the same results; `get_weights`, `count_params` and `summary` have the statistics too. All
     other layers train by the plain update rule; so do these, with the reason in the report:
 

@@ -14,6 +14,7 @@ from keras_ngd.layers.normalization import (
     GroupNormalization,
     LayerNormalization,
     RMSNormalization,
+    ScaleGeometry,
 )
 from keras_ngd.layers.probe import probe
 from keras_ngd.layers.recurrent import GRU, LSTM, RNN, SimpleRNN
@@ -54,6 +55,7 @@ __all__ = [
     "Part",
     "RMSNormalization",
     "ReversibleEmbedding",
+    "ScaleGeometry",
     "SeparableConv1D",
     "SeparableConv2D",
     "Structure",
