@@ -8,7 +8,7 @@ import keras
 
 from keras_ngd import schedules
 from keras_ngd.capturing import layers_to_capture
-from keras_ngd.layers import kind_of
+from keras_ngd.layers import Structure, kind_of
 from keras_ngd.linalg.packing import packed_size
 
 METHODS = ("sgd", "kfac", "kfac-mem-opt", "sp-ngd", "thor", "skfac", "sngd", "hylo-kid", "hylo-kis")
@@ -25,9 +25,10 @@ def layer_shapes(model: keras.Model) -> list[tuple[int, int, int]]:
 
     Returns:
         A list of `(input_dim, output_dim, positions)`: the sizes of the factors `A` (with one for the bias) and `G`, and
-        how many positions an example has: outputs, or inputs of a transposed convolution. A grouped convolution is one entry
-        for each group, a depthwise one for each channel, and a separable one has entries for both of its parts; a layer
-        called several times counts as called once.
+        how many positions an example has: outputs, or inputs of a transposed convolution and of a recurrent layer. A grouped
+        convolution is one entry for each group, a depthwise one for each channel, and a separable one has entries for both
+        of its parts; a layer called several times counts as called once. Tables and scales, whose factors are diagonal
+        or small, have no entry.
 
     Raises:
         ValueError: if no layer would be captured, or a layer's number of positions is unknown.
@@ -35,22 +36,65 @@ def layer_shapes(model: keras.Model) -> list[tuple[int, int, int]]:
     layers = layers_to_capture(model)
     if not layers:
         raise ValueError(f"`model` has no layer that can be captured. Received: model={model.name!r}")
-    return [shape for layer in layers for shape in _shapes_of(layer)]
+    seen = _seen_inside(model, layers)
+    return [shape for layer in layers for shape in _shapes_of(layer, seen)]
 
 
-def _shapes_of(layer):
+def _seen_inside(model, layers):
+    """By identity, the shapes of inputs and outputs of layers that are called inside of others, from a pass of one example."""
+    inside = [layer for layer in layers if not _has_output(layer)]
+    inputs = keras.tree.flatten(getattr(model, "inputs", None) or [])
+    if not inside or not inputs or any(None in tensor.shape[1:] for tensor in inputs):
+        return {}
+    seen: dict[int, dict[str, tuple[int | None, ...]]] = {}
+
+    def watched(layer, call):
+        def called(x, *args, **kwargs):
+            outputs = call(x, *args, **kwargs)
+            first = keras.tree.flatten(outputs)[0]
+            seen.setdefault(id(layer), {"input": (None, *x.shape[1:]), "output": (None, *first.shape[1:])})
+            return outputs
+
+        return called
+
+    for layer in inside:
+        layer.call = watched(layer, layer.call)
+    try:
+        model([keras.ops.zeros((1, *tensor.shape[1:]), dtype=tensor.dtype) for tensor in inputs])
+    finally:
+        for layer in inside:
+            del layer.call
+    return seen
+
+
+def _has_output(layer):
+    try:
+        return layer.output is not None
+    except (AttributeError, ValueError):
+        return False
+
+
+def _shapes_of(layer, seen):
+    """Those of a layer's matrices; tables and scales, whose factors are small or diagonal, do not count."""
     kind = kind_of(layer)
-    positions = _positions(layer, kind.rows_of)
     geometries = [part.geometry for part in kind.parts(layer).values()]
+    geometries = [geometry for geometry in geometries if geometry.structure is Structure.MATRIX]
+    if not geometries:
+        return []
+    last = geometries[-1]
+    positions = _positions(layer, kind.rows_of, last.groups * last.output_dim, seen.get(id(layer), {}))
     return [(g.input_dim, g.output_dim, positions) for g in geometries for _ in range(g.groups)]
 
 
-def _positions(layer, side):
+def _positions(layer, side, outputs, seen):
+    """How many rows an example has: of the layer's output, which has so many numbers for each, or of its input."""
     try:
-        shape = getattr(layer, side).shape
+        shape = seen[side] if side in seen else getattr(layer, side).shape
     except (AttributeError, ValueError):
         shape = (None, None, None)
     inner = shape[2:] if getattr(layer, "data_format", None) == "channels_first" else shape[1:-1]
+    if side == "output" and None not in shape[1:]:
+        return math.prod(shape[1:]) // outputs
     if None in inner:
         raise ValueError(
             f"Layer {layer.path!r} has an unknown number of {side} positions. Make `model` a Functional or Sequential model "

@@ -8,7 +8,7 @@ from keras import ops, tree
 
 from keras_ngd import keras_private
 from keras_ngd.analysis.copies import captured_copy
-from keras_ngd.layers.captured import Captured
+from keras_ngd.layers import Captured, Structure
 from keras_ngd.optimizers import KFAC
 
 _BATCHES = 4
@@ -32,7 +32,7 @@ def _batches(data):
 
 
 def input_factors(model, data):
-    """The factors `A` of all layers that `keras_ngd.capture` captures, one `[d, d]` array per layer and group.
+    """The factors `A` of all matrices that `keras_ngd.capture` captures, one `[d, d]` array per matrix and group.
 
     Args:
         model, data: as for `split_dimension`.
@@ -43,11 +43,13 @@ def input_factors(model, data):
     losses = tree.map_structure(lambda _: lambda target, output: ops.mean(output, axis=-1), targets[0])
     copy.compile(optimizer=keras.optimizers.SGD(0.0), loss=losses)
     captured: list[Any] = [la for la in keras_private.flatten_layers(copy) if isinstance(la, Captured)]
-    layers = [la for la in captured if la.statistics is not None]
+    found = [statistics for layer in captured for statistics in layer.all_statistics().values()]
+    # Those of tables are diagonal, and scales have none.
+    found = [statistics for statistics in found if statistics.geometry.structure is Structure.MATRIX]
     sums: list[np.ndarray] = []
     for batch, target in zip(batches, targets, strict=True):
         # A plain optimizer overwrites the averages with the batch's own values.
         copy.train_on_batch(batch, target)
-        new = [ops.convert_to_numpy(la.statistics.input_factor).astype("float64") for la in layers]
+        new = [ops.convert_to_numpy(statistics.input_factor).astype("float64") for statistics in found]
         sums = new if not sums else [s + n for s, n in zip(sums, new, strict=True)]
     return [factor / len(batches) for of_layer in sums for factor in of_layer]

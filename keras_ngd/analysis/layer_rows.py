@@ -9,6 +9,7 @@ from keras import ops, tree
 
 from keras_ngd import backend, keras_private
 from keras_ngd.analysis.copies import captured_copy
+from keras_ngd.layers import Structure
 from keras_ngd.optimizers import PAPER_SETTINGS, SNGD
 from keras_ngd.optimizers.blocks import find_blocks
 
@@ -108,7 +109,9 @@ class RowProbe:
         plain.build(copy.trainable_variables)
         pairs = zip(copy.trainable_variables, plain.momentums, strict=True)
         self._momenta = {id(variable): momentum for variable, momentum in pairs if momentum is not None}
-        self._blocks = find_blocks(copy.trainable_variables, id)
+        # Tables and scales have no rows.
+        blocks = find_blocks(copy.trainable_variables, id)
+        self._blocks = [block for block in blocks if block.geometry.structure is Structure.MATRIX]
         self._copy, self._variables = copy, _own_weights(copy)
 
     def _rows(self, block, examples):

@@ -24,6 +24,8 @@ class RecurrentLayer(Captured):
     `StackedRNNCells` that are of no captured kind stay as they are, and follow the rule of the rest.
     """
 
+    rows_of = "input"
+
     def stands_for(self) -> list[keras.layers.Layer]:
         return [cell for _, cell in _cells(self)]
 

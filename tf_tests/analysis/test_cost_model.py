@@ -240,6 +240,15 @@ def test_shapes_of_several_parts_and_of_pixels():
     assert layer_shapes(model) == [(4, 2, 12), (4, 2, 12), (5, 3, 12), (3, 30, 12)]
 
 
+def test_shapes_of_tokens_and_time_steps():
+    """Tables have no factors of the vocabulary's size, and heads are no positions."""
+    tokens = keras.Input((5,), dtype="int32")
+    x = layers.Embedding(1000, 6)(tokens)
+    x = layers.MultiHeadAttention(2, 3)(x, x)
+    model = keras.Model(tokens, layers.Dense(2)(layers.LSTM(4)(x)))
+    assert layer_shapes(model) == [*4 * [(7, 6, 5)], (11, 16, 5), (5, 2, 1)]
+
+
 def test_unknown_positions():
     model = keras.Sequential([keras.Input((None, None, 3)), layers.Conv2D(2, 3, name="wide")])
     with pytest.raises(ValueError, match="wide' has an unknown number of output positions"):
