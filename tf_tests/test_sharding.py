@@ -44,7 +44,7 @@ def test_the_axis_that_takes_the_fewest_zeros_is_cut(shape, axis, stored):
     filled = array(found.filled(keras.ops.convert_to_tensor(tensor)))
     assert filled.shape == stored
     assert np.sum(filled != 0) == tensor.size
-    np.testing.assert_array_equal(array(found.whole(keras.ops.convert_to_tensor(filled))), tensor)
+    np.testing.assert_array_equal(array(found.gathered(keras.ops.convert_to_tensor(filled))), tensor)
 
 
 def test_arrays_of_checkpoints_are_filled_up_for_their_variables():

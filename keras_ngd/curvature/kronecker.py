@@ -166,7 +166,7 @@ class KroneckerCurvature(Curvature):
             if self.output_dim <= self.input_dim or not cut or cut[1] is None or cut[1].axis is None:
                 return backend.matmul(product, state[1])
             # Each device has a few rows of an inverse that is larger than the gradient: the gradient is to travel.
-            return backend.matmul(cut[1].everywhere(product), state[1], transpose_b=True)
+            return backend.matmul(cut[1].replicated(product), state[1], transpose_b=True)
         vectors_a, values_a, vectors_g, values_g = state
         if self.damping_mode == "exact":
             scale = values_a[:, :, None] * values_g[:, None, :] + ops.cast(damping, self.dtype)

@@ -32,7 +32,7 @@ class Arrived:
             it, or the old ones.
         calls: for each block how often its layer was called; where it was not, how often it was the last time.
         gate_open: whose gate was open.
-        refused: of these, who saw something that is not finite.
+        non_finite: of these, who saw something that is not finite.
         absent: of these, whose layer was not called.
         distorted: of these, whose statistics cannot be told from what arrived.
         examples: the length of a call's batch, 0 where the layer was not called.
@@ -42,7 +42,7 @@ class Arrived:
     averages: dict[Block, list[Tensor]]
     calls: dict[Block, Tensor]
     gate_open: Tensor
-    refused: Tensor
+    non_finite: Tensor
     absent: Tensor
     distorted: Tensor
     examples: Tensor
@@ -51,7 +51,7 @@ class Arrived:
     @property
     def kept(self) -> Tensor:
         """Whose averages stay as they were though their gate was open."""
-        return self.refused | self.absent | self.distorted
+        return self.non_finite | self.absent | self.distorted
 
     @property
     def recorded(self) -> Tensor:
@@ -143,7 +143,7 @@ class Arrivals:
             averages={b: laid_out(b, [next(flat) for _ in b.statistics.averages]) for b in blocks},
             calls={b: ops.where(present[i], number[i], last[i]) for i, b in enumerate(blocks)},
             gate_open=gate_open,
-            refused=gate_open & not_finite,
+            non_finite=gate_open & not_finite,
             absent=gate_open & absent,
             distorted=gate_open & ~absent & ~not_finite & ~(intact & ~mixed),
             examples=ops.where(present, examples / divisor, 0.0),

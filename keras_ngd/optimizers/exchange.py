@@ -175,7 +175,7 @@ class Exchange:
             if gradient is not None and (key(variable) == carrier or not signals.is_overwritten(variable))
         ]
         owners = workers.owners_of(signals.variables, key)
-        left_out = ops.concatenate([arrived.refused, arrived.absent, arrived.distorted]) & (examples > 0)
+        left_out = ops.concatenate([arrived.non_finite, arrived.absent, arrived.distorted]) & (examples > 0)
         if self.communicator.single_program:
             # Their gathering takes equal lengths only.
             grads = [backend.dense(g) if backend.is_sparse(g) else g for g in grads]
@@ -183,24 +183,24 @@ class Exchange:
             [grads[i] for i in known], [owners[i] for i in known], examples, left_out, numbers
         )
         means = dict(zip(known, found, strict=True))
-        refused, absent, distorted = ops.unstack(ops.reshape(left_out, (3, -1)))
+        non_finite, absent, distorted = ops.unstack(ops.reshape(left_out, (3, -1)))
         arrived = dataclasses.replace(
-            arrived, refused=refused, absent=absent & ~refused, distorted=distorted & ~refused
+            arrived, non_finite=non_finite, absent=absent & ~non_finite, distorted=distorted & ~non_finite
         )
         signals = signals.with_gradients([means.get(i, gradient) for i, gradient in enumerate(grads)])
         return signals, arrived, numbers, share
 
     def mean_statistics(
-        self, averages: dict[Block, list[Tensor]], share: Tensor | None, refused: Tensor
+        self, averages: dict[Block, list[Tensor]], share: Tensor | None, left_out: Tensor
     ) -> dict[Block, list[Tensor]]:
         """For each block what its statistics go on with, from what this worker's probes emitted.
 
         Args:
             averages: dict from blocks, all or some of them, to lists of tensors.
             share: scalar, this worker's share of all examples.
-            refused: `[blocks]`, whose statistics are not to be had of some worker.
+            left_out: `[blocks]`, whose statistics are not to be had of some worker.
         """
-        return averages if self.workers is None else self.workers.mean_statistics(averages, share, refused)
+        return averages if self.workers is None else self.workers.mean_statistics(averages, share, left_out)
 
     def refreshed_states(
         self, renew: Callable[..., list[list[Tensor]]], states: list[list[Tensor]], update: dict[Block, Tensor] | None

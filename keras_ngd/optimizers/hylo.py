@@ -229,7 +229,7 @@ class HyLo(SNGD):
         chosen = ops.convert_to_tensor([of_rows(block) for block in self.layout.blocks], "bool")
         return super().gates(ops.where(chosen & (gates > 0), self._mode(), gates))
 
-    def watch(self, gradients: dict[Block, list[Tensor]], finite: Tensor, step: Tensor) -> None:
+    def observe_gradients(self, gradients: dict[Block, list[Tensor]], finite: Tensor, step: Tensor) -> None:
         if self.mode not in ("switch", "random"):
             return
         state = ops.convert_to_tensor(self._switch)

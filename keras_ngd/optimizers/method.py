@@ -88,7 +88,7 @@ class Method(Approximation):
 
     @abc.abstractmethod
     def share_statistics(
-        self, averages: dict[Block, list[Tensor]], calls: dict[Block, Tensor], share: Tensor, refused: Tensor
+        self, averages: dict[Block, list[Tensor]], calls: dict[Block, Tensor], share: Tensor, left_out: Tensor
     ) -> tuple[dict[Block, list[Tensor]], dict[Block, list[Tensor]]]:
         """Brings the statistics of several workers together.
 
@@ -96,7 +96,7 @@ class Method(Approximation):
             averages: for each block what this worker's probes emitted.
             calls: for each block how often its layer was called.
             share: scalar, this worker's share of all examples; None where it is alone.
-            refused: `[blocks]`, whose statistics are not to be had of some worker.
+            left_out: `[blocks]`, whose statistics are not to be had of some worker.
 
         Returns:
             For each block what its statistics go on with; and what its curvature takes, where that is not made of these by
@@ -123,7 +123,7 @@ class Method(Approximation):
         """
         return old, None
 
-    def watch(self, gradients: dict[Block, list[Tensor]], finite: Tensor, step: Tensor) -> None:
+    def observe_gradients(self, gradients: dict[Block, list[Tensor]], finite: Tensor, step: Tensor) -> None:
         """Sees the plain gradients of every block's variables, and whether all gradients are finite."""
 
     def gates(self, gates: Tensor) -> Tensor:

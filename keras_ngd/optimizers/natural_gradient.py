@@ -162,7 +162,7 @@ class NaturalGradient(AssembledOptimizer):
             return {
                 b: combined.get(b)
                 or self.approximation_of(b.geometry).curvature_input(
-                    b.statistics, state_layout.whole_averages(b, averages), arrived.calls[b]
+                    b.statistics, state_layout.gathered_averages(b, averages), arrived.calls[b]
                 )
                 for b in blocks
             }
@@ -173,28 +173,28 @@ class NaturalGradient(AssembledOptimizer):
         finite = self._all_finite([signals.grads[i] for i in others], length)
         nu = self.bound.scale(length, loss, finite)
         new = self._bounded(signals, preconditioned, others, nu, finite)
-        self.watch({block: signals.of_block(block) for block in self.layout.blocks}, finite, step)
+        self.observe_gradients({block: signals.of_block(block) for block in self.layout.blocks}, finite, step)
         new |= self._next_statistics(signals, arrived, averages, step)
         return [new.get(i, gradient) for i, gradient in enumerate(signals.grads)]
 
     def _count(self, arrived: "Arrived", step: Tensor, loss: Tensor) -> Tensor:
         """Counts what arrived, and takes the loss into its average; whether any statistics were recorded."""
         gate_open, recorded = ops.any(arrived.gate_open), ops.any(arrived.recorded)
-        refused = ops.any(arrived.refused)
+        non_finite = ops.any(arrived.non_finite)
         updates = ops.convert_to_tensor(self.counters.factor_updates)
-        self.mean_loss.take_in(loss, average_weight(self.factor_decay, updates), recorded & ~refused)
+        self.mean_loss.take_in(loss, average_weight(self.factor_decay, updates), recorded & ~non_finite)
         # A batch that reached no layer is none; one with statistics that nobody can tell is not tried again at once.
-        self.clock.recorded(step, ops.any(arrived.gate_open & ~arrived.absent) & ~refused)
+        self.clock.recorded(step, ops.any(arrived.gate_open & ~arrived.absent) & ~non_finite)
         self.arrivals.count(arrived)
-        self.counters.count("factor_updates", recorded & ~refused)
-        self.counters.count("skipped_statistics", gate_open & refused)
+        self.counters.count("factor_updates", recorded & ~non_finite)
+        self.counters.count("skipped_statistics", gate_open & non_finite)
         self.counters.count_changes(arrived.changes | {"distorted": ops.any(arrived.distorted)})
         return recorded
 
     def share_statistics(
-        self, averages: dict[Block, list[Tensor]], calls: dict[Block, Tensor], share: Tensor | None, refused: Tensor
+        self, averages: dict[Block, list[Tensor]], calls: dict[Block, Tensor], share: Tensor | None, left_out: Tensor
     ) -> tuple[dict[Block, list[Tensor]], dict[Block, list[Tensor]]]:
-        return self.exchange.mean_statistics(averages, share, refused), {}
+        return self.exchange.mean_statistics(averages, share, left_out), {}
 
     def _refresh(self, inputs: Inputs, damping: Tensor, step: Tensor, recorded: Tensor) -> None:
         """Replaces the curvatures' states where a refresh is due."""
@@ -213,7 +213,7 @@ class NaturalGradient(AssembledOptimizer):
         """New values of all variables that a refresh renews, from the old ones."""
         groups, values = self.local_layout.groups, iter(old)
         states = [
-            state_layout.whole_state(group, [next(values) for _ in group.curvature.variables]) for group in groups
+            state_layout.gathered_state(group, [next(values) for _ in group.curvature.variables]) for group in groups
         ]
         decided, update = self.decide(inputs, damping, list(values))
 
@@ -242,7 +242,7 @@ class NaturalGradient(AssembledOptimizer):
         for group in self.local_layout.groups:
             v = backend.concatenated([gradients[block] for block in group.blocks])
             v = state_layout.on_all_devices(group, v)
-            state = state_layout.whole_state(group)
+            state = state_layout.gathered_state(group)
             p = group.curvature.precondition(v, damping, state, lambda group=group: group.stacked(inputs(group.blocks)))
             p = state_layout.on_all_devices(group, p)
             of_each = group.of_blocks(ops.cast(ops.sum(p * v, axis=(1, 2)), "float32"))

@@ -199,19 +199,19 @@ class RowMethod(Capacity, NaturalGradient):
                     variable.assign(value)
 
     def share_statistics(
-        self, averages: dict[Block, list[Tensor]], calls: dict[Block, Tensor], share: Tensor | None, refused: Tensor
+        self, averages: dict[Block, list[Tensor]], calls: dict[Block, Tensor], share: Tensor | None, left_out: Tensor
     ) -> tuple[dict[Block, list[Tensor]], dict[Block, list[Tensor]]]:
         if self.exchange.workers is None:
-            return super().share_statistics(averages, calls, share, refused)
+            return super().share_statistics(averages, calls, share, left_out)
         combined, shared = {}, {block: averages[block] for block in self.layout.blocks if not of_rows(block)}
-        shared = self.exchange.mean_statistics(shared, share, refused)
+        shared = self.exchange.mean_statistics(shared, share, left_out)
         for i, block in enumerate(self.layout.blocks):
             if not of_rows(block):
                 continue
             old = [ops.convert_to_tensor(v) for v in self._combined.of_block[block]]
             combined[block] = ops.cond(
                 block.statistics.gate > 0,
-                functools.partial(self._combination, i, block, averages[block], calls[block], share, refused[i], old),
+                functools.partial(self._combination, i, block, averages[block], calls[block], share, left_out[i], old),
                 functools.partial(list, old),
             )
             for variable, value in zip(self._combined.of_block[block], combined[block], strict=True):
@@ -225,7 +225,7 @@ class RowMethod(Capacity, NaturalGradient):
         averages: Sequence[Tensor],
         calls: Tensor,
         share: Tensor | None,
-        refused: Tensor,
+        left_out: Tensor,
         old: Sequence[Tensor],
     ) -> list[Tensor]:
         tensors = self.curvature_input(block.statistics, averages, calls)
@@ -236,7 +236,7 @@ class RowMethod(Capacity, NaturalGradient):
             )
             for j, (t, kind) in enumerate(zip(tensors, kinds, strict=True))
         ]
-        return [ops.where(refused, o, t) for o, t in zip(old, new, strict=True)]
+        return [ops.where(left_out, o, t) for o, t in zip(old, new, strict=True)]
 
     def worker_seed(self) -> int:
         """A seed for what each worker draws for itself."""

@@ -56,9 +56,9 @@ class StateLayout:
         return sharding.dividing(sharding.spread_of(variables[0]).mesh if variables else None)
 
 
-def whole_averages(block: Block, averages: Mapping[Block, Sequence[Tensor]]) -> list[Tensor]:
+def gathered_averages(block: Block, averages: Mapping[Block, Sequence[Tensor]]) -> list[Tensor]:
     """A block's averages from a dict by block, each of them whole, as its curvature takes them."""
-    return [sharding.whole(v, t) for v, t in zip(block.statistics.averages, averages[block], strict=True)]
+    return [sharding.gathered(v, t) for v, t in zip(block.statistics.averages, averages[block], strict=True)]
 
 
 def laid_out(block: Block, averages: Sequence[Tensor]) -> list[Tensor]:
@@ -71,15 +71,15 @@ def on_all_devices(group: Group, gradients: Tensor) -> Tensor:
     """A group's gradients on all devices, before and after each has multiplied them with its part of the inverses."""
     spreads = [sharding.spread_of(v) for v in group.curvature.variables]
     if any(s is not None and s.axis is not None for s in spreads):
-        return spreads[0].everywhere(gradients)
+        return spreads[0].replicated(gradients)
     return gradients
 
 
-def whole_state(group: Group, values: Sequence[Tensor] | None = None) -> list[Tensor]:
+def gathered_state(group: Group, values: Sequence[Tensor] | None = None) -> list[Tensor]:
     """The state of a group's curvature, each tensor of it whole; that of its variables unless `values` are given."""
     if values is None:
-        return [sharding.whole(v) for v in group.curvature.variables]
-    return [sharding.whole(v, t) for v, t in zip(group.curvature.variables, values, strict=True)]
+        return [sharding.gathered(v) for v in group.curvature.variables]
+    return [sharding.gathered(v, t) for v, t in zip(group.curvature.variables, values, strict=True)]
 
 
 def stored_state(group: Group, state: Sequence[Tensor]) -> list[Tensor]:

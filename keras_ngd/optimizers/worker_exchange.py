@@ -87,7 +87,7 @@ class Workers:
         gradients: Sequence[Tensor],
         owners: Sequence[int | None],
         examples: Tensor,
-        refused: Tensor,
+        left_out: Tensor,
         vector: Tensor | None = None,
     ) -> tuple[list[Tensor], Tensor, Tensor, Tensor | None]:
         """Means over all examples of all workers.
@@ -96,11 +96,11 @@ class Workers:
             gradients: list of gradients of means over this worker's examples, dense or sparse.
             owners: for each of them the rank of the only worker that needs its mean, or None where all do.
             examples: scalar, how many these are.
-            refused: vector of booleans, what this worker leaves out.
+            left_out: vector of booleans, what this worker leaves out.
             vector: numbers to be averaged over all examples too, or None.
 
         Returns:
-            The means (where others alone need them, this worker's gradients), this worker's share of all examples, `refused` of
+            The means (where others alone need them, this worker's gradients), this worker's share of all examples, `left_out` of
             any worker, and the mean of `vector`.
         """
         weight = examples / self.communicator.batch_share
@@ -119,7 +119,7 @@ class Workers:
             "gradients",
             "keras_ngd_scattered_gradients",
         )
-        control: Any = [ops.reshape(examples, (1,)), ops.cast(refused, "float32")]
+        control: Any = [ops.reshape(examples, (1,)), ops.cast(left_out, "float32")]
         control = ops.concatenate(control if vector is None else [*control, examples * vector])
         *totals, control = self.communicator.all_reduce(
             [*(weighed[i] for i in reduced), control], "gradients", "keras_ngd_gradients"
@@ -139,26 +139,26 @@ class Workers:
                 means.append(gradient)
             else:
                 means.append(sums[i] / ops.cast(total, gradient.dtype))
-        count = refused.shape[0]
+        count = left_out.shape[0]
         return means, share, control[1 : 1 + count] > 0, None if vector is None else control[1 + count :] / total
 
     def mean_statistics(
-        self, emitted: dict[Block, list[Tensor]], share: Tensor | None, refused: Tensor
+        self, emitted: dict[Block, list[Tensor]], share: Tensor | None, left_out: Tensor
     ) -> dict[Block, list[Tensor]]:
         """Averages over all workers of what the probes of some blocks emitted, by block, of layers whose gate was open.
 
         Where statistics are scattered, others' layers keep the averages they had when they were last gathered.
         """
         if self.scatter:
-            return self._scattered_statistics(emitted, share, refused)
+            return self._scattered_statistics(emitted, share, left_out)
         blocks = [block for block in self.layout.blocks if block in emitted]
         if not blocks:
             return {}
         gate_open = ops.stack([block.statistics.gate > 0 for block in blocks])
-        refuses = dict(zip(self.layout.blocks, ops.unstack(refused), strict=True))
+        leaves_out = dict(zip(self.layout.blocks, ops.unstack(left_out), strict=True))
         means = ops.cond(
             ops.any(gate_open),
-            lambda: self._means(blocks, gate_open, emitted, share, refuses),
+            lambda: self._means(blocks, gate_open, emitted, share, leaves_out),
             lambda: flat(emitted, blocks),
         )
         return unflat(means, emitted, blocks)
@@ -173,7 +173,7 @@ class Workers:
         gate_open: Tensor,
         emitted: dict[Block, list[Tensor]],
         share: Tensor | None,
-        refused: dict[Block, Tensor],
+        left_out: dict[Block, Tensor],
     ) -> list[Tensor]:
         """The averages of these blocks, where some gate was open."""
         sent = packed([t * ops.cast(share, t.dtype) for t in flat(emitted, blocks)])
@@ -190,12 +190,12 @@ class Workers:
         means, chosen = unflat(unpacked(sums, flat(emitted, blocks)), emitted, blocks), []
         for i, block in enumerate(blocks):
             for variable, mean, unsent in zip(block.statistics.averages, means[block], emitted[block], strict=True):
-                mean = ops.where(refused[block], ops.convert_to_tensor(variable), mean)
+                mean = ops.where(left_out[block], ops.convert_to_tensor(variable), mean)
                 chosen.append(mean if self.one_clock else ops.where(gate_open[i], mean, unsent))
         return chosen
 
     def _scattered_statistics(
-        self, emitted: dict[Block, list[Tensor]], share: Tensor | None, refused: Tensor
+        self, emitted: dict[Block, list[Tensor]], share: Tensor | None, left_out: Tensor
     ) -> dict[Block, list[Tensor]]:
         """Averages of the own blocks, if the gates, which all open together, were open."""
         blocks, own = self.layout.blocks, self.own.blocks
@@ -212,10 +212,10 @@ class Workers:
             owners = [self.owners[block] for block in blocks for _ in averages[block]]
             sums = self.communicator.reduce_scatter(sent, owners, "statistics", "keras_ngd_statistics")
             mine = unflat(unpacked([t for t in sums if t is not None], flat(averages, own)), averages, own)
-            new, refuses = [], dict(zip(blocks, ops.unstack(refused), strict=True))
+            new, leaves_out = [], dict(zip(blocks, ops.unstack(left_out), strict=True))
             for block in own:
                 merged = [f + kept(block, old) for f, old in zip(mine[block], averages[block], strict=True)]
-                new += [ops.where(refuses[block], o, t) for o, t in zip(averages[block], merged, strict=True)]
+                new += [ops.where(leaves_out[block], o, t) for o, t in zip(averages[block], merged, strict=True)]
             # Never nothing: a worker may own no layer.
             return [*new, ops.zeros(())]
 

@@ -11,12 +11,12 @@ from keras_ngd.sharding.layout import (
     check_batch,
     distribution,
     from_numpy,
+    gathered,
     shape_of,
     spread,
     spread_of,
     stored,
     to_numpy,
-    whole,
 )
 
 __all__ = [
@@ -28,11 +28,11 @@ __all__ = [
     "divided",
     "dividing",
     "from_numpy",
+    "gathered",
     "is_dividing",
     "shape_of",
     "spread",
     "spread_of",
     "stored",
     "to_numpy",
-    "whole",
 ]

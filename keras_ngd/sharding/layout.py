@@ -128,11 +128,11 @@ class Spread:
         """A value of the variable where the variable lies."""
         return keras.distribution.distribute_tensor(value, self.layout)
 
-    def everywhere(self, tensor):
+    def replicated(self, tensor):
         """Any tensor, whole on all devices."""
         return Spread(self.mesh, tuple(tensor.shape), False).stored(tensor)
 
-    def whole(self, tensor):
+    def gathered(self, tensor):
         """The tensor from what its variable holds."""
         return tensor[tuple(map(slice, self.shape))] if self.stored_shape != self.shape else tensor
 
@@ -192,16 +192,16 @@ def stored(variable, tensor):
     return tensor if found is None else found.stored(tensor)
 
 
-def whole(variable, tensor=None):
+def gathered(variable, tensor=None):
     """The tensor that a variable holds, from the variable's value (the current one, if none is given)."""
     tensor = ops.convert_to_tensor(variable) if tensor is None else tensor
     found = spread_of(variable)
-    return tensor if found is None else found.whole(tensor)
+    return tensor if found is None else found.gathered(tensor)
 
 
 def to_numpy(variable):
     """A copy of the tensor that a variable holds."""
-    return np.array(ops.convert_to_numpy(whole(variable)))
+    return np.array(ops.convert_to_numpy(gathered(variable)))
 
 
 def from_numpy(variable, array):

@@ -65,13 +65,15 @@ def _emission(
         return [value if s is None else s.stored(value) for value, s in zip(values, spreads, strict=True)]
 
     def recorded() -> tuple[Tensor, ...]:
-        old = [average if s is None else s.whole(average) for average, s in zip(before.averages, spreads, strict=True)]
+        old = [
+            average if s is None else s.gathered(average) for average, s in zip(before.averages, spreads, strict=True)
+        ]
         # Keras divides the loss of a replica by how many there are; what is kept does not depend on that.
         upstream = ds if replicas == 1 else ds * ops.cast(replicas, ds.dtype)
         observed, total = observer.observe(geometry, x, upstream, weights, before.controls, old[0].dtype)
         observed = backend.on_every_device(observed)
         if spreads[0] is not None and observer.merges_together:
-            observed = [spreads[0].everywhere(value) for value in observed]
+            observed = [spreads[0].replicated(value) for value in observed]
         finite = ops.isfinite(total)
         merged, following = observer.merge(old, observed, before.controls, finite, before.gate)
         new = [ops.where(finite, value, average) for value, average in zip(merged, old, strict=True)]

@@ -159,7 +159,7 @@ def state_bytes(model):
 def averages(model):
     """Copies of the statistics, whole."""
     blocks = model.optimizer.layout.blocks
-    return {f"{b.layer} {i}": array(sharding.whole(v)) for b in blocks for i, v in enumerate(b.statistics.averages)}
+    return {f"{b.layer} {i}": array(sharding.gathered(v)) for b in blocks for i, v in enumerate(b.statistics.averages)}
 
 
 def trained(method, distribution=None, **arguments):
