@@ -197,7 +197,7 @@ def test_what_is_not_captured_says_why():
     convolutional = layers.ConvLSTM1D(2, 2)
     assert "convolutional LSTM" in only(reasons(convolutional, layers.Flatten(), shape=(3, 4, 2)))
     assert only(reasons(Own(layers.LSTMCell(2), name="own"))) == "inside Own 'own', which calls it in its own way"
-    assert only(reasons(layers.RNN(OwnCell(2)))) == "a subclass of LSTMCell: its call may compute something else"
+    assert "a subclass of LSTMCell, which may compute something else" in only(reasons(layers.RNN(OwnCell(2))))
     assert only(reasons(layers.LSTM(2, name="skipped"), skip="skipped")) == "left out by `skip`"
     assert "maps it over steps of no fixed number" in only(
         reasons(layers.TimeDistributed(layers.Dense(2)), shape=(None, 2))
