@@ -283,7 +283,9 @@ def first_step(method, start):
     for inputs, gradients in ((before, upstream @ w2.T * (1 - hidden**2)), (hidden, upstream)):
         a, ghat = rows.append_ones(rows.dense_rows(inputs)), rows.dense_rows(gradients)
         v = np.einsum("knti,knto->io", a, ghat)
-        found.append(loss * method.reference(a, ghat, v))
+        direction = loss * method.reference(a, ghat, v)
+        # The clip bounds the step of each block, then that of all.
+        found.append(direction * min(1.0, loss / np.sum(direction * v)))
         length += np.sum(found[-1] * v)
     return [-min(1.0, loss / length) * part for p in found for part in (p[:-1], p[-1])]
 

@@ -141,9 +141,10 @@ def _left_out(layer: keras.layers.Layer, reason: str) -> LayerReport:
 
 
 def _own_parameters(layer: keras.layers.Layer) -> int:
-    """How many numbers a layer itself trains."""
-    trained = [v for v in keras_private.own_weights(layer) if v.trainable and not hasattr(v, "keras_ngd_statistics")]
-    return sum(math.prod(v.shape) for v in trained) if layer.trainable else 0
+    """How many numbers a layer itself trains, and those that it stands for in a report."""
+    owners = [layer, *(layer.stands_for() if isinstance(layer, Captured) else [])]
+    trained = [v for owner in owners for v in keras_private.own_weights(owner) if v.trainable]
+    return sum(math.prod(v.shape) for v in trained if not hasattr(v, "keras_ngd_statistics")) if layer.trainable else 0
 
 
 def _swap_containers(model: keras.Model) -> None:

@@ -200,7 +200,9 @@ class HyLo(SNGD):
         statistics.gate.assign(self._first_mode())
 
     def _first_mode(self) -> Tensor:
-        return self._coin(0.0) if self.mode == "random" else ops.convert_to_tensor(KIS if self.mode == "kis" else KID)
+        # Of a dtype that JAX takes for no number's: the next step would be compiled anew for its own gates.
+        mode = self._coin(0.0) if self.mode == "random" else KIS if self.mode == "kis" else KID
+        return ops.convert_to_tensor(mode, dtype="float32")
 
     def _units_of_probe(self, ratio: Tensor) -> Tensor:
         """How many times larger rows' outer products are in the probe than those that the damping is added to."""
