@@ -113,7 +113,8 @@ class Replicas(Communicator):
         received = []
         for i, tensor in enumerate(tensors):
             tensor = tf.convert_to_tensor(tensor)
-            arguments = {"shape": tensor.shape, **self._collective(f"{name} {i}", tensor)}
+            # TensorFlow remembers of a name who sends: another model's layers may be others' of the same shape.
+            arguments = {"shape": tensor.shape, **self._collective(f"{name} {i} of {root}", tensor)}
             if self.rank == root:
                 received.append(tf.raw_ops.CollectiveBcastSend(input=tensor, **arguments))
             else:
