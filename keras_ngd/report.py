@@ -81,6 +81,11 @@ class CaptureReport:
         return sum(entry.bytes for entry in self.layers)
 
     @property
+    def refresh_cost(self) -> float:
+        """About how many multiplications a refresh of all curvatures takes."""
+        return sum(entry.refresh_cost for entry in self.layers)
+
+    @property
     def losses_per_example(self) -> float | None:
         """How many loss values an example has: as it was given, or as it was read from the compiled loss; None before a step."""
         return self._losses()[0]
@@ -110,15 +115,7 @@ class CaptureReport:
     # Tables
 
     def __str__(self) -> str:
-        rows = [("layer", "kind", "curvature", "factors, or why not captured", "parameters", "bytes")]
-        for entry in self.layers:
-            shapes = ", ".join("x".join(map(str, shape)) for shape in entry.shapes)
-            size = f"{entry.bytes:,}" if entry.captured else "-"
-            rows.append(
-                (entry.layer, entry.kind, entry.curvature, shapes or entry.reason, f"{entry.parameters:,}", size)
-            )
-        rows.append((self._total(), "", "", "", f"{self.parameters:,}", f"{self.bytes:,}"))
-        return "\n".join([_table(rows, right=2), *self._remarks()])
+        return "\n".join([_table([cells[:-1] for cells in self._cells()], right=2), *self._remarks()])
 
     __repr__ = __str__
 
@@ -144,8 +141,7 @@ class CaptureReport:
                     _short(cost) if captured else "-",
                 )
             )
-        cost = sum(entry.refresh_cost for entry in self.layers)
-        rows.append((self._total(), "", _short(self.parameters), _short(self.bytes), _short(cost)))
+        rows.append((self._total(), "", _short(self.parameters), _short(self.bytes), _short(self.refresh_cost)))
         free = (
             width - max(len(row[0]) for row in rows[:-1]) - sum(max(len(row[i]) for row in rows) for i in (2, 3, 4)) - 8
         )
@@ -181,8 +177,8 @@ class CaptureReport:
             cells.append(
                 [entry.layer, entry.kind, entry.curvature, shapes or entry.reason, f"{entry.parameters:,}", *sizes]
             )
-        cost = sum(entry.refresh_cost for entry in self.layers)
-        cells.append([self._total(), "", "", "", f"{self.parameters:,}", f"{self.bytes:,}", _short(cost)])
+        total = [f"{self.parameters:,}", f"{self.bytes:,}", _short(self.refresh_cost)]
+        cells.append([self._total(), "", "", "", *total])
         return cells
 
     def _total(self) -> str:
@@ -202,25 +198,25 @@ def _table(rows: Sequence[Sequence[str]], right: int) -> str:
         widths[i] = max(widths[i], len(rows[-1][i]))
     left = len(widths) - right
 
-    def line(row: Sequence[str]) -> str:
-        cells = [f"{cell:<{size}}" for cell, size in zip(row[:left], widths, strict=False)]
-        numbers = [f"{cell:>{size}}" for cell, size in zip(row[left:], widths[left:], strict=True)]
-        return "  ".join([*cells, *numbers]).rstrip()
+    def line(row: Sequence[str], sizes: Sequence[int]) -> str:
+        flush_left = [f"{cell:<{size}}" for cell, size in zip(row[:-right], sizes[:-right], strict=True)]
+        flush_right = [f"{cell:>{size}}" for cell, size in zip(row[-right:], sizes[-right:], strict=True)]
+        return "  ".join([*flush_left, *flush_right]).rstrip()
 
-    room = sum(widths[:left]) + 2 * (left - 1)
-    numbers = [f"{cell:>{size}}" for cell, size in zip(rows[-1][left:], widths[left:], strict=True)]
-    total = "  ".join([f"{rows[-1][0]:<{room}}", *numbers]).rstrip()
-    rule = "-" * (max(room, len(rows[-1][0])) + sum(widths[left:]) + 2 * right)
-    return "\n".join([line(rows[0]), rule, *map(line, rows[1:-1]), rule, total])
+    # One cell as wide as all that it runs on into.
+    first = max(sum(widths[:left]) + 2 * (left - 1), len(rows[-1][0]))
+    total = line([rows[-1][0], *rows[-1][-right:]], [first, *widths[left:]])
+    rule = "-" * (first + sum(widths[left:]) + 2 * right)
+    return "\n".join([line(rows[0], widths), rule, *(line(row, widths) for row in rows[1:-1]), rule, total])
 
 
 def _short(number: float) -> str:
     """A number in three digits, with a letter for thousands, millions and so on."""
-    for letter in ("", "k", "M", "G", "T"):
-        if abs(number) < 999.5 or letter == "T":
+    for letter in ("", "k", "M", "G"):
+        if abs(number) < 999.5:
             return f"{number:.3g}{letter}"
         number /= 1000
-    return ""
+    return f"{number:.3g}T"
 
 
 def _size_warning(entry: LayerReport) -> str:

@@ -194,6 +194,11 @@ def test_build_says_the_same():
         assert targets["keras_ngd" if part == "__init__" else part] == sorted(may), part
 
 
+def test_no_file_is_long():
+    lengths = {name: len((ROOT / name).read_text().splitlines()) for name in modules()}
+    assert not {name: length for name, length in lengths.items() if length > 400}
+
+
 def test_no_two_files_have_one_name():
     names = [name.split("/")[-1] for name in modules() if not name.endswith("__init__.py")]
     assert not {name for name in names if names.count(name) > 1}

@@ -87,7 +87,7 @@ def _capture(
                 _release_layer(layer)
             entries.append(_left_out(layer, reason))
         else:
-            layer.__class__ = layers.CAPTURED_KINDS.get(type(layer), type(layer))
+            layer.__class__ = layers.kind_of(layer)
             with contextlib.ExitStack() as scopes:
                 for name in layer.path.split("/"):
                     scopes.enter_context(keras.name_scope(name))

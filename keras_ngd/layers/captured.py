@@ -2,7 +2,7 @@
 
 import abc
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple, Self
 
 import keras
 
@@ -31,6 +31,11 @@ class Part(NamedTuple):
 
     geometry: Geometry
     parameters: Sequence[Variable]
+
+    @classmethod
+    def of(cls, geometry: Geometry, *parameters: Variable | None) -> Self:
+        """The part that consists of those of the parameters that there are: a layer may have no bias."""
+        return cls(geometry, [p for p in parameters if p is not None])
 
 
 class Captured(Base, metaclass=abc.ABCMeta):
@@ -85,7 +90,15 @@ class Captured(Base, metaclass=abc.ABCMeta):
         super().build(input_shape)
         pending, self._pending_statistics = self._pending_statistics, {}
         if pending:
-            self.attach_statistics({n: keras.saving.deserialize_keras_object(c) for n, c in pending.items()})
+            self.attach_configs(pending)
+
+    def attach_configs(self, configs: dict[str, Config]) -> None:
+        """`attach_statistics` of what `statistics_configs` gave."""
+        self.attach_statistics({n: keras.saving.deserialize_keras_object(c) for n, c in configs.items()})
+
+    def statistics_configs(self) -> dict[str, Config]:
+        """The statistics of all parts as Keras serializes them, by part."""
+        return {n: keras.saving.serialize_keras_object(s) for n, s in self.all_statistics().items()}
 
     def attach_statistics(self, statistics: "dict[str, Statistics]") -> None:
         """Makes the built layer record these from the next trace on; by part."""
@@ -111,10 +124,7 @@ class Captured(Base, metaclass=abc.ABCMeta):
 
     def get_config(self) -> Config:
         # Those that wait for the layer to be built, if any do: wrappers make layers anew of their configs.
-        config = {**super().get_config(), **getattr(self, "_pending_statistics", {})}
-        for name, statistics in self.all_statistics().items():
-            config[name] = keras.saving.serialize_keras_object(statistics)
-        return config
+        return {**super().get_config(), **getattr(self, "_pending_statistics", {}), **self.statistics_configs()}
 
 
 # What `capture` makes of which layers.

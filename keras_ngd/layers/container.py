@@ -2,10 +2,8 @@
 
 from typing import TYPE_CHECKING, Any
 
-import keras
-
 from keras_ngd import keras_private
-from keras_ngd.layers.captured import CAPTURED_KINDS, Captured
+from keras_ngd.layers.captured import Captured, kind_of
 from keras_ngd.typing import Config
 
 # A mixin in front of some layer of Keras's, which a type checker is to see as one.
@@ -38,10 +36,10 @@ class Container(Base):
         """Captures the layers that the config said are captured."""
         pending, self._pending_captures = getattr(self, "_pending_captures", None), None
         inner = {layer.name: layer for layer in keras_private.flatten_layers(self) if layer is not self}
-        for name, statistics in (pending or {}).items():
+        for name, configs in (pending or {}).items():
             layer: Any = inner[name]
-            layer.__class__ = CAPTURED_KINDS.get(type(layer), type(layer))
-            layer.attach_statistics({n: keras.saving.deserialize_keras_object(c) for n, c in statistics.items()})
+            layer.__class__ = kind_of(layer)
+            layer.attach_configs(configs)
 
     def captured_layers(self) -> list[Captured]:
         """The layers in it that record statistics."""
@@ -49,10 +47,7 @@ class Container(Base):
         return [layer for layer in inner if isinstance(layer, Captured) and layer.all_statistics()]
 
     def get_config(self) -> Config:
-        captured = {
-            layer.name: {n: keras.saving.serialize_keras_object(s) for n, s in layer.all_statistics().items()}
-            for layer in self.captured_layers()
-        }
+        captured = {layer.name: layer.statistics_configs() for layer in self.captured_layers()}
         return {**super().get_config(), **({"captured": captured} if captured else {})}
 
 

@@ -149,7 +149,7 @@ class CapturedConvolution(Captured):
             self.padding,
             self.data_format,
         )
-        return {"statistics": Part(geometry, [kernel, self.bias] if self.use_bias else [kernel])}
+        return {"statistics": Part.of(geometry, kernel, self.bias)}
 
     def call(self, inputs: Tensor) -> Tensor:
         if self.statistics is None:

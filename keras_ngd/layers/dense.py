@@ -5,7 +5,7 @@ from keras import ops
 
 from keras_ngd import keras_private
 from keras_ngd.layers.captured import Captured, Part, register_kind
-from keras_ngd.layers.geometry import MatrixGeometry
+from keras_ngd.layers.geometry import MatrixGeometry, by_position
 from keras_ngd.layers.probe import probe
 from keras_ngd.typing import Tensor
 
@@ -20,10 +20,10 @@ class DenseGeometry(MatrixGeometry):
         super().__init__(1, inputs, outputs, use_bias, (inputs, outputs))
 
     def input_rows(self, x: Tensor) -> Tensor:
-        return ops.reshape(x, (1, ops.shape(x)[0], -1, self.width))
+        return by_position(x, self.width)
 
     def gradient_rows(self, ds: Tensor) -> Tensor:
-        return ops.reshape(ds, (1, ops.shape(ds)[0], -1, self.output_dim))
+        return by_position(ds, self.output_dim)
 
 
 @register_kind
@@ -41,8 +41,7 @@ class Dense(Captured, keras.layers.Dense):
     def parts(self) -> dict[str, Part]:
         kernel = keras_private.kernel_of(self)
         inputs, outputs = kernel.shape
-        parameters = [kernel, self.bias] if self.use_bias else [kernel]
-        return {"statistics": Part(DenseGeometry(inputs, outputs, self.use_bias), parameters)}
+        return {"statistics": Part.of(DenseGeometry(inputs, outputs, self.use_bias), kernel, self.bias)}
 
     def call(self, inputs: Tensor, training: bool | None = None) -> Tensor:
         if self.statistics is None:

@@ -1,6 +1,7 @@
 """`keras.layers.DepthwiseConv1D` and `DepthwiseConv2D` with a probe on their pre-activations."""
 
 from collections.abc import Sequence
+from typing import Any
 
 import keras
 from keras import ops
@@ -9,7 +10,7 @@ from keras_ngd.layers.captured import Captured, Part, register_kind
 from keras_ngd.layers.convolution import ConvolutionGeometry, add_bias
 from keras_ngd.layers.probe import probe
 from keras_ngd.linalg import channel_patches, diagonal, patches
-from keras_ngd.typing import Parts, Tensor
+from keras_ngd.typing import Parts, Tensor, Variable
 
 
 class DepthwiseGeometry(ConvolutionGeometry):
@@ -68,6 +69,18 @@ class DepthwiseGeometry(ConvolutionGeometry):
         return [ops.expand_dims(self.gradient_second_moment(ds), 1)]
 
 
+def depthwise(layer: Any, inputs: Tensor, kernel: Variable) -> Tensor:
+    """The depthwise convolution of a layer, with its strides, padding and so on, by this kernel of it."""
+    return ops.depthwise_conv(
+        inputs,
+        kernel,
+        strides=layer.strides,
+        padding=layer.padding,
+        dilation_rate=layer.dilation_rate,
+        data_format=layer.data_format,
+    )
+
+
 class CapturedDepthwise(Captured):
     """What the captured depthwise convolutions share, whatever their number of spatial axes."""
 
@@ -75,19 +88,12 @@ class CapturedDepthwise(Captured):
         geometry = DepthwiseGeometry(
             self.kernel.shape, self.use_bias, self.strides, self.dilation_rate, self.padding, self.data_format
         )
-        return {"statistics": Part(geometry, [self.kernel, self.bias] if self.use_bias else [self.kernel])}
+        return {"statistics": Part.of(geometry, self.kernel, self.bias)}
 
     def call(self, inputs: Tensor) -> Tensor:
         if self.statistics is None:
             return super().call(inputs)
-        x = ops.depthwise_conv(
-            inputs,
-            self.kernel,
-            strides=self.strides,
-            padding=self.padding,
-            dilation_rate=self.dilation_rate,
-            data_format=self.data_format,
-        )
+        x = depthwise(self, inputs, self.kernel)
         if self.use_bias:
             x = add_bias(x, self.bias, self.data_format)
         x = probe(x, inputs, self.statistics.geometry, self.statistics)

@@ -173,7 +173,7 @@ class EinsumDense(Captured, keras.layers.EinsumDense):
         geometry = EinsumGeometry(
             self.equation, tuple(kernel.shape), self.bias_axes, None if bias is None else tuple(bias.shape)
         )
-        return {"statistics": Part(geometry, [kernel, bias] if geometry.use_bias else [kernel])}
+        return {"statistics": Part.of(geometry, kernel, bias if geometry.use_bias else None)}
 
     def call(self, inputs: Tensor, training: bool | None = None) -> Tensor:
         if self.statistics is None:

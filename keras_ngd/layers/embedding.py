@@ -8,7 +8,7 @@ from keras import ops
 
 from keras_ngd import keras_private
 from keras_ngd.layers.captured import Captured, Part, register_kind
-from keras_ngd.layers.geometry import FactoredGeometry, Structure, flat
+from keras_ngd.layers.geometry import FactoredGeometry, Structure, by_position, flat, visible
 from keras_ngd.layers.probe import probe
 from keras_ngd.linalg import diagonal
 from keras_ngd.typing import Parts, Tensor
@@ -45,7 +45,7 @@ class LookupGeometry(FactoredGeometry):
         return [ops.reshape(counts / ops.maximum(ops.sum(counted), 1.0), (1, self.width, 1, 1))]
 
     def gradient_rows(self, ds: Tensor) -> Tensor:
-        return ops.reshape(ds, (1, ops.shape(ds)[0], -1, self.output_dim))
+        return by_position(ds, self.output_dim)
 
     def to_matrix(self, parameters: Sequence[Tensor]) -> Tensor:
         [table] = parameters
@@ -67,15 +67,11 @@ class ProjectionGeometry(LookupGeometry):
     def factor_blocks(
         self, x: Tensor, ds: Tensor, partitions: tuple[Parts, Parts], weights: Tensor | None = None
     ) -> tuple[list[Tensor], list[Tensor]]:
-        inputs = self.gradient_rows(x)
-        count = ops.cast(ops.shape(inputs)[1] * ops.shape(inputs)[2], x.dtype)
-        if weights is not None:
-            weights = ops.cast(ops.reshape(weights, (1, ops.shape(x)[0], -1, 1)), x.dtype)
-            inputs, count = inputs * weights, ops.maximum(ops.sum(weights), 1.0)
+        inputs, count = visible(flat(self.gradient_rows(x)), weights)
         squares = ops.sum(ops.square(ops.reshape(ds, (-1, self.width))), axis=0)
         total = ops.sum(squares)
         shares = ops.where(total > 0, squares / ops.where(total > 0, total, 1.0), 1.0 / self.width)
-        second = [block * (total / count) for block in diagonal.gram_blocks(flat(inputs), partitions[1])]
+        second = [block * (total / count) for block in diagonal.gram_blocks(inputs, partitions[1])]
         return [ops.reshape(shares, (1, self.width, 1, 1))], second
 
 

@@ -184,11 +184,7 @@ class MatrixGeometry(FactoredGeometry):
 
     def _visible(self, x: Tensor, weights: Tensor | None) -> tuple[Tensor, Tensor]:
         """The rows, zero where hidden, `[groups, n, width]`, and how many are not."""
-        rows = flat(self.input_rows(x))
-        if weights is None:
-            return rows, ops.cast(ops.shape(rows)[1], rows.dtype)
-        weights = ops.cast(ops.reshape(weights, (1, -1, 1)), rows.dtype)
-        return rows * weights, ops.maximum(ops.sum(weights), 1.0)
+        return visible(flat(self.input_rows(x)), weights)
 
     # The matrix
 
@@ -240,6 +236,19 @@ class MatrixGeometry(FactoredGeometry):
 def gram(rows: Tensor) -> Tensor:
     """`rows^T rows` of `[groups, n, dim]`."""
     return backend.matmul(rows, rows, transpose_a=True)
+
+
+def by_position(tensor: Tensor, dim: int) -> Tensor:
+    """`[examples, ..., dim]` as rows of one group, `[1, examples, positions, dim]`."""
+    return ops.reshape(tensor, (1, ops.shape(tensor)[0], -1, dim))
+
+
+def visible(rows: Tensor, weights: Tensor | None) -> tuple[Tensor, Tensor]:
+    """Rows `[groups, n, dim]`, zero where their `weights`, as many or None, hide them, and how many are not hidden."""
+    if weights is None:
+        return rows, ops.cast(ops.shape(rows)[1], rows.dtype)
+    weights = ops.cast(ops.reshape(weights, (1, -1, 1)), rows.dtype)
+    return rows * weights, ops.maximum(ops.sum(weights), 1.0)
 
 
 def flat(rows: Tensor) -> Tensor:

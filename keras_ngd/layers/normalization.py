@@ -193,11 +193,6 @@ def _axes(layer: Any, last: bool = False) -> tuple[int, ...]:
     return axes
 
 
-def _part(geometry: ScaleGeometry, *parameters: Any) -> dict[str, Part]:
-    """The part that consists of those of a scale and an offset that there are."""
-    return {"statistics": Part(geometry, [p for p in parameters if p is not None])}
-
-
 def _check_parameters(layer: Any) -> None:
     if layer.gamma is None and layer.beta is None:
         raise ValueError("it has neither a scale nor an offset")
@@ -238,7 +233,7 @@ class BatchNormalization(CapturedNormalization, keras.layers.BatchNormalization)
             raise ValueError("`synchronized=True`: it normalizes with the moments of all replicas")
         shape = self.moving_mean.shape
         geometry = BatchGeometry(shape, _axes(self), self.scale, self.center, self.epsilon)
-        return _part(geometry, self.gamma, self.beta)
+        return {"statistics": Part.of(geometry, self.gamma, self.beta)}
 
     def call(self, inputs: Tensor, training: bool | None = None, mask: Tensor | None = None) -> Tensor:
         outputs = super().call(inputs, training=training, mask=mask)
@@ -272,7 +267,7 @@ class LayerNormalization(CapturedNormalization, keras.layers.LayerNormalization)
         geometry = LayerGeometry(
             shape, _axes(self), self.gamma is not None, self.beta is not None, self.epsilon, not self.rms_scaling
         )
-        return _part(geometry, self.gamma, self.beta)
+        return {"statistics": Part.of(geometry, self.gamma, self.beta)}
 
     def call(self, inputs: Tensor) -> Tensor:
         return self._probed(super().call(inputs), inputs)
@@ -289,7 +284,7 @@ class GroupNormalization(CapturedNormalization, keras.layers.GroupNormalization)
         _check_parameters(self)
         shape = next(v.shape for v in (self.gamma, self.beta) if v is not None)
         geometry = GroupGeometry(shape, _axes(self), self.scale, self.center, self.epsilon, self.groups)
-        return _part(geometry, self.gamma, self.beta)
+        return {"statistics": Part.of(geometry, self.gamma, self.beta)}
 
     def call(self, inputs: Tensor) -> Tensor:
         return self._probed(super().call(inputs), inputs)
@@ -307,7 +302,7 @@ class RMSNormalization(CapturedNormalization, keras.layers.RMSNormalization):
 
     def parts(self) -> dict[str, Part]:
         geometry = RootMeanSquareGeometry(self.scale.shape, _axes(self, last=True), self.epsilon)
-        return _part(geometry, self.scale)
+        return {"statistics": Part.of(geometry, self.scale)}
 
     def call(self, x: Tensor) -> Tensor:
         return self._probed(super().call(x), x)

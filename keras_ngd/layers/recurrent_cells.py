@@ -75,7 +75,7 @@ def _plain(cell: Any) -> Any:
 
 def _part(kernels: list[Variable], bias: Variable | None, groups: int) -> Part:
     geometry = StepGeometry([kernel.shape for kernel in kernels], bias is not None, groups)
-    return Part(geometry, kernels if bias is None else [*kernels, bias])
+    return Part.of(geometry, *kernels, bias)
 
 
 def arguments_not_saved(cell: Any) -> Config:

@@ -5,7 +5,7 @@ from keras import ops
 
 from keras_ngd.layers.captured import Captured, Part, register_kind
 from keras_ngd.layers.convolution import ConvolutionGeometry, add_bias
-from keras_ngd.layers.depthwise_convolution import DepthwiseGeometry
+from keras_ngd.layers.depthwise_convolution import DepthwiseGeometry, depthwise
 from keras_ngd.layers.probe import probe
 from keras_ngd.typing import Tensor
 
@@ -25,23 +25,15 @@ class CapturedSeparable(Captured):
         pointwise = ConvolutionGeometry(
             self.pointwise_kernel.shape, 1, self.use_bias, ones, ones, "valid", self.data_format
         )
-        of_pointwise = [self.pointwise_kernel, self.bias] if self.use_bias else [self.pointwise_kernel]
         return {
             "statistics": Part(depthwise, [self.depthwise_kernel]),
-            "pointwise_statistics": Part(pointwise, of_pointwise),
+            "pointwise_statistics": Part.of(pointwise, self.pointwise_kernel, self.bias),
         }
 
     def call(self, inputs: Tensor) -> Tensor:
         if self.statistics is None:
             return super().call(inputs)
-        between = ops.depthwise_conv(
-            inputs,
-            self.depthwise_kernel,
-            strides=self.strides,
-            padding=self.padding,
-            dilation_rate=self.dilation_rate,
-            data_format=self.data_format,
-        )
+        between = depthwise(self, inputs, self.depthwise_kernel)
         between = probe(between, inputs, self.statistics.geometry, self.statistics)
         x = ops.conv(between, self.pointwise_kernel, strides=1, padding="valid", data_format=self.data_format)
         if self.use_bias:

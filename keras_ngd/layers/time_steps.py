@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 from keras import ops
 
 from keras_ngd import backend
-from keras_ngd.layers.geometry import MatrixGeometry, flat
+from keras_ngd.layers.geometry import MatrixGeometry, by_position, flat
 from keras_ngd.layers.probe import probe, second_derivative
 from keras_ngd.typing import Shape, Tensor
 
@@ -41,7 +41,7 @@ class StepGeometry(MatrixGeometry):
 
     def _rows(self, tensor: Tensor, size: int) -> Tensor:
         if self.groups == 1:
-            return ops.reshape(tensor, (1, ops.shape(tensor)[0], -1, size))
+            return by_position(tensor, size)
         rows = ops.reshape(tensor, (ops.shape(tensor)[0], -1, self.groups, size))
         return ops.transpose(rows, (2, 0, 1, 3))
 

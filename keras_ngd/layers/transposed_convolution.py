@@ -9,7 +9,7 @@ from keras import ops
 
 from keras_ngd.layers.captured import Captured, Part, register_kind
 from keras_ngd.layers.convolution import add_bias
-from keras_ngd.layers.geometry import MatrixGeometry
+from keras_ngd.layers.geometry import MatrixGeometry, by_position
 from keras_ngd.layers.probe import probe
 from keras_ngd.linalg import patches
 from keras_ngd.typing import Shape, Tensor
@@ -60,11 +60,11 @@ class TransposedGeometry(MatrixGeometry):
         return patches.channels_last(x) if self.channels_first else x
 
     def input_rows(self, x: Tensor) -> Tensor:
-        return ops.reshape(self._channels_last(x), (1, ops.shape(x)[0], -1, self.width))
+        return by_position(self._channels_last(x), self.width)
 
     def gradient_rows(self, ds: Tensor) -> Tensor:
         unfolded = patches.unfold(self._seen(ds), *self._window)
-        return ops.reshape(unfolded, (1, ops.shape(ds)[0], -1, self.output_dim))
+        return by_position(unfolded, self.output_dim)
 
     def gradient_sums(self, ds: Tensor) -> Tensor:
         sums, _ = patches.patch_sums(self._seen(ds), *self._window)

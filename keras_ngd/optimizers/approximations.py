@@ -92,6 +92,21 @@ def in_units_of_the_loss(
     return [*averages[:inputs], *(g * ops.cast(calls, g.dtype) * ratio / scale**2 for g in averages[inputs:])]
 
 
+def split_curvature(group: Group, settings: KroneckerSettings) -> SplitCurvature:
+    """The curvature of a group whose statistics are diagonal blocks of factors."""
+    statistics = group.blocks[0].statistics
+    inputs, outputs = statistics.partitions(statistics.geometry)
+    return SplitCurvature(
+        group.count,
+        inputs,
+        outputs,
+        group.blocks[0].shape[2],
+        settings.inverse,
+        settings.damping_mode,
+        settings.damping_factor,
+    )
+
+
 class LookupApproximation(AveragedApproximation):
     """Of a lookup: `F ~ A (x) G` with a diagonal `A`, how often each row was looked up, and a whole `G`.
 
@@ -103,17 +118,7 @@ class LookupApproximation(AveragedApproximation):
         return SplitStatistics(None, "expand", self.method.losses_in_statistics, fraction)
 
     def make_curvature(self, group: Group) -> Curvature:
-        statistics, settings = group.blocks[0].statistics, self.method.kronecker_settings()
-        inputs, outputs = statistics.partitions(statistics.geometry)
-        return SplitCurvature(
-            group.count,
-            inputs,
-            outputs,
-            group.blocks[0].shape[2],
-            settings.inverse,
-            settings.damping_mode,
-            settings.damping_factor,
-        )
+        return split_curvature(group, self.method.kronecker_settings())
 
 
 class UnitWiseApproximation(AveragedApproximation):

@@ -12,7 +12,7 @@ from keras_ngd.optimizers import checks
 from keras_ngd.optimizers.blocks import Block, Group, Signals
 from keras_ngd.optimizers.loss_value import average_weight
 from keras_ngd.optimizers.state_layout import laid_out
-from keras_ngd.statistics.statistics import SENTINEL
+from keras_ngd.statistics.emission import SENTINEL
 from keras_ngd.typing import AddVariable, Tensor, Variable
 
 if TYPE_CHECKING:

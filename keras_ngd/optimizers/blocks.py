@@ -65,7 +65,12 @@ class Group:
 
     def of_each(self, values: Mapping[Block, Tensor]) -> Tensor:
         """`[k]`, from a scalar for each block, which may be several of the `k`: a convolution's groups."""
-        return ops.concatenate([ops.repeat(values[block], block.geometry.groups) for block in self.blocks])
+        return self.repeated(ops.stack([values[block] for block in self.blocks]))
+
+    def repeated(self, values: Tensor) -> Tensor:
+        """`[k]`, from `[blocks]`."""
+        counts = [block.geometry.groups for block in self.blocks]
+        return values if max(counts) == 1 else ops.repeat(values, counts)
 
     def of_blocks(self, values: Tensor) -> Tensor:
         """`[blocks]`, the sums of the values `[k]` of each."""

@@ -75,6 +75,11 @@ class Bound:
             )
         ]
 
+    @property
+    def is_of_blocks(self) -> bool:
+        """Whether the step of each block is bounded, as `of_blocks` says."""
+        return self._optimizer.loss_clip is not None
+
     def of_blocks(self, lengths: Tensor, loss: Tensor) -> Tensor:
         """`[blocks]`, what each block's step is multiplied with before the step of all is bounded.
 
@@ -82,8 +87,6 @@ class Bound:
             lengths: `[blocks]`, the `<P, V>` of each.
             loss: scalar, this batch's.
         """
-        if self._optimizer.loss_clip is None:
-            return ops.ones_like(lengths)
         return self._share_of_loss(ops.maximum(ops.abs(lengths / self._optimizer.loss_scale**2), SMALLEST_LENGTH), loss)
 
     def _share_of_loss(self, length: Tensor, loss: Tensor) -> Tensor:

@@ -194,7 +194,6 @@ class HyLo(SNGD):
         super().start_statistics(statistics, number)
         if not isinstance(statistics, LowRankStatistics):
             return
-        statistics.start_draws(self.worker_seed(), number)
         # The ratio of the loss is not known before the first batch, whose rows KID weighs as for a mean over the examples.
         statistics.damping.assign(self._damping_for_probe(0, 1.0))
         statistics.gate.assign(self._first_mode())

@@ -245,11 +245,14 @@ class NaturalGradient(AssembledOptimizer):
             state = state_layout.gathered_state(group)
             p = group.curvature.precondition(v, damping, state, lambda group=group: group.stacked(inputs(group.blocks)))
             p = state_layout.on_all_devices(group, p)
-            of_each = group.of_blocks(ops.cast(ops.sum(p * v, axis=(1, 2)), "float32"))
-            shares = self.bound.of_blocks(of_each, loss)
-            lengths.append(ops.sum(of_each * shares))
-            for i, (block, part) in enumerate(group.parts(p)):
-                found[block] = part * ops.cast(shares[i], part.dtype)
+            if self.bound.is_of_blocks:
+                of_each = group.of_blocks(ops.cast(ops.sum(p * v, axis=(1, 2)), "float32"))
+                shares = self.bound.of_blocks(of_each, loss)
+                lengths.append(ops.sum(of_each * shares))
+                p = p * ops.reshape(ops.cast(group.repeated(shares), p.dtype), (-1, 1, 1))
+            else:
+                lengths.append(ops.cast(ops.sum(p * v), "float32"))
+            found |= dict(group.parts(p))
         found, length = self.exchange.all_preconditioned(found, sum(lengths, ops.zeros((), "float32")))
         preconditioned = {}
         for block in self.layout.blocks:

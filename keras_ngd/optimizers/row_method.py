@@ -243,6 +243,11 @@ class RowMethod(Capacity, NaturalGradient):
         rank: Any = self.exchange.communicator.rank
         return (self.seed + 1009 * rank) % LAYERS
 
+    def start_statistics(self, statistics: Statistics, number: int) -> None:
+        super().start_statistics(statistics, number)
+        if isinstance(statistics, Draws):
+            statistics.start_draws(self.worker_seed(), number)
+
     def separate_draws(self) -> None:
         if self.exchange.communicator.single_program:
             return  # Of replicas the draws are the same, and each draws for itself: see `Draws`.

@@ -15,7 +15,6 @@ from keras_ngd.optimizers.blocks import Block, Group
 from keras_ngd.optimizers.row_method import RowMethod
 from keras_ngd.optimizers.settings import settled_damping
 from keras_ngd.statistics import WoodburyStatistics
-from keras_ngd.statistics.draws import Draws
 from keras_ngd.statistics.factor_rows import are_rows
 from keras_ngd.statistics.statistics import Statistics
 from keras_ngd.typing import Config, DampingLike, IntervalLike, LossesPerExample, RateLike, Shape, Tensor, Variable
@@ -131,12 +130,6 @@ class SKFAC(RowMethod):
             return combining.FACTOR
         # As on one worker, a factor with no fewer rows than columns is kept itself.
         return combining.WEIGHTED_ROWS if rows * self.exchange.communicator.size < size else combining.ROWS_OF_FACTOR
-
-    def start_statistics(self, statistics: Statistics, number: int) -> None:
-        super().start_statistics(statistics, number)
-        if not isinstance(statistics, Draws):
-            return
-        statistics.start_draws(self.worker_seed(), number)
 
     def curvature_input(self, statistics: Statistics, averages: Sequence[Tensor], calls: Tensor) -> list[Tensor]:
         a, g = statistics.scaled(averages)

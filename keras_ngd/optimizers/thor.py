@@ -8,9 +8,9 @@ import keras
 from keras import ops, tree
 
 from keras_ngd import schedules
-from keras_ngd.curvature import SplitCurvature
 from keras_ngd.curvature.curvature import Curvature
 from keras_ngd.optimizers import trace_rule
+from keras_ngd.optimizers.approximations import split_curvature
 from keras_ngd.optimizers.arguments import documented
 from keras_ngd.optimizers.blocks import Block, Group, Layout
 from keras_ngd.optimizers.kfac import KFAC
@@ -165,10 +165,7 @@ class THOR(KFAC):
         )
 
     def make_curvature(self, group: Group) -> Curvature:
-        statistics = group.blocks[0].statistics
-        inputs, outputs = statistics.partitions(statistics.geometry)
-        dtype = group.blocks[0].shape[2]
-        return SplitCurvature(group.count, inputs, outputs, dtype, self.inverse, self.damping_mode)
+        return split_curvature(group, self.kronecker_settings())
 
     # The trace rule
 

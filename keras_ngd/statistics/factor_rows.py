@@ -8,8 +8,8 @@ from keras import ops
 
 from keras_ngd import backend, schedules
 from keras_ngd.statistics.draws import Draws
+from keras_ngd.statistics.emission import mixed
 from keras_ngd.statistics.example_rows import RowStatistics, filled_up
-from keras_ngd.statistics.statistics import mixed
 from keras_ngd.typing import Config, Tensor, Variable
 
 CONVOLUTIONS = ("reduce", "subsample")

@@ -5,102 +5,21 @@ import contextlib
 import functools
 import weakref
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple, Self
+from typing import Any
 
 import keras
 import numpy as np
 from keras import ops
 
 from keras_ngd import backend, keras_private, replica, sharding
+from keras_ngd.statistics.emission import SENTINEL, emission, mixed
 from keras_ngd.typing import Config, Initializer, Shape, Store, Tensor, Variable
-
-# What a call emits as `sentinel`: more than gradients are usually clipped to one by one, so that this shows, but no more than
-# the length of a batch, which is in the norm of all of them too.
-SENTINEL = 64.0
 
 # Functions of a geometry and a kind of statistics, shared by all layers that have both.
 _EMISSIONS: dict[Any, Callable[..., Any]] = {}
 
 # The statistics whose loss was read last.
 _LAST_READ: list["weakref.ref[Statistics]"] = []
-
-
-class Weights(NamedTuple):
-    """The weights of statistics, or values of theirs, by what they are for: see `Statistics`."""
-
-    averages: Sequence[Any]
-    controls: Sequence[Any]
-    gate: Any
-    calls: Any
-    accepted: Any
-    examples: Any
-    sentinel: Any
-
-    @classmethod
-    def named(cls, values: Sequence[Any], averages: int, controls: int) -> Self:
-        """The same of a list in the order of `flat`, which begins with so many averages and controls."""
-        return cls(values[:averages], values[averages : averages + controls], *values[averages + controls :])
-
-    def flat(self) -> tuple[Any, ...]:
-        """All of them, the averages first."""
-        return (*self.averages, *self.controls, self.gate, self.calls, self.accepted, self.examples, self.sentinel)
-
-
-def _emission(
-    observer: "Statistics",
-    geometry: Any,
-    x: Tensor,
-    ds: Tensor,
-    weights: Tensor | None = None,
-    *,
-    values: Sequence[Tensor],
-    controls: int,
-    spreads: Sequence[Any],
-    replicas: int,
-) -> tuple[Tensor, ...]:
-    """What one call emits: the new value of each weight, of their old `values`, both in the order of `Weights.flat`."""
-    before = Weights.named(values, len(spreads), controls)
-
-    def stored(values: Sequence[Tensor]) -> list[Tensor]:
-        return [value if s is None else s.stored(value) for value, s in zip(values, spreads, strict=True)]
-
-    def recorded() -> tuple[Tensor, ...]:
-        old = [
-            average if s is None else s.gathered(average) for average, s in zip(before.averages, spreads, strict=True)
-        ]
-        # Keras divides the loss of a replica by how many there are; what is kept does not depend on that.
-        upstream = ds if replicas == 1 else ds * ops.cast(replicas, ds.dtype)
-        observed, total = observer.observe(geometry, x, upstream, weights, before.controls, old[0].dtype)
-        observed = backend.on_every_device(observed)
-        if spreads[0] is not None and observer.merges_together:
-            observed = [spreads[0].replicated(value) for value in observed]
-        finite = ops.isfinite(total)
-        merged, following = observer.merge(old, observed, before.controls, finite, before.gate)
-        new = [ops.where(finite, value, average) for value, average in zip(merged, old, strict=True)]
-        return (*stored(new), *following, ops.cast(finite, "float32"))
-
-    def kept() -> tuple[Tensor, ...]:
-        return (*before.averages, *before.controls, ops.zeros((), "float32"))
-
-    *new, accepted = ops.cond(before.gate > 0, recorded, kept)
-    return Weights(
-        averages=new[: len(spreads)],
-        controls=new[len(spreads) :],
-        # Each call emits its share of the gate, so that over all calls it sums to what it was: emitting nothing would close
-        # every gate after one step under an optimizer that only overwrites.
-        gate=before.gate / ops.maximum(before.calls, 1.0),
-        calls=ops.ones_like(before.calls),
-        accepted=accepted,
-        examples=ops.cast(ops.shape(x)[0], "float32"),
-        # Numbers known to the compiler, which then knows that nothing was done to them on their way, where nothing was.
-        sentinel=SENTINEL * ops.ones_like(before.calls),
-    ).flat()
-
-
-def mixed(average: Tensor, value: Tensor, gate: Tensor) -> Tensor:
-    """`(1 - gate) average + gate value`, for a gate of at most 1."""
-    mixing = ops.cast(ops.minimum(gate, 1.0), average.dtype)
-    return (1 - mixing) * average + mixing * value
 
 
 class Statistics(keras.layers.Layer, abc.ABC):
@@ -330,7 +249,7 @@ class Statistics(keras.layers.Layer, abc.ABC):
             observer = type(self).from_config(self.get_config())
             _EMISSIONS[key] = backend.traced_once(
                 functools.partial(
-                    _emission,
+                    emission,
                     observer,
                     geometry,
                     controls=len(self._controls),
