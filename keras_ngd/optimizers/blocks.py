@@ -5,6 +5,7 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 from keras import ops
 
 from keras_ngd import backend
@@ -70,7 +71,7 @@ class Group:
     def repeated(self, values: Tensor) -> Tensor:
         """`[k]`, from `[blocks]`."""
         counts = [block.geometry.groups for block in self.blocks]
-        return values if max(counts) == 1 else ops.repeat(values, counts)
+        return values if max(counts) == 1 else ops.take(values, np.repeat(np.arange(len(counts)), counts))
 
     def of_blocks(self, values: Tensor) -> Tensor:
         """`[blocks]`, the sums of the values `[k]` of each."""
