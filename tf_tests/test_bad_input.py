@@ -29,6 +29,7 @@ from tf_tests.small import captured, compiled, fit, kfac, mlp, policy, regressio
         ("inverse", ["qr", None, 1], "`inverse` must be one of .*'cholesky'"),
         ("damping_mode", ["tikhonov", 1], "`damping_mode` must be one of .*'pi'"),
         ("loss_clip", [0, -1.0, float("nan"), True, "1"], "`loss_clip` must be a positive float, None or 'auto'"),
+        ("length_clip", [0, -1.0, float("inf"), True, "1"], "`length_clip` must be a positive float, None or 'auto'"),
         ("fisher_scale", ["Loss", 1.0, True], "`fisher_scale` must be one of .*'loss'"),
         ("interval_growth", [0, -0.1, float("nan"), True, "0.1"], "`interval_growth` must be a number above 0"),
         ("rest", ["Adam", None, 1], "`rest` must be one of .*'adam', 'sgd'"),

@@ -34,8 +34,8 @@ class Method:
     Attributes:
         kind: the class.
         every_step: the arguments with which it records and refreshes at every step.
-        reference: function `(a, ghat, v)` of a layer's rows and gradient in float64: the gradient preconditioned at the
-            default damping, for a loss of 1.
+        reference: function `(a, ghat, v, mean)` of a layer's rows and gradient in float64, and the mean eigenvalue of all layers'
+            Fisher blocks: the gradient preconditioned at the default damping, for a loss of 1.
         refuses: arguments of `NaturalGradient` or of the class it builds on that it does not take, with a value.
     """
 
@@ -56,23 +56,27 @@ def factors(a, ghat):
     return kronecker.input_factor(a)[0], kronecker.output_factor(ghat, BATCH)[0]
 
 
-def by_factors(a, ghat, v):
+def by_factors(a, ghat, v, mean):
+    return kronecker.dense_preconditioned(*factors(a, ghat), v, 0.5 * mean)
+
+
+def by_rows_of_factors(a, ghat, v, mean):
     return kronecker.dense_preconditioned(*factors(a, ghat), v, 1.0, "relative")
 
 
-def by_split_factors(a, ghat, v):
+def by_split_factors(a, ghat, v, mean):
     within = [np.kron(np.eye(3), np.ones((2, 2)))[: len(f), : len(f)] for f in factors(a, ghat)]
     split = [f * mask for f, mask in zip(factors(a, ghat), within, strict=True)]
-    return kronecker.dense_preconditioned(*split, v, 1.0, "relative")
+    return kronecker.dense_preconditioned(*split, v, 0.5 * mean)
 
 
-def by_rows(a, ghat, v, apply=low_rank.dense_preconditioned):
+def by_rows(a, ghat, v, mean, apply=low_rank.dense_preconditioned):
     a, g = (r[0] for r in low_rank.example_rows(a, ghat, BATCH))
     return apply(a, g, v, 0.3 * np.trace(low_rank.kernel(a, g)) / BATCH)
 
 
-def by_few_rows(a, ghat, v):
-    return by_rows(a, ghat, v, lambda *block: low_rank.interpolated(*block, rank=3))
+def by_few_rows(a, ghat, v, mean):
+    return by_rows(a, ghat, v, mean, lambda *block: low_rank.interpolated(*block, rank=3))
 
 
 EACH = {"factor_interval": 1, "inverse_interval": 1}
@@ -83,7 +87,7 @@ assert set(OF_WORKERS) == set(NOT_OF_ROWS)
 METHODS = [
     Method(keras_ngd.KFAC, EACH, by_factors),
     Method(keras_ngd.THOR, EACH | {"split": 2}, by_split_factors, {"reduce_scatter": True}),
-    Method(keras_ngd.SKFAC, ROWS, by_factors, OF_WORKERS),
+    Method(keras_ngd.SKFAC, ROWS, by_rows_of_factors, OF_WORKERS),
     Method(keras_ngd.SNGD, ROWS, by_rows, OF_WORKERS | {"factor_decay": 0.5}),
     Method(keras_ngd.HyLo, ROWS | {"rank": 3, "mode": "kid"}, by_few_rows, OF_WORKERS | {"factor_decay": 0.5}),
 ]
@@ -105,6 +109,7 @@ VALUES = {
     "statistics_fraction": 0.5,
     "kl_clip": 0.01,
     "loss_clip": 0.5,
+    "length_clip": 0.3,
     "fisher_scale": None,
     "interval_growth": 0.2,
     "rest": "sgd",
@@ -270,6 +275,11 @@ def trained(method):
 # Training
 
 
+def clipped(method, loss):
+    """What is left of a step by the bound at defaults, of the loss in units of the step's squared length."""
+    return min(1.0, np.sqrt(0.4 * loss) if "factor_interval" in method.every_step else loss)
+
+
 def first_step(method, start):
     """What the first step adds to the kernels and biases of both captured layers at a learning rate of 1, in float64."""
     w0, b0, w1, b1, w2, b2 = (v.astype("float64") for v in start.values())
@@ -280,14 +290,20 @@ def first_step(method, start):
     error = hidden @ w2 + b2 - y
     upstream = 2 * error / y.size
     found, length, loss = [], 0.0, np.mean(error**2)
-    for inputs, gradients in ((before, upstream @ w2.T * (1 - hidden**2)), (hidden, upstream)):
-        a, ghat = rows.append_ones(rows.dense_rows(inputs)), rows.dense_rows(gradients)
-        v = np.einsum("knti,knto->io", a, ghat)
-        direction = loss * method.reference(a, ghat, v)
+    blocks = [
+        (rows.append_ones(rows.dense_rows(inputs)), rows.dense_rows(gradients))
+        for inputs, gradients in ((before, upstream @ w2.T * (1 - hidden**2)), (hidden, upstream))
+    ]
+    vs = [np.einsum("knti,knto->io", a, ghat) for a, ghat in blocks]
+    mean = sum(np.prod([np.trace(f) for f in factors(*block)]) for block in blocks) / sum(v.size for v in vs)
+    for (a, ghat), v in zip(blocks, vs, strict=True):
+        direction = loss * method.reference(a, ghat, v, mean)
         # The clip bounds the step of each block, then that of all.
-        found.append(direction * min(1.0, loss / np.sum(direction * v)))
-        length += np.sum(found[-1] * v)
-    return [-min(1.0, loss / length) * part for p in found for part in (p[:-1], p[-1])]
+        share = clipped(method, loss / np.sum(direction * v))
+        found.append(direction * share)
+        length += share * np.sum(direction * v)
+    shortened = clipped(method, loss / length)
+    return [-shortened * part for p in found for part in (p[:-1], p[-1])]
 
 
 def test_the_first_step_is_that_of_the_reference(method, trained):

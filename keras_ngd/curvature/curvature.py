@@ -110,6 +110,19 @@ class Curvature(abc.ABC):
         return self.refresh_all([self], [inputs], damping, [state])[0]
 
 
+class TracedCurvature(Curvature):
+    """A curvature that knows the trace of its blocks, which dampings are measured by."""
+
+    @property
+    @abc.abstractmethod
+    def size(self) -> int:
+        """How many parameters a block has."""
+
+    @abc.abstractmethod
+    def trace(self, inputs: Sequence[Tensor]) -> Tensor:
+        """The traces of the Fisher blocks that inputs describe, `[k]`, without any damping."""
+
+
 def refreshed(
     curvatures: Sequence[Curvature],
     inputs: Sequence[Sequence[Tensor]],

@@ -6,13 +6,13 @@ from typing import Self
 from keras import ops
 
 from keras_ngd import backend, sharding
-from keras_ngd.curvature.curvature import Curvature, Slot, where_chosen
+from keras_ngd.curvature.curvature import Slot, TracedCurvature, where_chosen
 from keras_ngd.linalg import inverse
 from keras_ngd.linalg.batching import batched_by_size
 from keras_ngd.typing import Shape, Tensor
 
 INVERSES = ("auto", "cholesky", "newton-schulz", "eigen")
-DAMPING_MODES = ("relative", "pi", "sqrt", "factor", "exact")
+DAMPING_MODES = ("global", "relative", "pi", "sqrt", "factor", "exact")
 
 
 def mean_eigenvalues(factors: Tensor) -> Tensor:
@@ -25,6 +25,7 @@ def factor_dampings(mean_a: Tensor, mean_g: Tensor, damping: Tensor, mode: str) 
 
         relative:  damping tr A / dA and damping tr G / dG
         pi:        pi sqrt(damping) and sqrt(damping) / pi,   pi = sqrt((tr A / dA) / (tr G / dG))
+        global:    the same, of a damping in units of the mean eigenvalue of all blocks, which it is multiplied with before
         sqrt:      sqrt(damping) on both
         factor:    damping on both
 
@@ -34,7 +35,7 @@ def factor_dampings(mean_a: Tensor, mean_g: Tensor, damping: Tensor, mode: str) 
     Args:
         mean_a, mean_g: `[k]`, the mean eigenvalues of the factors.
         damping: scalar.
-        mode: `"relative"`, `"pi"`, `"sqrt"` or `"factor"`.
+        mode: `"global"`, `"relative"`, `"pi"`, `"sqrt"` or `"factor"`.
 
     Returns:
         Two tensors `[k]`.
@@ -81,7 +82,7 @@ def _decomposed(known: Tensor, state: Sequence[Tensor], factors: Tensor) -> list
     ]
 
 
-class KroneckerCurvature(Curvature):
+class KroneckerCurvature(TracedCurvature):
     """Damped inverse Kronecker factors of `k` blocks of one shape, kept stacked.
 
     With `"cholesky"` and `"newton-schulz"` the state is `(A + dA I)^-1` and `(G + dG I)^-1` as of the last refresh, and
@@ -129,6 +130,13 @@ class KroneckerCurvature(Curvature):
     def symmetric(self) -> bool:
         """Whether all matrices of the state are."""
         return self.inverse_method != "eigen"
+
+    @property
+    def size(self) -> int:
+        return self.input_dim * self.output_dim
+
+    def trace(self, inputs: Sequence[Tensor]) -> Tensor:
+        return ops.trace(inputs[0], axis1=1, axis2=2) * ops.trace(inputs[1], axis1=1, axis2=2)
 
     @classmethod
     def refresh_all(

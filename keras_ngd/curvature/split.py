@@ -5,14 +5,14 @@ from typing import Self
 
 from keras import ops
 
-from keras_ngd.curvature.curvature import Curvature, Slot
+from keras_ngd.curvature.curvature import Slot, TracedCurvature
 from keras_ngd.curvature.kronecker import factor_dampings, identities, inversion_method
 from keras_ngd.linalg import diagonal, inverse
 from keras_ngd.linalg.batching import batched_by_size
 from keras_ngd.typing import Parts, Tensor
 
 
-class SplitCurvature(Curvature):
+class SplitCurvature(TracedCurvature):
     """Damped inverses of the diagonal blocks of the factors of `k` Fisher blocks of one shape.
 
     The state is, for each part of the input and then of the output dimension, `[k, count, size, size]`: the inverses of
@@ -28,7 +28,7 @@ class SplitCurvature(Curvature):
         input_parts, output_parts: as `linalg.diagonal.partition` gives them.
         dtype: of the factors.
         inverse_method: `"auto"`, `"cholesky"` or `"newton-schulz"`.
-        damping_mode: `"relative"`, `"pi"`, `"sqrt"` or `"factor"`.
+        damping_mode: as for `kronecker.factor_dampings`.
         damping_factor: what the damping is multiplied with. Default 1.
     """
 
@@ -63,6 +63,10 @@ class SplitCurvature(Curvature):
     def refresh_cost(self) -> float:
         return self.count * sum(count * size**3 for count, size in self.parts)
 
+    @property
+    def size(self) -> int:
+        return diagonal.dimension(self.sides[0]) * diagonal.dimension(self.sides[1])
+
     def divide(self, values: Sequence[Tensor]) -> tuple[Sequence[Tensor], Sequence[Tensor]]:
         """A list by part as two: the input's and the output's."""
         return values[: len(self.sides[0])], values[len(self.sides[0]) :]
@@ -71,9 +75,8 @@ class SplitCurvature(Curvature):
         """The traces of `A` and of `G`, each `[k]`."""
         return tuple(diagonal.traces(side) for side in self.divide(factors))
 
-    def trace(self, factors: Sequence[Tensor]) -> Tensor:
-        """The traces of the Fisher blocks, `[k]`."""
-        trace_a, trace_g = self.traces(factors)
+    def trace(self, inputs: Sequence[Tensor]) -> Tensor:
+        trace_a, trace_g = self.traces(inputs)
         return trace_a * trace_g
 
     def dampings(self, factors: Sequence[Tensor], damping: Tensor) -> tuple[Tensor, Tensor]:

@@ -5,12 +5,12 @@ from typing import Self
 
 from keras import ops
 
-from keras_ngd.curvature.curvature import Curvature, Slot, where_chosen
+from keras_ngd.curvature.curvature import Slot, TracedCurvature, where_chosen
 from keras_ngd.curvature.kronecker import identities
 from keras_ngd.typing import Tensor
 
 
-class UnitWiseCurvature(Curvature):
+class UnitWiseCurvature(TracedCurvature):
     """Damped inverses of the blocks of each feature's scale and offset, of `k` layers of one shape.
 
     The state is `(F_c + d I)^-1` of each feature `c`, `[k, features, n, n]` with `n` of 2, or 1 where there is one of the two
@@ -28,7 +28,7 @@ class UnitWiseCurvature(Curvature):
         parameters: `n`.
         features: how many there are.
         dtype: of the statistics.
-        damping_mode: `"relative"`, `"pi"`, `"sqrt"` or `"factor"`.
+        damping_mode: as for `kronecker.factor_dampings`.
         damping_factor: what the damping is multiplied with. Default 1.
     """
 
@@ -53,15 +53,18 @@ class UnitWiseCurvature(Curvature):
     def refresh_cost(self) -> float:
         return self.count * self.features * self.parameters**3
 
+    @property
+    def size(self) -> int:
+        return self.features * self.parameters
+
     def trace(self, inputs: Sequence[Tensor]) -> Tensor:
-        """The traces of the Fisher blocks, `[k]`."""
         return ops.sum(ops.trace(inputs[0], axis1=2, axis2=3), axis=1)
 
     def _damping(self, blocks: Tensor, damping: Tensor) -> Tensor:
         """`d`, `[k]`."""
         damping = ops.cast(damping, self.dtype) * self.damping_factor
         if self.damping_mode == "relative":
-            mean = self.trace([blocks]) / (self.features * self.parameters)
+            mean = self.trace([blocks]) / self.size
             # Where nothing arrives nothing is known: the block counts as the identity. (What is not finite is to fail.)
             return ops.where(ops.equal(mean, 0), 1.0, damping**2 * mean)
         return (damping**2 if self.damping_mode == "factor" else damping) * ops.ones_like(blocks[:, 0, 0, 0])

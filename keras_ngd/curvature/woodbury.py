@@ -6,14 +6,14 @@ from typing import Self
 from keras import ops
 
 from keras_ngd import backend
-from keras_ngd.curvature.curvature import Curvature, Slot, where_chosen
+from keras_ngd.curvature.curvature import Slot, TracedCurvature, where_chosen
 from keras_ngd.curvature.kronecker import factor_dampings, identities
 from keras_ngd.linalg import inverse
 from keras_ngd.linalg.batching import batched_by_size
 from keras_ngd.typing import Shape, Tensor
 
 
-class WoodburyCurvature(Curvature):
+class WoodburyCurvature(TracedCurvature):
     """Damped inverse Kronecker factors of `k` blocks of one shape, those of rows by Woodbury's identity.
 
         P = (A + dA I)^-1 V (G + dG I)^-1,       (X^T X + d I)^-1 V = (V - X^T (X X^T + d I)^-1 X V) / d
@@ -26,7 +26,7 @@ class WoodburyCurvature(Curvature):
         count: `k`.
         sides: for the input and the output side `(n, d)`: the shape of its rows, or `(d, d)` of its factor.
         dtype: of the rows.
-        damping_mode: `"relative"`, `"pi"`, `"sqrt"` or `"factor"`.
+        damping_mode: as for `kronecker.factor_dampings`.
     """
 
     def __init__(self, count: int, sides: Iterable[Shape], dtype: str, damping_mode: str) -> None:
@@ -45,12 +45,24 @@ class WoodburyCurvature(Curvature):
     def refresh_cost(self) -> float:
         return self.count * sum(rows**2 * (rows + (size if rows < size else 0)) for rows, size in self.sides)
 
+    @property
+    def size(self) -> int:
+        return self.sides[0][1] * self.sides[1][1]
+
+    def _traces(self, inputs: Sequence[Tensor]) -> list[Tensor]:
+        """The traces of `A` and of `G`, each `[k]`."""
+        return [
+            ops.trace(side, axis1=1, axis2=2) if rows == size else ops.sum(side * side, axis=(1, 2))
+            for side, (rows, size) in zip(inputs, self.sides, strict=True)
+        ]
+
+    def trace(self, inputs: Sequence[Tensor]) -> Tensor:
+        trace_a, trace_g = self._traces(inputs)
+        return trace_a * trace_g
+
     def dampings(self, inputs: Sequence[Tensor], damping: Tensor) -> tuple[Tensor, Tensor]:
         """`dA` and `dG`, each `[k]`."""
-        means = []
-        for side, (rows, size) in zip(inputs, self.sides, strict=True):
-            trace = ops.trace(side, axis1=1, axis2=2) if rows == size else ops.sum(side * side, axis=(1, 2))
-            means.append(trace / size)
+        means = [trace / size for trace, (_, size) in zip(self._traces(inputs), self.sides, strict=True)]
         return factor_dampings(means[0], means[1], damping, self.damping_mode)
 
     def precondition(

@@ -54,7 +54,7 @@ class KroneckerSettings:
 
     Attributes:
         inverse: how factors are inverted: `"auto"`, `"cholesky"` or `"newton-schulz"`.
-        damping_mode: `"relative"`, `"pi"`, `"sqrt"` or `"factor"`; see `curvature.kronecker.factor_dampings`.
+        damping_mode: see `curvature.kronecker.factor_dampings`.
         damping_factor: what the method's damping is multiplied with.
         statistics_fraction: the share of each batch's examples that is observed.
     """

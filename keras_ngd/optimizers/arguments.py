@@ -33,9 +33,14 @@ SHARED = {
     'averaged over. Default `"auto"`: read from the compiled loss, its reduction, masks and weights (attribute `loss_ratio`); 1 '
     "in training without one.",
     "statistics_fraction": "in (0, 1]: the share of each batch the factors are estimated from. Default 1.",
+    "length_clip": "positive float, or None for none: bound on the squared length of a step in the metric that preconditions it, "
+    "over the loss and the square of the largest learning rate so far: `nu = min(1, largest_rate / learning_rate "
+    'sqrt(length_clip loss / <P, V>))`, for each layer and for all. Default `"auto"`: 0.4 for KFAC and THOR, None for others '
+    "and where another bound is given.",
     "loss_clip": "positive float, or None for none: bound on what a step promises to take off the loss, as a share of the loss "
-    'and for a learning rate of 1. Default `"auto"`: 1.0, or None where `kl_clip` is given.',
-    "kl_clip": "positive float: bound on the squared length of a step in the Fisher metric, in place of `loss_clip`: `nu = "
+    'and for a learning rate of 1, for each layer and for all. Default `"auto"`: 1.0 for SKFAC, SNGD and HyLo, None for others '
+    "and where another bound is given.",
+    "kl_clip": "positive float: bound on the squared length of a step in the Fisher metric, whatever the loss is: `nu = "
     "min(1, sqrt(kl_clip / (learning_rate^2 sum of <P, V>)))`, under which steps that are clipped do not depend on the learning "
     "rate. Default None.",
     "fisher_scale": '`"loss"`: the Fisher matrix is divided by the loss (its running average), so that steps do not depend on '

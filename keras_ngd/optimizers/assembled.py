@@ -18,11 +18,12 @@ from keras_ngd.optimizers.approximations import Approximation
 from keras_ngd.optimizers.arguments import documented
 from keras_ngd.optimizers.arrivals import Arrivals
 from keras_ngd.optimizers.blocks import Group, Layout
-from keras_ngd.optimizers.bound import Bound, checked_clips
+from keras_ngd.optimizers.bound import Bound, Clips
 from keras_ngd.optimizers.checkpoint import StrictCheckpoint
 from keras_ngd.optimizers.clock import Clock
 from keras_ngd.optimizers.compiled_metrics import make_outside_of_traces
 from keras_ngd.optimizers.counters import Count, Counters
+from keras_ngd.optimizers.damping_unit import DampingUnit
 from keras_ngd.optimizers.exchange import Exchange
 from keras_ngd.optimizers.loss_ratio import LossRatio
 from keras_ngd.optimizers.loss_value import LossCarrier, MeanLoss
@@ -53,6 +54,7 @@ class AssembledOptimizer(Method, OverwritingSGD):
     mean_loss: MeanLoss
     bound: Bound
     rest_rule: RestRule
+    damping_unit: DampingUnit
 
     def __init__(
         self,
@@ -64,6 +66,7 @@ class AssembledOptimizer(Method, OverwritingSGD):
         inverse_interval: IntervalLike = 100,
         kl_clip: float | None = None,
         loss_clip: float | str | None = "auto",
+        length_clip: float | str | None = "auto",
         fisher_scale: str | None = "loss",
         interval_growth: float | None = 0.1,
         rest: str = "adam",
@@ -76,7 +79,7 @@ class AssembledOptimizer(Method, OverwritingSGD):
         **kwargs: Any,
     ) -> None:
         checks.check_own_arguments(type(self).__name__, factor_decay, kwargs)
-        loss_clip, kl_clip = checked_clips(loss_clip, kl_clip)
+        clips = Clips(length_clip, loss_clip, kl_clip).settled(self.default_clip)
         check_fisher_scale(fisher_scale)
         if interval_growth is not None:
             interval_growth = schedules.check_positive_number("interval_growth", interval_growth)
@@ -87,7 +90,8 @@ class AssembledOptimizer(Method, OverwritingSGD):
         checks.check_division(communicator, gradient_worker_fraction, reduce_scatter, shard_state)
         super().__init__(learning_rate=learning_rate, momentum=momentum, **kwargs)
         self.damping, self.factor_decay = damping, float(factor_decay)
-        self.kl_clip, self.loss_clip, self.fisher_scale = kl_clip, loss_clip, fisher_scale
+        self.length_clip, self.loss_clip, self.kl_clip = clips
+        self.fisher_scale = fisher_scale
         self.factor_interval, self.inverse_interval = factor_interval, inverse_interval
         self.interval_growth = interval_growth
         self.rest, self.rest_learning_rate = rest, rest_learning_rate
@@ -101,6 +105,7 @@ class AssembledOptimizer(Method, OverwritingSGD):
         self._notices = Notices(self.name)
         unbuilt: Any = None
         self.clock = self.counters = self.arrivals = self.mean_loss = self.bound = self.rest_rule = unbuilt
+        self.damping_unit = unbuilt
 
     def __setattr__(self, name: str, value: Any) -> None:
         # Keras's LossScaleOptimizer announces itself to the optimizer it wraps by resetting this attribute. MultiOptimizer sets
@@ -266,7 +271,7 @@ class AssembledOptimizer(Method, OverwritingSGD):
         config.pop("gradient_accumulation_steps", None)
         for name in ("damping", "factor_interval", "inverse_interval", "rest_learning_rate"):
             config[name] = schedules.serialize(getattr(self, name))
-        for name in ("factor_decay", "kl_clip", "loss_clip", "fisher_scale", "interval_growth", "rest"):
+        for name in ("factor_decay", *Clips._fields, "fisher_scale", "interval_growth", "rest"):
             config[name] = getattr(self, name)
         if self.gradient_worker_fraction != 1:
             config["gradient_worker_fraction"] = self.gradient_worker_fraction

@@ -1,6 +1,7 @@
 """How long a step may be."""
 
-from typing import TYPE_CHECKING
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, NamedTuple
 
 from keras import ops
 
@@ -16,35 +17,55 @@ INERT_SHARE, INERT_STEPS = 0.95, 100
 # Divisors are kept above it.
 SMALLEST_LENGTH = 1e-30
 
+# The arguments that default to "auto".
+CLIPS_BY_LOSS = ("length_clip", "loss_clip")
 
-def checked_clips(loss_clip: float | str | None, kl_clip: float | None) -> tuple[float | None, float | None]:
-    """The arguments `loss_clip` and `kl_clip`; a `ValueError` names what is wrong."""
-    if kl_clip is not None and not (schedules.is_number(kl_clip) and 0 < kl_clip < float("inf")):
-        raise ValueError(f"`kl_clip` must be a positive float or None. Received: kl_clip={kl_clip!r}")
-    if isinstance(loss_clip, str) and loss_clip == "auto":
-        loss_clip = 1.0 if kl_clip is None else None
-    if loss_clip is not None and not (schedules.is_number(loss_clip) and 0 < loss_clip < float("inf")):
-        raise ValueError(f"`loss_clip` must be a positive float, None or 'auto'. Received: loss_clip={loss_clip!r}")
-    return None if loss_clip is None else float(loss_clip), None if kl_clip is None else float(kl_clip)
+
+class Clips(NamedTuple):
+    """The arguments that bound a step, each a positive float or None for none; see `Bound`."""
+
+    length_clip: float | str | None
+    loss_clip: float | str | None
+    kl_clip: float | None
+
+    def settled(self, default: Mapping[str, float]) -> "Clips":
+        """These with floats for `"auto"`: `default`, a method's own bound by name, where none was chosen, else None.
+
+        Raises:
+            ValueError: naming an argument that is neither a positive float nor one of these.
+        """
+        autos = [name for name, value in self._asdict().items() if isinstance(value, str) and value == "auto"]
+        chosen = self.kl_clip is not None or len(autos) < len(CLIPS_BY_LOSS)
+        found = {name: None if chosen else default.get(name) if name in autos else None for name in autos}
+        values = self._asdict() | found
+        for name, value in values.items():
+            if value is not None and not (schedules.is_number(value) and 0 < value < float("inf")):
+                auto = ", None or 'auto'" if name in CLIPS_BY_LOSS else " or None"
+                raise ValueError(f"`{name}` must be a positive float{auto}. Received: {name}={value!r}")
+        return Clips(**{name: None if value is None else float(value) for name, value in values.items()})
 
 
 class Bound:
     """The bounds of a step's length, and how often they shortened one.
 
-    With `V` a gradient, `P` the preconditioned one and `<P, V>` their product over all blocks, the decrease of the loss that a
-    step promises is about `learning_rate <P, V>`.
+    With `V` a gradient, `P` the preconditioned one and `<P, V>` their product over all blocks, `learning_rate^2 <P, V>` is the
+    squared length of a step in the metric that preconditions it.
 
-        loss_clip:   P <- nu P,   nu = min(1, loss_clip loss / <P, V>)                     at most such a share of the loss
-        kl_clip:     P <- nu P,   nu = min(1, sqrt(kl_clip / (learning_rate^2 <P, V>)))    (Ba et al., 2017)
+        length_clip:   P <- nu P,   nu = min(1, largest_rate / learning_rate sqrt(length_clip loss / <P, V>))
+        loss_clip:     P <- nu P,   nu = min(1, loss_clip loss / <P, V>)
+        kl_clip:       P <- nu P,   nu = min(1, sqrt(kl_clip / (learning_rate^2 <P, V>)))    (Ba et al., 2017)
 
-    The first holds for each block alone, too, before it does for all: so it does for blocks of the Fisher matrix itself, and one
-    whose curvature is far too small (such as that of an attention's keys, whose gradients add up to zero over the positions, from
-    rows that are such sums) leaves the others their steps.
+    The first bounds that squared length by `length_clip largest_rate^2 loss`, with the largest learning rate so far: the rate has
+    its say, and a schedule that lowers it acts as soon as steps are shorter than the bound, which stays. The second bounds the
+    decrease of the loss that a step promises, about `learning_rate <P, V>`, by a share of the loss. Under the third the learning
+    rate has no say in the length of steps that are clipped.
 
-    Under the second the learning rate has no say in the length of steps that are clipped; under the first it always has.
+    The first two hold for each block alone, too, at the largest learning rate, before they do for all: so they do for blocks of
+    the Fisher matrix itself, and one whose curvature is far too small (such as that of an attention's keys, whose gradients add
+    up to zero over the positions, from rows that are such sums) leaves the others their steps.
 
     Args:
-        optimizer: whose steps they are: its `loss_clip`, `kl_clip` and `loss_scale` are looked at.
+        optimizer: whose steps they are: its `length_clip`, `loss_clip`, `kl_clip` and `loss_scale` are looked at.
         add: its `StateLayout.add`.
     """
 
@@ -52,6 +73,7 @@ class Bound:
         self._optimizer = optimizer
         self.clipped_steps = add((), "zeros", "int", "clipped_steps")
         self.sum_of_scales = add((), "zeros", "float32", "sum_of_step_scales")
+        self._largest_rate = add((), "zeros", "float32", "largest_rate")
 
     def read(self, name: str) -> float:
         """`"clipped_steps"`, an int, or `"mean_step_scale"`, the mean over all steps of `nu`, a float."""
@@ -71,14 +93,14 @@ class Bound:
                 "clipped",
                 f"`kl_clip={kl_clip:g}` shortened {clipped} of {steps} steps, to {self.read('mean_step_scale'):.2g} of their "
                 "length in the mean, so that neither the learning rate nor its schedule had a say in them. Raise `kl_clip`, "
-                "lower the rate, or leave `kl_clip` out: `loss_clip`, the default, leaves the learning rate its say.",
+                "lower the rate, or leave `kl_clip` out: the bound by default leaves the learning rate its say.",
             )
         ]
 
     @property
     def is_of_blocks(self) -> bool:
         """Whether the step of each block is bounded, as `of_blocks` says."""
-        return self._optimizer.loss_clip is not None
+        return self._optimizer.loss_clip is not None or self._optimizer.length_clip is not None
 
     def of_blocks(self, lengths: Tensor, loss: Tensor) -> Tensor:
         """`[blocks]`, what each block's step is multiplied with before the step of all is bounded.
@@ -87,26 +109,33 @@ class Bound:
             lengths: `[blocks]`, the `<P, V>` of each.
             loss: scalar, this batch's.
         """
-        return self._share_of_loss(ops.maximum(ops.abs(lengths / self._optimizer.loss_scale**2), SMALLEST_LENGTH), loss)
+        return self._by_loss(ops.maximum(ops.abs(lengths / self._optimizer.loss_scale**2), SMALLEST_LENGTH), loss)
 
-    def _share_of_loss(self, length: Tensor, loss: Tensor) -> Tensor:
-        return ops.minimum(1.0, self._optimizer.loss_clip * ops.where(ops.isfinite(loss), loss, 0.0) / length)
+    def _by_loss(self, lengths: Tensor, loss: Tensor, rates: Tensor | float = 1.0) -> Tensor:
+        """`nu`, with the quotient `rates` of the largest learning rate and that of this step."""
+        optimizer, nu = self._optimizer, ops.ones_like(lengths)
+        loss = ops.where(ops.isfinite(loss), loss, 0.0)
+        if optimizer.length_clip is not None:
+            nu = ops.minimum(nu, rates * ops.sqrt(optimizer.length_clip * loss / lengths))
+        if optimizer.loss_clip is not None:
+            nu = ops.minimum(nu, optimizer.loss_clip * loss / lengths)
+        return nu
 
     def scale(self, length: Tensor, loss: Tensor, finite: Tensor) -> Tensor:
         """`nu`, which is counted.
 
         Args:
-            length: scalar, the sum of `<P, V>` over all blocks.
+            length: scalar, the sum of `<P, V>` over all blocks, with `P` as bounded by `of_blocks`.
             loss: scalar, this batch's.
             finite: whether the step is to be taken at all.
         """
         optimizer = self._optimizer
         length = ops.maximum(ops.abs(length / optimizer.loss_scale**2), SMALLEST_LENGTH)
-        nu = ops.ones((), "float32")
-        if optimizer.loss_clip is not None:
-            nu = self._share_of_loss(length, loss)
+        rate = ops.cast(optimizer.learning_rate, "float32")
+        largest = ops.maximum(rate, ops.convert_to_tensor(self._largest_rate))
+        optimizer.assign(self._largest_rate, largest)
+        nu = self._by_loss(length, loss, ops.where(rate > 0, largest / ops.where(rate > 0, rate, 1.0), 1.0))
         if optimizer.kl_clip is not None:
-            rate = ops.cast(optimizer.learning_rate, "float32")
             nu = ops.minimum(nu, ops.sqrt(optimizer.kl_clip / ops.maximum(rate * rate * length, SMALLEST_LENGTH)))
         optimizer.assign_add(self.clipped_steps, ops.cast(finite & (nu < 1), self.clipped_steps.dtype))
         optimizer.assign_add(self.sum_of_scales, ops.where(finite, nu, 1.0))

@@ -220,6 +220,15 @@ class Exchange:
         """Decisions, the same on all workers."""
         return tensors if self.workers is None else self.workers.agreed(tensors)
 
+    @property
+    def measured_layout(self) -> Layout:
+        """The part of the layout that this worker measures, of a sum over all blocks; see `total`."""
+        return self._optimizer.layout if self.workers is None else self.workers.measured_layout
+
+    def total(self, measured: Tensor) -> Tensor:
+        """The sum over all blocks, the same on all workers, of which this worker has that of `measured_layout`."""
+        return measured if self.workers is None else self.workers.total(measured)
+
     def all_preconditioned(self, found: dict[Block, Tensor], length: Tensor) -> tuple[dict[Block, Tensor], Tensor]:
         """Preconditioned gradients of all blocks from those of the blocks of `local_layout`, and the length of all.
 

@@ -28,7 +28,7 @@ class KFAC(NaturalGradient):
     factor `G` (running averages, see `keras_ngd.statistics.KroneckerStatistics`):
 
         P  = loss (A + dA I)^-1 V (G + dG I)^-1
-        P <- nu P,      nu = min(1, loss_clip loss / sum over layers of <P, V>)
+        P <- nu P,      nu = min(1, sqrt(length_clip loss / sum over layers of <P, V>))
         m <- momentum m - learning_rate P;      W <- W + m
 
     with the running average of the loss in the first line (see `fisher_scale`). All other variables take Adam's step with
@@ -44,16 +44,17 @@ class KFAC(NaturalGradient):
     Args:
         learning_rate: float, `LearningRateSchedule` or callable. Default 0.02.
         damping: positive float or `LearningRateSchedule`: what is added to the curvature; `damping_mode` says in which units.
-            Default None: 1.0, relative.
+            Default None: 0.5 with `"global"`, 1.0 with `"relative"`.
         inverse: how the factors are inverted. `"cholesky"`; `"newton-schulz"` (matrix products only, warm-started from
             the last inverse, falling back to Cholesky where that does not converge); `"eigen"` (eigendecompositions: the
             damping may change between refreshes; twice the preconditioning cost); `"auto"` (default): `"newton-schulz"`
             on accelerators, `"cholesky"` on CPUs.
-        damping_mode: what the damping is added to, and its units. `"relative"`: each factor gets `damping` times its mean
+        damping_mode: what the damping is added to, and its units. `"global"`: in units of the mean eigenvalue of all layers'
+            Fisher blocks, divided among factors as by `"pi"`; `"relative"`: each factor gets `damping` times its own mean
             eigenvalue, whatever its scale. All others are in units of the curvature: `"pi"`: `dA = pi sqrt(damping)`, `dG =
             sqrt(damping) / pi`, with `pi^2` the ratio of the factors' mean eigenvalues; `"sqrt"`: both `sqrt(damping)`;
             `"factor"`: both `damping`; `"exact"` (with `inverse="eigen"` only): the damping is added to `A (x) G` itself.
-            Default None: `"relative"` where `damping` is not given, else `"pi"`.
+            Default None: `"global"` where `damping` is not given, else `"pi"`.
         {{shared_arguments}}
 
     Factors are as wide as their layers, and the time of a refresh grows with the cube of that: `capture` warns of layers above
@@ -91,7 +92,7 @@ class KFAC(NaturalGradient):
     ) -> None:
         if inverse not in INVERSES:
             raise ValueError(f"`inverse` must be one of {INVERSES}. Received: inverse={inverse!r}")
-        damping, damping_mode = settled_damping(damping, damping_mode, "pi")
+        damping, damping_mode = settled_damping(damping, damping_mode, "pi", {"global": 0.5, "relative": 1.0})
         if damping_mode not in DAMPING_MODES:
             raise ValueError(f"`damping_mode` must be one of {DAMPING_MODES}. Received: damping_mode={damping_mode!r}")
         if damping_mode == "exact" and inverse != "eigen":

@@ -2,6 +2,7 @@
 
 import abc
 from collections.abc import Callable, Mapping, Sequence
+from types import MappingProxyType
 from typing import Any
 
 from keras_ngd.layers.geometry import Structure
@@ -32,6 +33,8 @@ class Method(Approximation):
         whole_factors: whether the state of a layer grows with the squares of its sizes. Default False.
         losses_per_example: how many loss values each example contributes to the mean, a number, or `"auto"`.
         factor_decay: decay of the running averages.
+        damping_mode: in which units the damping is; of `"global"`, see `DampingUnit`.
+        default_clip: what bounds a step where no bound is asked for, by the argument's name. Default: `length_clip` 0.4.
     """
 
     one_clock: bool = True
@@ -39,6 +42,8 @@ class Method(Approximation):
     whole_factors: bool = False
     losses_per_example: LossesPerExample = 1.0
     factor_decay: float = 0.95
+    damping_mode: str = "absolute"
+    default_clip: Mapping[str, float] = MappingProxyType({"length_clip": 0.4})
 
     @property
     def approximations(self) -> Mapping[Structure, type[AveragedApproximation]]:

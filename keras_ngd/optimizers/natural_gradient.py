@@ -15,6 +15,7 @@ from keras_ngd.optimizers.blocks import Block, Layout, Signals, find_blocks
 from keras_ngd.optimizers.bound import Bound
 from keras_ngd.optimizers.clock import Clock
 from keras_ngd.optimizers.counters import Counters
+from keras_ngd.optimizers.damping_unit import DampingUnit
 from keras_ngd.optimizers.loss_value import MeanLoss, average_weight
 from keras_ngd.optimizers.method import Inputs
 from keras_ngd.optimizers.rest import RestRule
@@ -49,6 +50,7 @@ class NaturalGradient(AssembledOptimizer):
         arrivals        what probes emitted                  bound               how long a step may be
         clock           when to record and to refresh        rest_rule           all other variables
         counters        what happened                        checkpoint          saving and loading
+        damping_unit    what the damping is relative to
 
     Arguments are those of `AssembledOptimizer`.
     """
@@ -90,6 +92,7 @@ class NaturalGradient(AssembledOptimizer):
             [self._var_key(v) in captured or self._overwrite_variable_with_gradient(v) for v in variables],
         )
         self.mean_loss, self.bound = MeanLoss(self, self.state.add), Bound(self, self.state.add)
+        self.damping_unit = DampingUnit(self, self.state.add)
         self._add_counters(layout.blocks)
         self.ratio.build(layout.blocks, self.state.add)
         self.loss_carrier.blocks = layout.blocks
@@ -168,7 +171,7 @@ class NaturalGradient(AssembledOptimizer):
             }
 
         self._refresh(inputs, damping, step, recorded)
-        preconditioned, length = self._precondition(signals, inputs, damping, loss)
+        preconditioned, length = self._precondition(signals, inputs, self.damping_unit.times(damping), loss)
         others = self._others(signals, preconditioned)
         finite = self._all_finite([signals.grads[i] for i in others], length)
         nu = self.bound.scale(length, loss, finite)
@@ -199,7 +202,7 @@ class NaturalGradient(AssembledOptimizer):
     def _refresh(self, inputs: Inputs, damping: Tensor, step: Tensor, recorded: Tensor) -> None:
         """Replaces the curvatures' states where a refresh is due."""
         variables = [v for group in self.local_layout.groups for v in group.curvature.variables]
-        variables += self.decided_variables
+        variables += [*self.damping_unit.variables, *self.decided_variables]
         old = [ops.convert_to_tensor(variable) for variable in variables]
         known = ops.convert_to_tensor(self.counters.factor_updates) > 0
         due = self.clock.refresh_due(step, recorded, known)
@@ -215,7 +218,9 @@ class NaturalGradient(AssembledOptimizer):
         states = [
             state_layout.gathered_state(group, [next(values) for _ in group.curvature.variables]) for group in groups
         ]
-        decided, update = self.decide(inputs, damping, list(values))
+        unit = self.damping_unit.measured(inputs)
+        damping = self.damping_unit.times(damping, unit)
+        decided, update = self.decide(inputs, damping, list(values)[len(unit) :])
 
         def renew(layout: Layout, states: Sequence[Sequence[Tensor]]) -> list[list[Tensor]]:
             tensors, chosen = inputs(layout.blocks), None
@@ -228,7 +233,7 @@ class NaturalGradient(AssembledOptimizer):
             new = self.exchange.refreshed_states(renew, states, update)
             new = self.arrivals.where_known(groups, new, states)
         stored = [t for group, state in zip(groups, new, strict=True) for t in state_layout.stored_state(group, state)]
-        return stored + list(decided)
+        return [*stored, *unit, *decided]
 
     def _precondition(
         self, signals: Signals, inputs: Inputs, damping: Tensor, loss: Tensor

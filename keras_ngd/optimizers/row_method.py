@@ -3,6 +3,7 @@
 import functools
 import math
 from collections.abc import Sequence
+from types import MappingProxyType
 from typing import Any
 
 import keras
@@ -96,6 +97,8 @@ class RowMethod(Capacity, NaturalGradient):
         self.batch_size, self.losses_per_example = batch_size, losses_per_example
 
     refreshes_what_was_recorded = True
+    # The curvature of one batch, from rows as few as its examples, says less of the next: steps are bounded by what they promise.
+    default_clip = MappingProxyType({"loss_clip": 1.0})
 
     # In which units the damping is, and what it is where none is asked for.
     damping_mode: str

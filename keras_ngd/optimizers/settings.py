@@ -1,5 +1,6 @@
 """Settings that methods share."""
 
+from collections.abc import Mapping
 from typing import Any
 
 from keras_ngd.typing import DampingLike
@@ -10,6 +11,7 @@ FISHER_SCALES = ("loss", None)
 PAPER_SETTINGS: dict[str, Any] = {
     "kl_clip": 1e-3,
     "loss_clip": None,
+    "length_clip": None,
     "fisher_scale": None,
     "interval_growth": None,
     "rest": "sgd",
@@ -23,14 +25,22 @@ def check_fisher_scale(fisher_scale: str | None) -> None:
 
 
 def settled_damping(
-    damping: DampingLike | None, mode: str | None, absolute: str, default: float = 1.0
+    damping: DampingLike | None, mode: str | None, absolute: str, defaults: Mapping[str, float]
 ) -> tuple[DampingLike, str]:
-    """The damping and its mode: relative, and `default`, where no damping is given, and else `absolute` where no mode is."""
-    if damping is None:
-        if mode not in (None, "relative"):
-            raise ValueError(
-                f"`damping_mode={mode!r}` is in units of the curvature and needs a `damping`, such as 0.01. Received: "
-                "damping=None"
-            )
-        return default, "relative"
-    return damping, absolute if mode is None else mode
+    """The damping and its mode, where one of them or both are not given.
+
+    Args:
+        damping: as it was given.
+        mode: as it was given.
+        absolute: the mode of a damping that is given without one.
+        defaults: for each mode that has a default its damping; the first is the mode where neither is given.
+    """
+    if damping is not None:
+        return damping, absolute if mode is None else mode
+    mode = next(iter(defaults)) if mode is None else mode
+    if mode not in defaults:
+        raise ValueError(
+            f"`damping_mode={mode!r}` is in units of the curvature and needs a `damping`, such as 0.01. Received: "
+            "damping=None"
+        )
+    return defaults[mode], mode

@@ -45,13 +45,14 @@ class SKFAC(RowMethod):
         learning_rate: float, `LearningRateSchedule` or callable. Default 0.02.
         damping: positive float or `LearningRateSchedule`, as for `keras_ngd.KFAC`; factors of one batch alone may need
             more than KFAC's averages. Woodbury's identity loses digits where a factor's largest eigenvalue is more than a
-            thousand times what is added to it. Default None: 1.0, relative.
+            thousand times what is added to it. Default None: 1.0 with `"relative"`, 0.5 with `"global"`.
         convolution: `"reduce"` (default): the mean over an example's positions of the inputs, the sum of the gradients; or
             `"subsample"`: some of a convolution's positions, drawn at random for each example.
         positions: int, how many, for `"subsample"`. Default 4.
         history: int of at least 1: of how many recorded batches the factors are made. Default 1.
         factor_decay: float in (0, 1): the weight of a batch in the history against that of the next. Default 0.95.
-        damping_mode: `"relative"`, `"pi"`, `"sqrt"` or `"factor"`, as for `keras_ngd.KFAC`.
+        damping_mode: `"relative"`, `"global"`, `"pi"`, `"sqrt"` or `"factor"`, as for `keras_ngd.KFAC`. Default None:
+            `"relative"` where `damping` is not given, else `"pi"`.
         seed: int in [0, 2**12), of the positions drawn. Default 0.
         {{shared_arguments}}
 
@@ -77,7 +78,7 @@ class SKFAC(RowMethod):
         name: str = "skfac",
         **kwargs: Any,
     ) -> None:
-        damping, damping_mode = settled_damping(damping, damping_mode, "pi")
+        damping, damping_mode = settled_damping(damping, damping_mode, "pi", {"relative": 1.0, "global": 0.5})
         modes = tuple(mode for mode in DAMPING_MODES if mode != "exact")
         if damping_mode not in modes:
             raise ValueError(

@@ -25,7 +25,7 @@ class Workers:
         statistics     means over all examples:  all-reduce of the layers that recorded any, one triangle of each factor
         inverses       a layer's owner inverts, and sends one triangle of each inverse to all that hold it
         preconditioned the holder of a layer sends its gradient, preconditioned, to others that do not hold it, at every step
-        decisions      (THOR's trace rule) worker 0's
+        decisions      (THOR's trace rule, the unit of the damping) worker 0's, or a sum over owners
 
     With the fraction 1 all workers hold all inverses, and no preconditioned gradients are sent (KAISA's COMM-OPT); with `1 / P`
     only owners hold them, and no inverses are sent (MEM-OPT); others lie in between (HYBRID; `distributed.holders_of`). Where
@@ -231,11 +231,22 @@ class Workers:
             for variable, value in zip(variables, unpacked(received, old), strict=True):
                 variable.assign(value)
 
-    def agreed(self, tensors: Sequence[Tensor]) -> Sequence[Tensor]:
+    def agreed(self, tensors: Sequence[Tensor], name: str = "keras_ngd_decision") -> Sequence[Tensor]:
         """Worker 0's decisions: others might decide differently by a rounding."""
         if self.rank is None:
             return tensors
-        return self.communicator.broadcast(tensors, 0, "decisions", "keras_ngd_decision")
+        return self.communicator.broadcast(tensors, 0, "decisions", name)
+
+    @property
+    def measured_layout(self) -> Layout:
+        """The blocks whose statistics this worker has, each of which one worker at least has."""
+        return self.own if self.scatter else self.layout
+
+    def total(self, measured: Tensor) -> Tensor:
+        """The sum over all blocks, from that over each worker's `measured_layout`."""
+        if not self.scatter:
+            return self.agreed([measured], "keras_ngd_total")[0]
+        return self.communicator.all_reduce([measured], "decisions", "keras_ngd_total")[0]
 
     def refresh(
         self, renew: Callable[..., list[list[Tensor]]], states: list[list[Tensor]], update: dict[Block, Tensor] | None

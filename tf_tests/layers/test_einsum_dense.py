@@ -116,13 +116,14 @@ def test_rows(equation, seed):
 
 @pytest.mark.parametrize("equation", ["nti,iho->ntho", "ntgi,gio->ntgo", "nthi,hio->nto"])
 def test_a_step(equation):
-    """One step of KFAC at its own damping, without clip."""
+    """One step of KFAC with a damping relative to the factors, without clip."""
     model, layer, batch, (a, ghat) = case(equation, 1)
     before = [array(v) for v in (layer._kernel, layer.bias)]
     captured(
         model,
         keras_ngd.KFAC(
             1.0,
+            damping_mode="relative",
             momentum=0.0,
             factor_interval=1,
             inverse_interval=1,

@@ -149,7 +149,9 @@ def test_factors_of_both_uses(tied):
     table = array(layer._embeddings)
     reverse = table if tied else array(layer.reverse_embeddings).T
     (one_hot, g), (ds, h) = both_uses(table, reverse, x, y)
-    captured(model, keras_ngd.KFAC(1.0, losses_per_example=1, **UNCLIPPED)).train_on_batch(x, y)
+    captured(model, keras_ngd.KFAC(1.0, damping_mode="relative", losses_per_example=1, **UNCLIPPED)).train_on_batch(
+        x, y
+    )
 
     lookups = np.diag(one_hot.sum(axis=(0, 1)) / x.size), BATCH * np.einsum("nti,ntj->ij", g, g)
     trace = (ds**2).sum()

@@ -31,7 +31,7 @@ def prepared(optimizer, model=None, **kwargs):
     for i, variable in enumerate(model.trainable_variables):
         rng = np.random.default_rng(i)
         variable.assign(rng.normal(size=variable.shape).astype("float32") / 2)
-    return small.captured(model, optimizer, **kwargs)
+    return model if optimizer is None else small.captured(model, optimizer, **kwargs)
 
 
 def trained(optimizer, model=None, epochs=2, **kwargs):
@@ -98,26 +98,64 @@ def first_steps(rates, **arguments):
 
 def test_learning_rates_act_on_clipped_steps_unless_kl_clip_clips_them():
     close = {"rtol": 1e-3, "atol": 1e-6}
-    once, twice = first_steps([0.01, 0.02], loss_clip=0.01)
-    np.testing.assert_allclose(twice, 2 * once, **close)
+    for clip in ("loss_clip", "length_clip"):
+        once, twice = first_steps([0.01, 0.02], **{clip: 0.01})
+        np.testing.assert_allclose(twice, 2 * once, **close)
     once, twice = first_steps([0.1, 0.2], kl_clip=1e-7)
     np.testing.assert_allclose(twice, once, **close)
 
 
-def test_a_clipped_step_takes_no_more_than_its_share_off_the_loss():
-    """`<P, V> = loss_clip loss`, with `P` the step over the learning rate and `V` the gradient."""
-    rate, clip = 1e-3, 0.01
-    model = small.mlp()
+@pytest.mark.parametrize(("clip", "power"), [("length_clip", 0.5), ("loss_clip", 1.0)])
+def test_a_clipped_step_is_as_long_as_its_bound(clip, power):
+    """Each layer's step is shortened to the bound, and then that of all, with `V` the gradient and `P` as without a bound."""
+    rate, bound = 1e-3, 0.01
     x, y = small.regression(8)
-    for i, variable in enumerate(model.trainable_variables):
-        variable.assign(np.random.default_rng(i).normal(size=variable.shape).astype("float32"))
-    gradients, before = small.gradients(model, x, y), small.weights(model)
-    loss = float(np.mean((np.array(model(x)) - y) ** 2))
-    small.captured(model, keras_ngd.KFAC(rate, loss_clip=clip, momentum=0.0))
-    small.fit(model, x, y)
-    promised = sum(np.sum((before[k] - v) / rate * gradients[k]) for k, v in small.weights(model).items())
-    np.testing.assert_allclose(promised, clip * loss, rtol=1e-2)
-    assert model.optimizer.mean_step_scale < 1
+
+    def step(value):
+        model = prepared(keras_ngd.KFAC(rate, momentum=0.0, **{clip: value}))
+        before = small.weights(model)
+        small.fit(model, x, y)
+        return model.optimizer, {k: (before[k] - v) / rate for k, v in small.weights(model).items()}
+
+    start = prepared(None)
+    gradients, loss = small.gradients(start, x, y), float(np.mean((np.array(start(x)) - y) ** 2))
+    (_, unbounded), (optimizer, bounded) = step(None), step(bound)
+
+    def nu(length):
+        return min(1.0, (bound * loss / length) ** power)
+
+    by_layer = {}
+    for path, p in unbounded.items():
+        layer = path.rpartition("/")[0]
+        by_layer[layer] = by_layer.get(layer, 0.0) + np.sum(p * gradients[path])
+    of_all = nu(sum(nu(length) * length for length in by_layer.values()))
+    for path, p in unbounded.items():
+        expected = of_all * nu(by_layer[path.rpartition("/")[0]]) * p
+        np.testing.assert_allclose(bounded[path], expected, rtol=1e-2, atol=1e-2 * np.abs(expected).max())
+    np.testing.assert_allclose(optimizer.mean_step_scale, of_all, rtol=1e-2)
+
+
+def test_a_schedule_shortens_steps_once_they_are_shorter_than_their_bound():
+    """The bound is that of the largest learning rate so far."""
+
+    class Falling(keras.optimizers.schedules.LearningRateSchedule):
+        def __call__(self, step):
+            return keras.ops.where(step < 1, 0.02, 0.01)
+
+    x, y = small.regression(8)
+
+    def second_step(rate, length_clip):
+        model = prepared(
+            keras_ngd.KFAC(rate, length_clip=length_clip, momentum=0.0, inverse_interval=10, interval_growth=None)
+        )
+        small.fit(model, x, y)
+        before = small.weights(model)
+        small.fit(model, x, y)
+        return np.concatenate([np.ravel(before[k] - v) for k, v in small.weights(model).items()])
+
+    for clip, share in ((1e-4, 1.0), (100.0, 0.5)):
+        constant, falling = (second_step(rate, clip) for rate in (0.02, Falling()))
+        np.testing.assert_allclose(falling, share * constant, rtol=1e-3, atol=1e-7)
 
 
 def test_a_learning_rate_that_has_no_say_is_warned_of_once():
@@ -201,6 +239,7 @@ def test_intervals_grow_to_those_asked_for():
 def test_arguments_survive_saving(tmp_path):
     arguments = {
         "loss_clip": 0.5,
+        "length_clip": 0.2,
         "fisher_scale": None,
         "interval_growth": 0.2,
         "rest": "sgd",
@@ -210,4 +249,20 @@ def test_arguments_survive_saving(tmp_path):
     assert {name: config[name] for name in arguments} == arguments
     assert keras_ngd.KFAC.from_config(config).get_config() == config
     papers = keras_ngd.SNGD(0.1, 0.1, **keras_ngd.PAPER_SETTINGS)
-    assert (papers.kl_clip, papers.loss_clip, papers.damping_mode) == (1e-3, None, "absolute")
+    assert (papers.kl_clip, papers.loss_clip, papers.length_clip, papers.damping_mode) == (1e-3, None, None, "absolute")
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_a_bound_that_is_asked_for_is_the_only_one(method):
+    default = {"length_clip": 0.4} if method in ("KFAC", "THOR") else {"loss_clip": 1.0}
+    for arguments, bounds in (
+        ({}, default),
+        ({"loss_clip": None}, {}),
+        ({"length_clip": None}, {}),
+        ({"loss_clip": 2}, {"loss_clip": 2.0}),
+        ({"length_clip": 0.1, "kl_clip": 0.2}, {"length_clip": 0.1, "kl_clip": 0.2}),
+    ):
+        optimizer = METHODS[method](**arguments)
+        assert {
+            n: v for n in ("length_clip", "loss_clip", "kl_clip") if (v := getattr(optimizer, n)) is not None
+        } == bounds
