@@ -96,11 +96,6 @@ def statistics(model):
     return {v.path: array(v) for v in model.weights if hasattr(v, "keras_ngd_statistics")}
 
 
-def values(model):
-    """Copies of all weights by path: the model's own, the statistics, and the optimizer's."""
-    return {v.path: array(v) for v in [*model.weights, *model.optimizer.variables]}
-
-
 def assert_same(actual, expected):
     """Asserts that two dictionaries of arrays hold the same values, to the last bit and in the same order."""
     for found, (key, value) in zip(actual.values(), expected.items(), strict=True):

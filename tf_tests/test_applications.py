@@ -1,6 +1,7 @@
 """The networks of `keras.applications`: captured, trained, saved, loaded and trained on, released, and what they were."""
 
 import gc
+import zlib
 
 import keras
 import numpy as np
@@ -55,6 +56,16 @@ def seeded(model):
     return model
 
 
+def digests(model):
+    """What stands for the values of all weights, the optimizer's among them, by path; all are finite."""
+    found = {}
+    for variable in [*model.weights, *model.optimizer.variables]:
+        value = small.array(variable)
+        assert np.isfinite(value).all(), variable.path
+        found[variable.path] = zlib.crc32(value)
+    return found
+
+
 def predicted(model, x):
     return ops.convert_to_numpy(model(x, training=False))
 
@@ -65,7 +76,7 @@ def test_captures_trains_resumes_and_releases(name, tmp_path):
     kinds = [type(layer) for layer in model._flatten_layers()]
     layers = [la for la in model._flatten_layers() if type(la) in KINDS]
     graph = name in IN_A_GRAPH
-    optimizer = paper.KFAC(0.01, damping=0.1) if graph else paper.THOR(0.01, damping=0.1, split=64)
+    optimizer = paper.KFAC(0.01, damping=0.1) if graph else paper.THOR(0.01, damping=0.1, split=16)
     report = keras_ngd.capture(model, optimizer)
     assert len(report.captured) == len(layers)
     assert set(report.not_captured.values()) <= LEFT
@@ -74,19 +85,17 @@ def test_captures_trains_resumes_and_releases(name, tmp_path):
     small.compiled(model, optimizer, loss, jit_compile=small.JIT and graph, run_eagerly=not graph)
     x = np.random.default_rng(0).uniform(0, 255, (4, *model.input_shape[1:])).astype("float32")
     y = np.array([0, 3, 1, 2])
-    before = [small.array(layer.trainable_weights[0]) for layer in layers]
+    before = digests(model)
     model.train_on_batch(x, y)
-    after = [small.array(layer.trainable_weights[0]) for layer in layers]
     assert optimizer.factor_updates == optimizer.inverse_updates == 1
     assert optimizer.skipped_steps == 0
-    assert all(np.isfinite(kernel).all() for kernel in after)
-    assert any(not np.array_equal(a, b) for a, b in zip(before, after, strict=True))
-    del before, after
+    after, kernels = digests(model), {layer.trainable_weights[0].path for layer in layers}
+    assert any(after[path] != before[path] for path in kernels)
 
     path, saved = tmp_path / "model.keras", predicted(model, x)
     model.save(path)
     seeded(model).train_on_batch(x, y)
-    trained, expected = small.values(model), predicted(model, x)
+    trained, expected = digests(model), predicted(model, x)
     keras_ngd.release(model)
     assert [type(layer) for layer in model._flatten_layers()] == kinds
     np.testing.assert_array_equal(predicted(model, x), expected)
@@ -99,4 +108,4 @@ def test_captures_trains_resumes_and_releases(name, tmp_path):
     assert again.optimizer.factor_updates == again.optimizer.inverse_updates == 1
     np.testing.assert_array_equal(predicted(again, x), saved)
     seeded(again).train_on_batch(x, y)
-    small.assert_same(small.values(again), trained)
+    assert digests(again) == trained

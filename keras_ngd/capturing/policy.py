@@ -87,6 +87,7 @@ def _reason_against(
         parts = kind.parts(layer)
     except ValueError as error:
         return str(error)
+    layers.check_parts(path_of(layer), kind, parts)
     kernel, *others = [variable for part in parts.values() for variable in part.parameters]
     if not layer.trainable and getattr(layer, "statistics", None) is not None:
         return OF_ANOTHER
