@@ -1,10 +1,15 @@
 """Static shapes: what a function gives, without computing it, and whether that is what it is to give."""
 
+from keras_ngd import keras_private
 from keras_ngd.backend.running import name
 
 
 class WrongShape(ValueError):
     """What something gave is not of the shape it is to have. Says what, but not of which layer: who knows that adds it."""
+
+    def __init__(self, message):
+        super().__init__(message)
+        keras_private.keep_message(self)
 
 
 def static_shape(tensor):

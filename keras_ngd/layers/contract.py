@@ -26,17 +26,19 @@ ERRORS = (ValueError, TypeError, IndexError)
 _AGREEING: set[Any] = set()
 
 
-def gives(expected: Callable[..., Any]) -> Callable[[Method], Method]:
+def gives(expected: Callable[..., Any], name: str | None = None) -> Callable[[Method], Method]:
     """A decorator of a geometry's method, whose results are to have the shapes `expected(geometry, *arguments)`.
 
     Shapes are as `backend.agrees` takes them. What overrides the method is checked, too: see `check_overriding`.
     """
 
     def decorate(method: Any) -> Any:
+        called = method.__name__ if name is None else name
+
         @functools.wraps(method)
         def checked(geometry: Any, *args: Any, **kwargs: Any) -> Any:
-            found = _called(geometry, method, *args, **kwargs)
-            backend.check_shapes(found, expected(geometry, *args, **kwargs), _named(geometry, method))
+            found = _called(geometry, called, method, *args, **kwargs)
+            backend.check_shapes(found, expected(geometry, *args, **kwargs), _named(geometry, called))
             return found
 
         checked.gives = expected  # type: ignore[attr-defined]
@@ -75,32 +77,41 @@ def check_overriding(cls: type) -> None:
     stated = {n: f.gives for base in reversed(cls.__mro__) for n, f in vars(base).items() if hasattr(f, "gives")}
     for name, expected in stated.items():
         if not hasattr(getattr(cls, name), "gives"):
-            setattr(cls, name, gives(expected)(getattr(cls, name)))
+            setattr(cls, name, gives(expected, name)(getattr(cls, name)))
 
 
-def _called(geometry: Any, method: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-    """`method(geometry, *args)`, whose failures name it and what it was given."""
+def _called(geometry: Any, name: str, method: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    """`method(geometry, *args)`, the geometry's of this name, whose failures say which it was and what it was given."""
     try:
         return method(geometry, *args, **kwargs)
     except backend.WrongShape:
         raise
     except ERRORS as error:
         given = ", ".join(backend.shown(a) for a in args if hasattr(a, "shape") or isinstance(a, list))
-        raise backend.WrongShape(f"{_named(geometry, method)} fails on the shape {given}: {error}") from error
+        raise backend.WrongShape(f"{_named(geometry, name)} fails on the shape {given}: {error}") from error
 
 
-def _named(geometry: Any, method: Callable[..., Any]) -> str:
-    return f"`{method.__name__}` of its {type(geometry).__name__}"
+def _named(geometry: Any, name: str) -> str:
+    return f"`{name}` of its {type(geometry).__name__}"
 
 
-def check_parts(path: str, kind: type, parts: "Mapping[str, Part]") -> None:
-    """Raises a `ValueError` unless these are parts of a layer, whose geometries make matrices of their parameters and back.
+def parts_of(path: str, kind: Any, layer: Any) -> "Mapping[str, Part] | str":
+    """The parts of a built layer, or what its kind says of why it has none.
 
     Args:
         path: the layer's.
-        kind: what it is captured as.
-        parts: what its `parts` gave.
+        kind: the class that it is captured as.
+        layer: the layer, captured or plain.
+
+    Raises:
+        ValueError: unless these are parts whose geometries make matrices of their parameters and back.
     """
+    try:
+        parts = kind.parts(layer)
+    except ValueError as error:
+        return str(error)
+    except (*ERRORS, AttributeError) as error:
+        raise ValueError(of_layer(path, kind, f"its `parts` fails: {error}")) from error
     try:
         names = list(parts) if isinstance(parts, Mapping) else []
         if names[:1] != ["statistics"] or not all(name.endswith("_statistics") for name in names[1:]):
@@ -112,6 +123,7 @@ def check_parts(path: str, kind: type, parts: "Mapping[str, Part]") -> None:
             _check_part(geometry, parameters)
     except backend.WrongShape as error:
         raise ValueError(of_layer(path, kind, error)) from error
+    return parts
 
 
 def _check_part(geometry: "Geometry", parameters: Sequence[Variable]) -> None:
@@ -129,18 +141,19 @@ def _check_part(geometry: "Geometry", parameters: Sequence[Variable]) -> None:
     if key in _AGREEING:
         return
 
+    made = f"{_named(geometry, 'from_matrix')}, of {[parameter.name for parameter in parameters]},"
+
     def there_and_back(*tensors: Tensor) -> None:
-        back = _called(geometry, type(geometry).from_matrix, geometry.to_matrix(list(tensors)))
-        backend.check_shapes(
-            back, shapes, f"{_named(geometry, type(geometry).from_matrix)}, of {[p.name for p in parameters]},"
-        )
+        matrix = geometry.to_matrix(list(tensors))
+        back = _called(geometry, "from_matrix", type(geometry).from_matrix, matrix)
+        backend.check_shapes(back, shapes, made)
 
     backend.without_computing(there_and_back, shapes, [backend.dtype_name(parameter) for parameter in parameters])
     _AGREEING.add(key)
 
 
-def of_layer(path: str, kind: type, error: Exception) -> str:
-    """What to say of an error that a layer's geometry, or its statistics, made."""
+def of_layer(path: str, kind: type, error: object) -> str:
+    """What to say of what is wrong with a layer's geometry, or with what its statistics made of it."""
     return (
         f'Layer {path!r} cannot be captured as {kind.__name__}: {error}. Correct that class, or its geometry: "Adding a kind of '
         f'layer" in CONTRIBUTING.md has an example. Or leave the layer out: `keras_ngd.capture(model, optimizer, '

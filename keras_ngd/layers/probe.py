@@ -102,7 +102,7 @@ def _gradient(
     try:
         emitted = statistics.emit(geometry, x, upstream, weights, values, looped=bool(loops), as_read=as_read)
     except backend.WrongShape as error:
-        raise ValueError(of_layer(statistics.path_of_part(), type(statistics.owner()), error)) from error
+        raise ValueError(of_layer(statistics.owner().path, type(statistics.owner()), error)) from error
     return (followed, *unobserved, *emitted)
 
 
