@@ -14,7 +14,7 @@ TEST := $(VENV)/.installed-test
 HOROVOD := $(VENV)/.installed-horovod
 TPU := $(VENV)/.installed-tpu
 
-.PHONY: help demo test lint clean distclean
+.PHONY: help demo test nightly lint clean distclean
 BENCHMARKS := benchmark-update-cost benchmark-row-cost benchmark-thor-convergence benchmark-row-convergence \
   benchmark-gradient-error benchmark-communication benchmark-replicas benchmark-tpu
 .PHONY: $(BENCHMARKS) benchmark
@@ -22,6 +22,7 @@ BENCHMARKS := benchmark-update-cost benchmark-row-cost benchmark-thor-convergenc
 help:
 	@echo "make demo                   train a small network with SGD and with KFAC, offline"
 	@echo "make test                   lint, then all tests on the TensorFlow and on the JAX backend"
+	@echo "make nightly                all networks of keras.applications: trained, saved, loaded, released; takes an hour"
 	@echo "make lint                   ruff: rules and format; mypy: types"
 	@echo "make benchmark              side by side: costs of steps, convergence, kfac-jax; an hour, goes on where interrupted"
 	@echo "make benchmark-update-cost  what THOR's blocks save of a refresh"
@@ -43,6 +44,11 @@ test: lint $(HOROVOD)
 	KERAS_BACKEND=tensorflow $(BIN)/pytest -m "not processes" -n $(JOBS) --dist=loadfile --no-loadscope-reorder --durations=12
 	KERAS_BACKEND=tensorflow $(BIN)/pytest -m processes --durations=12
 	KERAS_BACKEND=jax $(BIN)/pytest -m "" -n $(JOBS) --dist=loadfile --no-loadscope-reorder --durations=12
+
+# One after the other: the largest takes 11 GB, and 15 where what it has let go of is not given back at once, which glibc is told to
+# do here. On TensorFlow alone: XLA needs minutes for some.
+nightly: $(TEST)
+	MALLOC_MMAP_THRESHOLD_=1000000 KERAS_BACKEND=tensorflow $(BIN)/pytest -m nightly --durations=12
 
 lint: $(TEST)
 	$(BIN)/ruff check

@@ -6,6 +6,7 @@ Models have random weights; those of keras_hub and the last four are small ones 
     python -m benchmarks.coverage
 """
 
+import functools
 import json
 import pathlib
 
@@ -55,12 +56,16 @@ def backbones():
     return {f"keras_hub {name}": maker(name) for name in BACKBONES}
 
 
-def applications():
-    """Functions that make the models of `keras.applications`, by name."""
+def constructors():
+    """All functions of `keras.applications` that make models, by name."""
     import keras
 
-    names = [name for name, value in vars(keras.applications).items() if callable(value)]
-    return {f"applications {name}": lambda name=name: getattr(keras.applications, name)(weights=None) for name in names}
+    return {name: value for name, value in vars(keras.applications).items() if callable(value)}
+
+
+def applications():
+    """Functions that make the models of `keras.applications` as they are for 1,000 classes, by name."""
+    return {f"applications {name}": functools.partial(make, weights=None) for name, make in constructors().items()}
 
 
 def own():

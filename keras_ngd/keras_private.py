@@ -165,6 +165,11 @@ def call_context():
     return global_state.get_global_attribute("current_call_ctx")
 
 
+def keep_message(error):
+    """Has Keras raise an error as it is, without the arguments of the call it comes from: `_keras_call_info_injected`."""
+    error._keras_call_info_injected = True
+
+
 def is_stateless():
     """Whether variables have values of a `keras.StatelessScope`, so that one made now would be seen by nobody."""
     from keras.src.backend import in_stateless_scope

@@ -40,6 +40,16 @@ def pytest_configure(config):
         capture.read_global_capture()
 
 
+def pytest_collection_modifyitems(config, items):
+    """Leaves out what runs by night, unless `-m` names it: `-m ""` asks for all that a change must pass."""
+    if "nightly" in config.option.markexpr:
+        return
+    left_out = [item for item in items if item.get_closest_marker("nightly")]
+    if left_out:
+        items[:] = [item for item in items if not item.get_closest_marker("nightly")]
+        config.hook.pytest_deselected(items=left_out)
+
+
 def pytest_collection_finish(session):
     """What has been imported stays: it need not be looked through for garbage."""
     gc.collect()

@@ -237,6 +237,17 @@ def call_context():
     assert found[-1].training is True
 
 
+def keep_message():
+    class Failing(keras.layers.Layer):
+        def call(self, inputs):
+            error = ValueError("as it is")
+            keras_private.keep_message(error)
+            raise error
+
+    with pytest.raises(ValueError, match="^as it is$"):
+        Failing()(np.ones((2, 3)))
+
+
 def is_stateless():
     assert not keras_private.is_stateless()
     with keras.StatelessScope():

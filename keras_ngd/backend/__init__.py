@@ -28,6 +28,7 @@ from keras_ngd.backend.numerics import (
     uniform,
 )
 from keras_ngd.backend.running import BACKENDS, check_served, name, setting
+from keras_ngd.backend.shapes import WrongShape, agrees, check_shapes, shown, static_shape, without_computing
 from keras_ngd.backend.sparse_gradients import dense, is_sparse, is_sparse_tensor, sparse, sparse_zero_unless
 from keras_ngd.backend.tracing import (
     check_at_most,
@@ -53,8 +54,11 @@ from keras_ngd.backend.xla import compiled, factorizes_by_column, quicker_compil
 
 __all__ = [
     "BACKENDS",
+    "WrongShape",
+    "agrees",
     "check_at_most",
     "check_served",
+    "check_shapes",
     "cholesky",
     "compiled",
     "compiled_for",
@@ -90,8 +94,10 @@ __all__ = [
     "serves_horovod",
     "setting",
     "several_processes",
+    "shown",
     "sparse",
     "sparse_zero_unless",
+    "static_shape",
     "trace_of",
     "traced_once",
     "triangular_inverse",
@@ -101,5 +107,6 @@ __all__ = [
     "usable",
     "value_read",
     "within",
+    "without_computing",
     "zero_unless",
 ]

@@ -83,10 +83,9 @@ def _reason_against(
         return "quantized"
     if getattr(layer, "lora_enabled", False):
         return "LoRA is enabled: its kernel is not what is trained"
-    try:
-        parts = kind.parts(layer)
-    except ValueError as error:
-        return str(error)
+    parts = layers.parts_of(path_of(layer), kind, layer)
+    if isinstance(parts, str):
+        return parts
     kernel, *others = [variable for part in parts.values() for variable in part.parameters]
     if not layer.trainable and getattr(layer, "statistics", None) is not None:
         return OF_ANOTHER

@@ -3,6 +3,7 @@
 from keras_ngd.layers.attention import GroupQueryAttention, MultiHeadAttention
 from keras_ngd.layers.captured import CAPTURED_KINDS, Captured, Part, keeps_call, kind_of, register_kind
 from keras_ngd.layers.container import CONTAINER_KINDS, Container, register_container
+from keras_ngd.layers.contract import parts_of
 from keras_ngd.layers.convolution import Conv1D, Conv2D, Conv3D
 from keras_ngd.layers.dense import Dense, DenseGeometry
 from keras_ngd.layers.depthwise_convolution import DepthwiseConv1D, DepthwiseConv2D
@@ -66,6 +67,7 @@ __all__ = [
     "StepGeometry",
     "Structure",
     "kind_of",
+    "parts_of",
     "probe",
     "register_container",
     "register_kind",

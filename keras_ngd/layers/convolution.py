@@ -9,7 +9,8 @@ from keras import ops
 
 from keras_ngd import keras_private
 from keras_ngd.layers.captured import Captured, Part, register_kind
-from keras_ngd.layers.geometry import MatrixGeometry, gram
+from keras_ngd.layers.contract import gives
+from keras_ngd.layers.geometry import CHOSEN_ROWS, MatrixGeometry, gram
 from keras_ngd.layers.probe import probe
 from keras_ngd.linalg import diagonal, patch_blocks, patches
 from keras_ngd.typing import Parts, Shape, Tensor
@@ -96,6 +97,7 @@ class ConvolutionGeometry(MatrixGeometry):
         """Number of output positions, from the gradient of what comes out: an int, or a tensor where it is not static."""
         return math.prod(patches.spatial_sizes(self._channels_last(ds)))
 
+    @gives(CHOSEN_ROWS)
     def rows_at(self, x: Tensor, ds: Tensor, positions: Tensor) -> tuple[Tensor, Tensor]:
         """Rows `a` and `g` of some output positions: `[groups, n * p, dim]` for the flat positions `[n, p]`."""
         x, ds = self._channels_last(x), self._channels_last(ds)

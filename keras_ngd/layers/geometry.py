@@ -8,6 +8,7 @@ from typing import Any, ClassVar
 from keras import ops
 
 from keras_ngd import backend
+from keras_ngd.layers.contract import axes, blocks, check_overriding, each, gives
 from keras_ngd.linalg import diagonal
 from keras_ngd.typing import Parts, Shape, Tensor
 
@@ -29,7 +30,8 @@ class Structure(enum.Enum):
 class Geometry(abc.ABC):
     """One weight matrix `V` of a layer, `[groups, input_dim, output_dim]`, made of the layer's parameters.
 
-    Geometries are static: all methods are functions of tensors, and geometries with the same `key` share traces.
+    Geometries are static: all methods are functions of tensors, and geometries with the same `key` share traces. Of methods that
+    `gives` decorates the shapes are checked, whoever overrides them.
 
     Attributes:
         structure: a `Structure`.
@@ -43,11 +45,17 @@ class Geometry(abc.ABC):
     input_dim: int
     output_dim: int
 
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        check_overriding(cls)
+
     @property
     def key(self) -> tuple[Any, ...]:
         """Equal for equal geometries."""
-        return (type(self).__name__, *sorted((k, str(v)) for k, v in vars(self).items()))
+        # Not the class's name: one that was corrected, in a notebook, is another.
+        return (type(self), *sorted((k, str(v)) for k, v in vars(self).items()))
 
+    @gives(axes("groups", "input_dim", "output_dim"))
     @abc.abstractmethod
     def to_matrix(self, parameters: Sequence[Tensor]) -> Tensor:
         """`V` of the layer's parameters, or the same of their gradients."""
@@ -75,6 +83,7 @@ class FactoredGeometry(Geometry):
             diagonal.partition(self.output_dim, False, split),
         )
 
+    @gives(lambda geometry, x, ds, partitions, weights=None: [blocks(geometry, parts) for parts in partitions])
     def factor_blocks(
         self, x: Tensor, ds: Tensor, partitions: tuple[Parts, Parts], weights: Tensor | None = None
     ) -> tuple[list[Tensor], list[Tensor]]:
@@ -91,17 +100,25 @@ class FactoredGeometry(Geometry):
         """
         return self.input_blocks(x, partitions[0], weights), self.gradient_blocks(ds, partitions[1])
 
+    @gives(lambda geometry, x, parts, weights=None: blocks(geometry, parts))
     @abc.abstractmethod
     def input_blocks(self, x: Tensor, parts: Parts, weights: Tensor | None = None) -> list[Tensor]:
         """The diagonal blocks of the mean of `a a^T` over the rows, by part."""
 
+    @gives(lambda geometry, ds, parts: blocks(geometry, parts))
     def gradient_blocks(self, ds: Tensor, parts: Parts) -> list[Tensor]:
         """The diagonal blocks of the sum of `g g^T` over the rows, by part."""
         return diagonal.gram_blocks(flat(self.gradient_rows(ds)), parts)
 
+    @gives(axes("groups", "examples", "positions", "output_dim"))
     @abc.abstractmethod
     def gradient_rows(self, ds: Tensor) -> Tensor:
         """The rows `g`, `[groups, examples, positions, output_dim]`."""
+
+
+# The shapes of factors, and of rows chosen of all.
+INPUT_MOMENT, GRADIENT_MOMENT = axes("groups", "input_dim", "input_dim"), axes("groups", "output_dim", "output_dim")
+CHOSEN_ROWS = each(axes("groups", "rows", "input_dim"), axes("groups", "rows", "output_dim"))
 
 
 class MatrixGeometry(FactoredGeometry):
@@ -138,19 +155,23 @@ class MatrixGeometry(FactoredGeometry):
 
     # Rows
 
+    @gives(axes("groups", "examples", "positions", "width"))
     @abc.abstractmethod
     def input_rows(self, x: Tensor) -> Tensor:
         """The rows `a` without the one, `[groups, examples, positions, width]`."""
 
+    @gives(each(INPUT_MOMENT, GRADIENT_MOMENT))
     def second_moments(self, x: Tensor, ds: Tensor, weights: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """Mean of `a a^T` over the rows and sum of `g g^T`; arguments as for `factor_blocks`."""
         return self.input_second_moment(x, weights), self.gradient_second_moment(ds)
 
+    @gives(INPUT_MOMENT)
     def input_second_moment(self, x: Tensor, weights: Tensor | None = None) -> Tensor:
         """Mean of `a a^T` over the rows (weighted by `weights`, if there are any): `[groups, input_dim, input_dim]`."""
         rows, count = self._visible(x, weights)
         return self._with_bias(gram(rows), ops.sum(rows, axis=1), count) / count
 
+    @gives(axes("groups", "examples", "input_dim"))
     def input_means(self, x: Tensor, weights: Tensor | None = None) -> Tensor:
         """Mean of `a` over each example's rows: `[groups, examples, input_dim]`."""
         rows = self.input_rows(x)
@@ -162,10 +183,12 @@ class MatrixGeometry(FactoredGeometry):
             mean = ops.sum(rows * weights, axis=2) / ops.maximum(ops.sum(weights, axis=2), 1.0)
         return self._append_ones(mean)
 
+    @gives(GRADIENT_MOMENT)
     def gradient_second_moment(self, ds: Tensor) -> Tensor:
         """Sum of `g g^T` over the rows: `[groups, output_dim, output_dim]`."""
         return gram(flat(self.gradient_rows(ds)))
 
+    @gives(axes("groups", "examples", "output_dim"))
     def gradient_sums(self, ds: Tensor) -> Tensor:
         """Sum of `g` over each example's rows: `[groups, examples, output_dim]`."""
         return ops.sum(self.gradient_rows(ds), axis=2)

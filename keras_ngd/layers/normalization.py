@@ -8,6 +8,7 @@ import keras
 from keras import ops
 
 from keras_ngd.layers.captured import Captured, Part, register_kind
+from keras_ngd.layers.contract import axes, gives
 from keras_ngd.layers.geometry import Geometry, Structure
 from keras_ngd.layers.probe import probe
 from keras_ngd.typing import Shape, Tensor
@@ -41,6 +42,7 @@ class ScaleGeometry(Geometry):
     def from_matrix(self, matrix: Tensor) -> list[Tensor]:
         return [ops.reshape(matrix[0, i], self.shape) for i in range(self.input_dim)]
 
+    @gives(axes("input_dim", "examples", "output_dim"))
     def unit_rows(self, x: Tensor, ds: Tensor, weights: Tensor | None = None) -> Tensor:
         """For each example the gradients of the scales and of the offsets: sums over its positions of `g xhat` and of `g`.
 

@@ -14,6 +14,7 @@ from keras import ops
 
 from keras_ngd import backend
 from keras_ngd.backend import surroundings
+from keras_ngd.layers.contract import of_layer
 from keras_ngd.layers.geometry import Geometry
 from keras_ngd.typing import Tensor
 
@@ -98,7 +99,10 @@ def _gradient(
     else:
         x, *inputs = inputs
     weights = inputs[0] if inputs else None
-    emitted = statistics.emit(geometry, x, upstream, weights, values, looped=bool(loops), as_read=as_read)
+    try:
+        emitted = statistics.emit(geometry, x, upstream, weights, values, looped=bool(loops), as_read=as_read)
+    except backend.WrongShape as error:
+        raise ValueError(of_layer(statistics.owner().path, type(statistics.owner()), error)) from error
     return (followed, *unobserved, *emitted)
 
 

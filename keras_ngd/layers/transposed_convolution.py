@@ -8,8 +8,9 @@ import keras
 from keras import ops
 
 from keras_ngd.layers.captured import Captured, Part, register_kind
+from keras_ngd.layers.contract import gives
 from keras_ngd.layers.convolution import add_bias
-from keras_ngd.layers.geometry import MatrixGeometry, by_position
+from keras_ngd.layers.geometry import CHOSEN_ROWS, MatrixGeometry, by_position
 from keras_ngd.layers.probe import probe
 from keras_ngd.linalg import patches
 from keras_ngd.typing import Shape, Tensor
@@ -74,6 +75,7 @@ class TransposedGeometry(MatrixGeometry):
         """Number of rows of an example, that of its pixels, from the gradient of what comes out: an int, or a tensor."""
         return math.prod(self._pixels(self._channels_last(ds)))
 
+    @gives(CHOSEN_ROWS)
     def rows_at(self, x: Tensor, ds: Tensor, positions: Tensor) -> tuple[Tensor, Tensor]:
         """Rows `a` and `g` of some pixels: `[1, n * p, dim]` for the flat positions `[n, p]`."""
         x = self._channels_last(x)

@@ -15,6 +15,9 @@ if TYPE_CHECKING:
 # the length of a batch, which is in the norm of all of them too.
 SENTINEL = 64.0
 
+# What an error calls that whose shape it names.
+MADE = "what its statistics make of a batch"
+
 
 class Weights(NamedTuple):
     """The weights of statistics, or values of theirs, by what they are for: see `Statistics`."""
@@ -67,6 +70,7 @@ def emission(
             observed = [spreads[0].replicated(value) for value in observed]
         finite = ops.isfinite(total)
         merged, following = observer.merge(old, observed, before.controls, finite, before.gate)
+        backend.check_shapes(list(merged), [backend.static_shape(average) for average in old], MADE)
         new = [ops.where(finite, value, average) for value, average in zip(merged, old, strict=True)]
         return (*stored(new), *following, ops.cast(finite, "float32"))
 
@@ -90,5 +94,6 @@ def emission(
 
 def mixed(average: Tensor, value: Tensor, gate: Tensor) -> Tensor:
     """`(1 - gate) average + gate value`, for a gate of at most 1."""
+    backend.check_shapes(value, backend.static_shape(average), MADE)
     mixing = ops.cast(ops.minimum(gate, 1.0), average.dtype)
     return (1 - mixing) * average + mixing * value
