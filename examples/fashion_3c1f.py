@@ -3,7 +3,7 @@
     python examples/fashion_3c1f.py                             # offline: a few minutes on two cores
     python examples/fashion_3c1f.py --dataset=fashion_mnist     # the paper's data
 
-Fashion-MNIST comes from Debian's package `dataset-fashion-mnist`, from the folder that `--fashion_mnist` names, or from a download.
+Fashion-MNIST comes from the folder that `--fashion_mnist` names, from Debian's package `dataset-fashion-mnist`, or is downloaded.
 
 Learning rates and dampings are the best of three to twelve trials for each method, by the loss on a fifth of the offline
 training images that was held out, at another seed; SKFAC's history and HyLo's rank are the best of four and five by the
