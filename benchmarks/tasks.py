@@ -303,7 +303,7 @@ def plot(payload, path):
             axis.set(yscale="log", xlabel=label, ylabel=f"{task}: {'validation' if rivals else 'training'} loss")
             lowest = min(run["loss"][-1] for case in cases[task] for run in case["runs"])
             axis.set_ylim(bottom=max(1e-6, 0.8 * lowest))
-            if task == "autoencoder":
+            if task.endswith("autoencoder"):
                 axis.set(yscale="linear", ylim=(0.97 * lowest, 0.45))
             elif rivals:
                 axis.set(yscale="linear", ylim=(0.97 * lowest, 1.5 * target))
