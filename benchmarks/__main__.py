@@ -4,12 +4,14 @@
     python -m benchmarks --quick                    # a few minutes: whether all of them run
     python -m benchmarks costs                      # some
     python -m benchmarks costs --only=resnet32-jax
+    python -m benchmarks tasks --only='text-*'      # by a pattern; some long cases run only where they are named
     python -m benchmarks --render                   # plots and the page alone, from the results that are there
 
 Results are in `benchmarks/results/`, and `docs/benchmarks.md` is made of them.
 """
 
 import json
+import os
 
 from absl import app, flags
 
@@ -17,8 +19,11 @@ from benchmarks import alone, harness, results
 
 FLAGS = flags.FLAGS
 flags.DEFINE_boolean("quick", False, "Few and small cases; the page is left as it is.")
-flags.DEFINE_list("only", None, "Cases to measure anew, of one benchmark; the result keeps the others.")
+flags.DEFINE_list("only", None, "Cases to measure anew, or patterns, of one benchmark; the result keeps the others.")
 flags.DEFINE_boolean("render", False, "Make the page of the results that are there, and run nothing.")
+flags.DEFINE_string(
+    "fashion_mnist", None, "A folder with the IDX files of Fashion-MNIST. Default: Debian's, or else a download."
+)
 flags.DEFINE_string("worker", None, "Measure --case of this benchmark in this process (used by the harness).")
 flags.DEFINE_string("case", None, "A case, as JSON.")
 
@@ -35,6 +40,9 @@ def main(arguments):
         raise app.UsageError(f"There are no benchmarks {sorted(unknown)}. There are: {', '.join(known)}")
     if FLAGS.only and len(names) != 1:
         raise app.UsageError("--only is for one benchmark: name it.")
+    if FLAGS.fashion_mnist:
+        # Each case has a process of its own.
+        os.environ["FASHION_MNIST"] = os.path.abspath(FLAGS.fashion_mnist)
     for name in names:
         if not FLAGS.render:
             path = harness.run(name, FLAGS.quick, FLAGS.only)

@@ -2,7 +2,8 @@
 
 A benchmark is a module of this package with
 
-    cases(quick)          the cases, dicts of what JSON can hold, each with a "name"
+    cases(quick)          the cases, dicts of what JSON can hold, each with a "name"; one with a true "by_name" is measured only
+                          where it is named
     measure(case)         what a case gives, a dict of what JSON can hold; what it times stands in `alone.alone()`
     environment(case)     variables of that process's environment
     table(payload)        Markdown of `{"cases": [{**case, **found}, ...]}`
@@ -14,6 +15,7 @@ Every case that is done is kept in `results/partial/` until all are.
 """
 
 import concurrent.futures
+import fnmatch
 import importlib
 import json
 import os
@@ -86,30 +88,34 @@ def found_of(name, cases):
 def run(name, quick=False, only=None):
     """Measures all cases of a benchmark that are not done yet; returns the path of the result.
 
-    The result has "minutes", what all cases took when they were last measured in one run; None where they never were.
+    The result has "minutes", what all cases but those that have to be named took when they were last measured in one run; None
+    where they never were.
 
     Args:
         name: of the benchmark.
         quick: whether to take its quick cases; the result is then called `quick/<name>`.
-        only: names of the cases to measure anew; the result keeps the others. Default None: all.
+        only: names of the cases to measure anew, or patterns of names (`"text-*"`); the result keeps the others. Default
+            None: all but those that have to be named, which it keeps.
     """
     module, title = module_of(name), f"quick/{name}" if quick else name
     cases = module.cases(quick)
     names = [case["name"] for case in cases]
-    if only is not None and (unknown := set(only) - set(names)):
+    usual = [case["name"] for case in cases if not case.get("by_name")]
+    chosen = usual if only is None else [n for n in names if any(fnmatch.fnmatchcase(n, one) for one in only)]
+    if only is not None and (unknown := [one for one in only if not fnmatch.filter(names, one)]):
         raise ValueError(f"{name} has no cases {sorted(unknown)}. It has: {names}")
     kept, minutes, start = {}, None, time.monotonic()
-    if only is not None and results.path_of(title).exists():
+    if results.path_of(title).exists():
         before = results.load(title)
-        kept = {entry["name"]: entry for entry in before["cases"] if entry["name"] not in only}
-        minutes = before.get("minutes")
+        kept = {entry["name"]: entry for entry in before["cases"] if entry["name"] not in chosen}
+        minutes = before.get("minutes") if only is not None else None
     file = PARTIAL / f"{title}.jsonl"
     file.parent.mkdir(parents=True, exist_ok=True)
     if file.exists():
         done = {entry["name"]: entry for entry in map(json.loads, file.read_text().splitlines())}
         # What was measured otherwise than it would be now is measured again.
         kept |= {case["name"]: done[case["name"]] for case in cases if _is_of(done.get(case["name"]), case)}
-    todo = [case for case in cases if case["name"] not in kept and (only is None or case["name"] in only)]
+    todo = [case for case in cases if case["name"] in chosen and case["name"] not in kept]
     bar = tqdm(total=len(todo), unit="case", desc=name)
     for case, found in found_of(name, todo):
         if found is not None:
@@ -119,7 +125,7 @@ def run(name, quick=False, only=None):
         bar.update()
         bar.set_postfix_str(case["name"])
     bar.close()
-    if todo == cases:
+    if [case["name"] for case in todo] == usual:
         minutes = (time.monotonic() - start) / 60
     path = results.save(title, {"minutes": minutes, "cases": [kept[n] for n in names if n in kept]})
     file.unlink(missing_ok=True)

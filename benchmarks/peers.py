@@ -159,10 +159,10 @@ class PeerTraining:
         import jax
         from jax import numpy as jnp
 
-        from benchmarks.trials import MODELS, data_and_loss
+        from benchmarks.task_data import MODELS, problem
 
         self.make_model, self.batch_size = MODELS[case["task"]], case["batch_size"]
-        (x, y), _ = data_and_loss(case["task"])
+        x, y = problem(case["task"]).training
         self.data = jnp.asarray(x), jnp.asarray(y)
         factors, inverses = case["intervals"]
         loss, self.optimizer = peer_optimizer(

@@ -1,9 +1,5 @@
 """What `benchmarks.defaults` trains: data, networks and losses."""
 
-import glob
-import os
-import pathlib
-
 from examples import datasets  # isort: skip  (before keras: it imports TensorFlow without its greetings)
 import keras
 import numpy as np
@@ -11,7 +7,8 @@ import sklearn.datasets
 from keras import layers
 
 import keras_ngd
-from benchmarks import tasks
+from benchmarks import task_data, tasks, texts
+from benchmarks.networks import attention_block
 
 SEED = 1
 # How the outputs of a loss's network look, and its targets.
@@ -81,23 +78,8 @@ def table_problem(name):
 
 
 def _sources(characters):
-    """The texts of the Python standard library's modules, each cut to so many characters."""
-    paths = sorted(glob.glob(os.path.join(os.path.dirname(os.__file__), "*.py")))
-    texts = [pathlib.Path(path).read_text(encoding="utf-8", errors="ignore") for path in paths]
-    return [text[:characters] for text in texts if len(text) >= characters]
-
-
-def _codes(texts):
-    alphabet = {character: i for i, character in enumerate(sorted(set("".join(texts))))}
-    return [np.array([alphabet[c] for c in text], "int32") for text in texts], len(alphabet)
-
-
-def _block(x, width, heads, **attention):
-    """A Transformer's block, normalized before each part."""
-    normal = layers.LayerNormalization()(x)
-    x = x + layers.MultiHeadAttention(heads, width // heads)(normal, normal, **attention)
-    normal = layers.LayerNormalization()(x)
-    return x + layers.Dense(width)(layers.Dense(4 * width, activation="gelu")(normal))
+    """The texts of the standard library's modules, each cut to so many characters."""
+    return [text[:characters] for text in texts.sources() if len(text) >= characters]
 
 
 def _embedded(length, alphabet, width):
@@ -108,14 +90,14 @@ def _embedded(length, alphabet, width):
 
 def characters():
     """The next of 32 characters."""
-    (codes,), alphabet = _codes(["".join(_sources(16_000)[:12])])
+    (codes,), alphabet = texts.codes(["".join(_sources(16_000)[:12])])
     count = (len(codes) - 1) // 32
-    x, y = (codes[shift : shift + 32 * count].reshape(count, 32) for shift in (0, 1))
+    x, y = texts.windows(codes, 32 * np.arange(count), 32)
 
     def make():
         tokens, x = _embedded(32, alphabet, 48)
         for _ in range(2):
-            x = _block(x, 48, 4, use_causal_mask=True)
+            x = attention_block(x, 48, 4, use_causal_mask=True)
         return keras.Model(tokens, layers.Dense(alphabet)(layers.LayerNormalization()(x)))
 
     loss = keras.losses.SparseCategoricalCrossentropy(from_logits=True)
@@ -124,7 +106,7 @@ def characters():
 
 def files():
     """Which of eight files 64 characters are from; normalized after each part, with dropout, as Keras's example has it."""
-    codes, alphabet = _codes(_sources(20_000)[:8])
+    codes, alphabet = texts.codes(_sources(20_000)[:8])
     x = np.concatenate([code[: len(code) // 64 * 64].reshape(-1, 64) for code in codes])
     y = np.repeat(np.arange(len(codes)), [len(code) // 64 for code in codes])
 
@@ -143,15 +125,14 @@ def network_problem(name):
     """One of the networks."""
     if name in ("characters", "files"):
         return {"characters": characters, "files": files}[name]()
-    from benchmarks import trials
-
-    (x, y), loss = trials.data_and_loss(name)
+    problem = task_data.problem(name)
+    (x, y), loss = problem.training, problem.loss
     if name == "resnet":
         # The 512 images of the task are too few for anything to be learnt that tells others.
         x, y = datasets.arrays("shapes32", "train", scale=64.0)
         x = x - 2
     metric = "sparse_categorical_accuracy" if y.ndim == 1 else None
-    return trials.MODELS[name], x, y, loss, metric, tasks.TASKS[name]["batch_size"]
+    return task_data.MODELS[name], x, y, loss, metric, tasks.TASKS[name]["batch_size"]
 
 
 PROBLEMS = {"networks": network_problem, "losses": loss_problem, "tables": table_problem}

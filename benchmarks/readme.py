@@ -24,7 +24,8 @@ def tasks_table(payload):
     lines = [f"| {' | '.join(columns)} |", "|---" * len(columns) + "|"]
     cases = tasks.by_task(payload["cases"])
     for task, target in tasks.targets(payload).items():
-        compared = tasks.comparison(cases[task], target)
+        if not (compared := tasks.comparison(cases[task], target)):
+            continue
         cells = [f"{tasks.count(number)} ({name})" for unit in ("epochs", "seconds") for name, number in compared[unit]]
         lines.append(f"| {task}, to a loss of {target:.3g} | {' | '.join(cells)} |")
     return "\n".join(lines)

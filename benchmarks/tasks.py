@@ -11,108 +11,71 @@ image tasks, SNGD and HyLo of the autoencoder, where they take longest and end h
     resnet        a ResNet-8 of 8, 16 and 32 channels on 512 images of ten shapes in any colours (32x32x3), cross-entropy
     unet          a U-Net of 8, 16 and 32 channels on 128 images and masks (64x64), binary cross-entropy averaged over pixels
 
+Three more take long, and run where they are named (`--only='text-*'`). Their data are real, and the optimizers of second order
+are as users have them: nothing but what the grid and `ARGUMENTS` name differs from the defaults.
+
+    text          a Transformer of two blocks, 64 wide, on a million characters of the Python standard library: the next character
+                  after each of 64; the loss is that of other modules
+    vit           a ViT of two blocks, 64 wide, on 10,000 images of Fashion-MNIST; the loss is that of 2,000 of its test images
+    deep_autoencoder    784-400-200-100-25-100-200-400-784 with tanh hidden layers on 20,000 images of Fashion-MNIST; binary
+                  cross-entropy of the pixels, averaged over pixels
+
+The learning rates of the first two fall along half a cosine, to zero at the end. An epoch of theirs is a tenth of the training:
+there are as many losses to compare. The target is where AdamW ends, and methods of second order run once more at their default
+arguments, with nothing tuned.
+
 Where no loss is named, the target is the one that the best of the first-order methods has, in the mean over the seeds, after all
 its epochs.
 
 Every optimizer is tuned on a full grid of trials, as many as for any other of the task, each with one seed, or with three where a
 loss is named; these are not used again. The best is the one with the fewest epochs to that loss, or else the lowest loss after
 the last epoch (a trial stops at that loss, or evaluates only then); it is then run with fresh seeds, in full. The loss is that of
-the whole training set after each epoch, not a running mean. All of it runs through plain `fit`, an epoch in one
-`steps_per_execution`, since on small networks Python would otherwise be most of the time. A trial reuses the compiled step:
-variables start over, learning rates are variables, and dampings follow a schedule that reads the number of the trial off the step
-counter.
+the whole training set, where nothing else is said, after each epoch, not a running mean. All of it runs through plain `fit`, an
+epoch in one `steps_per_execution`, since on small networks Python would otherwise be most of the time. A trial reuses the
+compiled step: variables start over, learning rates and dampings are variables.
 """
 
 import itertools
 import math
 import statistics
 
-FIRST_ORDER = ("SGD", "Adam", "Muon")
-SECOND_ORDER = ("KFAC", "THOR", "SKFAC", "SNGD", "HyLo-KID")
-COLOURS = {
-    "SGD": "tab:gray",
-    "Adam": "tab:orange",
-    "Muon": "tab:brown",
-    "KFAC": "tab:blue",
-    "THOR": "tab:green",
-    "SKFAC": "tab:purple",
-    "SNGD": "tab:red",
-    "HyLo-KID": "tab:cyan",
-}
+from benchmarks.grids import ARGUMENTS, COLOURS, DEFAULTS, FIRST_ORDER, GRIDS, SECOND_ORDER, TASKS
 
-# For each task and optimizer momenta (Adam's `beta_1`), learning rates and dampings: as many trials for each optimizer of a task.
-_CLASSIFIER = {
-    "SGD": ((0.8, 0.9), (0.05, 0.1, 0.2, 0.3, 0.4, 0.5)),
-    "Adam": ((0.8, 0.9), (0.005, 0.01, 0.015, 0.02, 0.03, 0.05)),
-    "Muon": ((0.9, 0.95), (0.01, 0.02, 0.03, 0.04, 0.05, 0.07)),
-    "KFAC": ((0.8, 0.9), (0.03, 0.1), (0.0003, 0.001, 0.003)),
-    "THOR": ((0.8, 0.9), (0.03, 0.1), (0.0003, 0.001, 0.003)),
-    "SKFAC": ((0.8, 0.9), (0.03, 0.1), (0.003, 0.01, 0.03)),
-    "SNGD": ((0.8, 0.9), (0.03, 0.1), (0.1, 1.0, 10.0)),
-    "HyLo-KID": ((0.8, 0.9), (0.1, 0.3), (0.1, 0.3, 1.0)),
-}
-_DIGITS = {"backend": "jax", "batch_size": 250, "losses_per_example": 1, "steps": 6}
-_LABELS = {**_DIGITS, "epochs": 20, "target": 0.01, "intervals": [3, 3], "trial_seeds": 3}
-_IMAGES = {"backend": "tensorflow", "steps": 8, "target": None, "intervals": [4, 8], "trial_seeds": 1}
-TASKS = {
-    "cnn": _LABELS,
-    "mlp": _LABELS,
-    "autoencoder": {
-        **_DIGITS,
-        "losses_per_example": 64,
-        "epochs": 150,
-        "target": None,
-        "intervals": [1, 3],
-        "trial_seeds": 1,
-    },
-    "resnet": {**_IMAGES, "batch_size": 64, "losses_per_example": 1, "epochs": 16},
-    "unet": {**_IMAGES, "batch_size": 16, "losses_per_example": 64 * 64, "epochs": 16},
-}
-_RATES = (0.03, 0.1, 0.3)
-GRIDS = {
-    "cnn": _CLASSIFIER,
-    "mlp": _CLASSIFIER,
-    "autoencoder": {
-        "SGD": ((0.9, 0.95), (0.5, 1.0, 2.0, 3.0)),
-        "Adam": ((0.5, 0.9), (0.003, 0.005, 0.01, 0.015)),
-        "Muon": ((0.9, 0.95), (0.01, 0.015, 0.02, 0.03)),
-        "KFAC": ((0.8, 0.9), (0.01, 0.02), (0.0001, 0.0003)),
-        "THOR": ((0.8, 0.9), (0.01, 0.02), (0.0001, 0.0003)),
-        "SKFAC": ((0.8, 0.9), (0.01, 0.02), (0.0001, 0.0003)),
-    },
-    "resnet": {
-        "SGD": ((0.9,), (0.01, 0.02, 0.03, 0.05, 0.1, 0.2)),
-        "Adam": ((0.9,), (0.001, 0.002, 0.003, 0.004, 0.006, 0.01)),
-        "Muon": ((0.95,), (0.001, 0.002, 0.003, 0.004, 0.006, 0.01)),
-        "KFAC": ((0.9,), _RATES, (0.01, 0.03)),
-        "THOR": ((0.9,), _RATES, (0.01, 0.03)),
-        "SKFAC": ((0.9,), _RATES, (0.01, 0.03)),
-        "HyLo-KID": ((0.9,), _RATES, (0.1, 0.3)),
-    },
-    "unet": {
-        "SGD": ((0.9,), (0.05, 0.1, 0.2, 0.3, 0.5, 1.0)),
-        "Adam": ((0.9,), (0.003, 0.005, 0.0075, 0.01, 0.015, 0.02)),
-        "Muon": ((0.95,), (0.003, 0.005, 0.0075, 0.01, 0.015, 0.02)),
-        "KFAC": ((0.9,), _RATES, (0.001, 0.01)),
-        "THOR": ((0.9,), _RATES, (0.001, 0.01)),
-        "SKFAC": ((0.9,), _RATES, (0.003, 0.01)),
-        "HyLo-KID": ((0.9,), _RATES, (0.1, 1.0)),
-    },
-}
+# What follows the name of an optimizer of which no argument is set.
+AT_DEFAULTS = ", defaults"
 
 
 def cases(quick):
     """One for each task and optimizer."""
     found = []
-    for task in ("cnn",) if quick else TASKS:
-        for optimizer in ("SGD", "KFAC", "HyLo-KID") if quick else GRIDS[task]:
-            grid = dict(zip(("momentum", "learning_rate", "damping"), map(list, GRIDS[task][optimizer]), strict=False))
-            case = {"name": f"{task}-{optimizer}", "task": task, "optimizer": optimizer, **TASKS[task]}
-            case |= {"grid": grid, "seeds": 5}
-            if quick:
-                case |= {"epochs": 3, "grid": first_points(grid), "trial_seeds": 1, "seeds": 2}
-            found.append(case)
-    return found
+    for task, settings in TASKS.items():
+        every = "by_name" in settings
+        if quick and not every and task != "cnn":
+            continue
+        for optimizer in ("SGD", "KFAC", "HyLo-KID") if quick and not every else GRIDS[task]:
+            case = {"name": f"{task}-{optimizer}", "task": task, "optimizer": optimizer, "seeds": 5, **settings}
+            if "intervals" not in case and optimizer in ARGUMENTS:
+                case["arguments"] = ARGUMENTS[optimizer]
+            found.append({**case, "grid": grid_of(task, optimizer)})
+        for optimizer in DEFAULTS.get(task, ()):
+            case = {"name": f"{task}-{optimizer}-defaults", "task": task, "optimizer": f"{optimizer}{AT_DEFAULTS}"}
+            found.append({**case, **settings, "grid": {}})
+    return list(map(shortened, found)) if quick else found
+
+
+def grid_of(task, optimizer):
+    """For each argument the values that are tried."""
+    grid = GRIDS[task][optimizer]
+    if not isinstance(grid, dict):
+        grid = dict(zip(("momentum", "learning_rate", "damping"), grid, strict=False))
+    return {name: list(values) for name, values in grid.items()}
+
+
+def shortened(case):
+    """A case that takes a moment."""
+    case = case | {"epochs": 3, "grid": first_points(case["grid"]), "trial_seeds": 1, "seeds": 2}
+    # A part of the steps between two losses, which must divide a pass through the data.
+    return case | ({"steps": 2, "epochs": 2} if "by_name" in case else {})
 
 
 def first_points(grid):
@@ -153,21 +116,36 @@ def by_task(cases):
     return found
 
 
+def named_loss(case):
+    """The loss that a case is to reach, or None where it is one that another optimizer ends with."""
+    return None if isinstance(case["target"], str) else case["target"]
+
+
+def end(case):
+    """The mean loss over the seeds after the last epoch."""
+    return sum(run["loss"][-1] for run in case["runs"]) / len(case["runs"])
+
+
 def targets(payload):
-    """For each task the loss to reach."""
+    """For each task the loss to reach, where it is known."""
     found = {}
     for case in payload["cases"]:
-        last = [run["loss"][-1] for run in case["runs"]]
-        if case["target"] is not None:
+        if named_loss(case) is not None:
             found[case["task"]] = case["target"]
-        elif case["optimizer"] in FIRST_ORDER:
-            found[case["task"]] = min(found.get(case["task"], float("inf")), sum(last) / len(last))
+        elif case["optimizer"] == case["target"]:
+            found[case["task"]] = end(case)
+        elif case["target"] is None and case["optimizer"] in FIRST_ORDER:
+            found[case["task"]] = min(found.get(case["task"], float("inf")), end(case))
     return found
 
 
 def needs(case, target):
     """Epochs and seconds to a target, medians over the seeds; infinite where most do not get there."""
-    ends = [(epochs_to(run["loss"], target), elapsed(run)) for run in case["runs"]]
+    if case["optimizer"] == case["target"]:
+        # By definition; half of its runs end above their mean.
+        ends = [(case["epochs"], elapsed(run)) for run in case["runs"]]
+    else:
+        ends = [(epochs_to(run["loss"], target), elapsed(run)) for run in case["runs"]]
     return {
         "epochs": statistics.median(epoch or math.inf for epoch, _ in ends),
         "seconds": statistics.median(seconds[epoch - 1] if epoch else math.inf for epoch, seconds in ends),
@@ -175,7 +153,10 @@ def needs(case, target):
 
 
 def comparison(cases, target):
-    """The least epochs and seconds of first and of second order in a task: `{unit: ((name, count), (name, count))}`."""
+    """The least epochs and seconds of first and of second order in a task: `{unit: ((name, count), (name, count))}`.
+
+    It is empty where methods of one of the two are not measured.
+    """
     found = {case["optimizer"]: needs(case, target) for case in cases}
     kinds = [[name for name in kind if name in found] for kind in (FIRST_ORDER, SECOND_ORDER)]
     return {
@@ -194,16 +175,45 @@ def goals(payload):
     """Goals of convergence: name, what is asked, what is measured, whether it is met, where it goes."""
     found, cases = [], by_task(payload["cases"])
     for task, target in targets(payload).items():
-        compared = comparison(cases[task], target)
-        for unit, most in (("epochs", 0.5), ("seconds", 1.0)):
-            (first, of_first), (second, of_second) = compared[unit]
-            share = of_second / of_first
-            measured = f"{share:.2f} ({second}, {count(of_second)}, of {first}'s {count(of_first)})"
-            if of_second == math.inf:
-                measured = f"not reached ({first}: {count(of_first)})"
-            met = share <= most
-            why = "" if met else profile(cases[task], target, first, second)
-            found.append((f"{unit} to the target, {task}", f"<= {most:.2f} of first order's", measured, met, why))
+        asked = goals_of_rivals if isinstance(cases[task][0]["target"], str) else goals_of_orders
+        found += asked(task, cases[task], target)
+    return found
+
+
+def goals_of_orders(task, cases, target):
+    """The best of second order beside the best of first order, in epochs and in seconds to a target."""
+    found, compared = [], comparison(cases, target)
+    for unit, most in (("epochs", 0.5), ("seconds", 1.0)) if compared else ():
+        (first, of_first), (second, of_second) = compared[unit]
+        share = of_second / of_first
+        measured = f"{share:.2f} ({second}, {count(of_second)}, of {first}'s {count(of_first)})"
+        if of_second == math.inf:
+            measured = f"not reached ({first}: {count(of_first)})"
+        met = share <= most
+        why = "" if met else profile(cases, target, first, second)
+        found.append((f"{unit} to the target, {task}", f"<= {most:.2f} of first order's", measured, met, why))
+    return found
+
+
+def goals_of_rivals(task, cases, target):
+    """The best of second order, tuned and at defaults: epochs to where the target's optimizer ends, and its end beside Muon's."""
+    found, of, first = [], {case["optimizer"]: case for case in cases}, cases[0]["target"]
+    whole = needs(of[first], target)["epochs"]
+    for suffix in ("", AT_DEFAULTS):
+        methods = [name + suffix for name in SECOND_ORDER if name + suffix in of]
+        if not methods:
+            continue
+        needed = {name: needs(of[name], target)["epochs"] for name in methods}
+        second, lowest = min(methods, key=needed.get), min(methods, key=lambda name: end(of[name]))
+        share, numbers = needed[second] / whole, f"({second}: {count(needed[second])}, {first}: {count(whole)})"
+        measured = "not reached" if share == math.inf else f"{share:.2f} {numbers}"
+        why = "" if share <= 0.5 else f"{lowest} ends at {end(of[lowest]):.4g}, {first} at {target:.4g}"
+        name = f"epochs to {first}'s end, {task}{suffix}"
+        found.append((name, f"<= 0.50 of {first}'s", measured, share <= 0.5, why))
+        if "Muon" in of:
+            ends = end(of[lowest]), end(of["Muon"])
+            measured = f"{ends[0]:.4g} ({lowest}), {ends[1]:.4g} (Muon)"
+            found.append((f"loss at the end, {task}{suffix}", "< Muon's", measured, ends[0] < ends[1], ""))
     return found
 
 
@@ -229,10 +239,10 @@ def epoch_seconds(case):
     return statistics.median(seconds for run in case["runs"] for seconds in run["seconds"])
 
 
-def header(first):
+def header(first, accuracy=False):
     """The first two lines of a Markdown table of `row`s."""
     columns = [first, "best of its trials", "trials", "epochs to target", "seeds that reach it", "seconds to it"]
-    columns += ["ms per epoch", "final loss"]
+    columns += ["ms per epoch", "final loss", *(["accuracy"] if accuracy else [])]
     return [f"| {' | '.join(columns)} |", "|---" * len(columns) + "|"]
 
 
@@ -242,18 +252,25 @@ def row(name, case, target):
     epochs = [epochs_to(run["loss"], target) for run in runs]
     reached = [(e, elapsed(run)[e - 1]) for e, run in zip(epochs, runs, strict=True) if e]
     best = ", ".join(f"{argument} {case['best'][argument]:g}" for argument in case["grid"])
-    cells = [name, best, str(len(case["trials"]))]
+    cells = [name, best or "-", str(len(case["trials"]))]
     cells += [spread([e for e, _ in reached], 1) if reached else f"> {case['epochs']}"]
     cells += [f"{len(reached)} of {len(runs)}", spread([t for _, t in reached], 2) if reached else "-"]
-    cells += [f"{1e3 * epoch_seconds(case):.1f}"]
-    return f"| {' | '.join([*cells, spread([run['loss'][-1] for run in runs], 5)])} |"
+    cells += [f"{1e3 * epoch_seconds(case):.1f}", spread([run["loss"][-1] for run in runs], 5)]
+    if "accuracy" in runs[0]:
+        cells.append(spread([run["accuracy"][-1] for run in runs], 4))
+    return f"| {' | '.join(cells)} |"
 
 
 def task_table(cases, target):
     """A Markdown table of the cases of one task."""
     one = cases[0]
-    title = f"**{one['task']}**: to a loss of {target:.4g}; batches of {one['batch_size']}, {one['epochs']} epochs."
-    return "\n".join([title, "", *header("optimizer"), *(row(case["optimizer"], case, target) for case in cases)])
+    title = f"**{one['task']}**: to a loss of {target:.4g}; batches of {one['batch_size']}, {one['epochs']} epochs"
+    if "by_name" in one:
+        title += f" of {one['steps']} steps"
+    if "schedule" in one:
+        title += f", at rates that fall along a {one['schedule']}"
+    lines = header("optimizer", "accuracy" in one["runs"][0])
+    return "\n".join([f"{title}.", "", *lines, *(row(case["optimizer"], case, target) for case in cases)])
 
 
 def table(payload):
@@ -268,22 +285,28 @@ def plot(payload, path):
     from matplotlib.figure import Figure
 
     goals, cases = targets(payload), by_task(payload["cases"])
+    if not goals:
+        return
     figure = Figure(figsize=(10, 3.4 * len(goals)), layout="constrained")
     for row, (task, target) in zip(figure.subplots(len(goals), 2, squeeze=False), goals.items(), strict=True):
         for case in cases[task]:
             losses = np.array([run["loss"] for run in case["runs"]])
             seconds = np.median([elapsed(run) for run in case["runs"]], axis=0)
-            colour = COLOURS[case["optimizer"]]
+            name = case["optimizer"]
+            line = {"color": COLOURS[name.removesuffix(AT_DEFAULTS)], "ls": "--" if name.endswith(AT_DEFAULTS) else "-"}
             for axis, x in zip(row, (np.arange(1, losses.shape[1] + 1), seconds), strict=True):
-                axis.plot(x, np.median(losses, axis=0), color=colour, linewidth=1.5, label=case["optimizer"])
-                axis.fill_between(x, losses.min(axis=0), losses.max(axis=0), color=colour, alpha=0.12, lw=0)
+                axis.plot(x, np.median(losses, axis=0), linewidth=1.5, label=name, **line)
+                axis.fill_between(x, losses.min(axis=0), losses.max(axis=0), color=line["color"], alpha=0.12, lw=0)
+        rivals = isinstance(cases[task][0]["target"], str)
         for axis, label in zip(row, ("epoch", "seconds of training, after compiling"), strict=True):
             axis.axhline(target, color="black", linestyle=":", linewidth=1)
-            axis.set(yscale="log", xlabel=label, ylabel=f"{task}: training loss")
+            axis.set(yscale="log", xlabel=label, ylabel=f"{task}: {'validation' if rivals else 'training'} loss")
             lowest = min(run["loss"][-1] for case in cases[task] for run in case["runs"])
             axis.set_ylim(bottom=max(1e-6, 0.8 * lowest))
-            if task == "autoencoder":
+            if task.endswith("autoencoder"):
                 axis.set(yscale="linear", ylim=(0.97 * lowest, 0.45))
+            elif rivals:
+                axis.set(yscale="linear", ylim=(0.97 * lowest, 1.5 * target))
             axis.grid(alpha=0.3)
         row[0].legend(fontsize="x-small", ncols=2)
     figure.savefig(path, dpi=90)

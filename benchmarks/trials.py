@@ -1,63 +1,49 @@
 """Trainings that start over again and again: trials of settings, and runs of the best."""
 
+import inspect
 import itertools
 import math
 import random
 import statistics
 import time
 
-from examples import datasets  # isort: skip  (before keras: it imports TensorFlow without its greetings)
+from benchmarks import task_data  # isort: skip  (before keras: it imports TensorFlow without its greetings)
 import keras
 import numpy as np
 from keras import ops
 
 import keras_ngd
 from benchmarks.alone import alone
-from benchmarks.networks import autoencoder
-from benchmarks.tasks import FIRST_ORDER, epochs_to
-from examples.networks import digits_cnn, digits_mlp, residual_network, unet
+from benchmarks.tasks import AT_DEFAULTS, FIRST_ORDER, epochs_to, named_loss
 
 TRIAL_SEED, FIRST_SEED = 1000, 101
-_TRIAL_STEPS = 1_000_000
-MODELS = {
-    "cnn": digits_cnn,
-    "mlp": digits_mlp,
-    "autoencoder": autoencoder,
-    "resnet": lambda: residual_network("resnet8", 32, 10, [8, 16, 32], 1),
-    "unet": lambda: unet(64, 3, width=8, depth=2),
-}
-
-
-def data_and_loss(task):
-    """The inputs, targets and loss of a task."""
-    labels_loss = keras.losses.SparseCategoricalCrossentropy(from_logits=True)
-    pixels_loss = keras.losses.BinaryCrossentropy(from_logits=True)
-    if task == "resnet":
-        images, labels = datasets.arrays("shapes32", "train", scale=64.0)
-        return (images[:512] - 2, labels[:512]), labels_loss
-    if task == "unet":
-        images, masks = datasets.arrays("masks64", "train", scale=64.0, keys=("image", "segmentation_mask"))
-        return (images[:128] - 2, masks[:128].astype("float32")), pixels_loss
-    images, labels = datasets.arrays("digits", "train")
-    if task == "autoencoder":
-        flat = images.reshape(len(images), -1)
-        return (flat, flat), pixels_loss
-    return (images, labels), labels_loss
 
 
 @keras.saving.register_keras_serializable("benchmarks")
-class OfTrial(keras.optimizers.schedules.LearningRateSchedule):
-    """The value of the trial that the step counter started in: trial k counts its steps from `k * _TRIAL_STEPS`."""
+class Held(keras.optimizers.schedules.LearningRateSchedule):
+    """A value that an optimizer holds in a variable, so that it may change from trial to trial and nothing is compiled anew.
 
-    def __init__(self, values):
-        self.values = list(values)
+    Args:
+        steps: int: the value falls to zero over so many, along half a cosine. Default None: it stays.
+    """
+
+    def __init__(self, steps=None):
+        self.steps, self.variable = steps, None
+
+    def held_by(self, optimizer, name):
+        """Makes the variable, and returns it."""
+        self.variable = optimizer.add_variable((), dtype="float32", name=f"held_{name}")
+        return self.variable
 
     def __call__(self, step):
-        trial = ops.floor_divide(ops.cast(step, "int32"), _TRIAL_STEPS)
-        return ops.take(ops.convert_to_tensor(np.array(self.values, "float32")), trial)
+        value = ops.convert_to_tensor(self.variable)
+        if self.steps is None:
+            return value
+        done = ops.minimum(ops.cast(step, "float32") / self.steps, 1.0)
+        return value * 0.5 * (1 + ops.cos(math.pi * done))
 
     def get_config(self):
-        return {"values": self.values}
+        return {"steps": self.steps}
 
 
 class Clock(keras.callbacks.Callback):
@@ -83,119 +69,160 @@ class Clock(keras.callbacks.Callback):
 
 
 class Training:
-    """A compiled model that starts over for every run."""
+    """A compiled model that starts over for every run.
 
-    def __init__(self, make_model, data, loss, batch_size, optimizer):
-        self.make_model, self.data, self.batch_size, self.optimizer = make_model, data, batch_size, optimizer
-        self.model = make_model()
-        if isinstance(optimizer, keras_ngd.optimizers.NaturalGradient):
-            keras_ngd.capture(self.model, optimizer)
+    Args:
+        case: of `benchmarks.tasks`.
+        problem: of `benchmarks.task_data`.
+        arguments: of the optimizer, but for those that are held.
+    """
+
+    def __init__(self, case, problem, arguments):
+        self.make_model, self.case, self.problem = task_data.MODELS[case["task"]], case, problem
+        self.model = self.make_model()
+        # Before statistics are among them.
+        self.weights = list(self.model.weights)
+        self.optimizer, self.held = make(case, arguments)
+        if isinstance(self.optimizer, keras_ngd.optimizers.NaturalGradient):
+            keras_ngd.capture(self.model, self.optimizer)
         self.model.compile(
-            optimizer=optimizer,
-            loss=loss,
-            steps_per_execution=len(data[0]) // batch_size,
+            optimizer=self.optimizer,
+            loss=problem.loss,
+            metrics=[keras.metrics.SparseCategoricalAccuracy("accuracy")] if problem.accuracy else [],
+            steps_per_execution=case["steps"],
             jit_compile=keras.backend.backend() == "jax",
         )
-        optimizer.build(self.model.trainable_variables)
+        self.optimizer.build(self.model.trainable_variables)
         keras.utils.set_random_seed(TRIAL_SEED)
-        self.variables = self.model.variables + optimizer.variables
+        self.variables = self.model.variables + self.optimizer.variables
         self.start = [np.array(v) for v in self.variables]
 
-    def run(self, learning_rate, seed, epochs, number=0, until=-math.inf, every=1):
-        """Losses and seconds by epoch, from scratch.
+    def run(self, settings, seed, epochs, until=-math.inf, every=1):
+        """Losses and seconds by epoch, from scratch; of classes the share of right answers, too.
 
         Args:
-            learning_rate: of the optimizer.
+            settings: the values that are held.
             seed: of weights and batches.
             epochs: int.
-            number: of the trial.
             until: a loss at which to stop.
             every: epochs from one loss to the next.
         """
         for variable, value in zip(self.variables, self.start, strict=True):
             variable.assign(value)
-        self.optimizer.iterations.assign(number * _TRIAL_STEPS)
+        for name, variable in self.held.items():
+            variable.assign(settings[name])
         # What Keras draws weights and JAX's batches from. TensorFlow goes on with its own seed, of which it draws batches:
         # a new one would have it prepare all of its functions anew.
         random.seed(seed)
         np.random.seed(seed)
-        # All else starts at the same values with every seed.
-        for layer, fresh in zip(self.model.layers, self.make_model().layers, strict=True):
-            if hasattr(fresh, "kernel"):
-                layer.kernel.assign(fresh.kernel)
-        self.optimizer.learning_rate = learning_rate
-        clock = Clock(until)
+        for variable, fresh in zip(self.weights, self.make_model().weights, strict=True):
+            variable.assign(fresh)
+        clock, (x, y), steps = Clock(until), self.problem.training, self.case["steps"]
         history = self.model.fit(
-            *self.data,
-            batch_size=self.batch_size,
+            x,
+            y,
+            batch_size=self.case["batch_size"],
             epochs=epochs,
-            validation_data=self.data,
-            validation_batch_size=self.batch_size,
+            # Fewer than the data are worth: fit goes on with the next ones.
+            steps_per_epoch=steps if steps < len(x) // self.case["batch_size"] else None,
+            validation_data=self.problem.validation or (x, y),
+            validation_batch_size=self.case["batch_size"],
             validation_freq=every,
             callbacks=[clock],
             verbose=0,
         ).history
         # The figures are what JSON can hold: divergence is a very large loss.
         losses = np.nan_to_num(np.array(history["val_loss"]), nan=1e30, posinf=1e30)
-        return {"loss": [float(f"{x:.6g}") for x in losses], "seconds": [round(s, 6) for s in clock.seconds]}
+        found = {"loss": [float(f"{x:.6g}") for x in losses], "seconds": [round(s, 6) for s in clock.seconds]}
+        if self.problem.accuracy:
+            found["accuracy"] = [float(f"{x:.6g}") for x in history["val_accuracy"]]
+        return found
 
 
-def make(case, momentum):
-    """The optimizer of a case; one of second order has the dampings of all trials."""
-    name = case["optimizer"]
-    if name in FIRST_ORDER:
-        return getattr(keras.optimizers, name)(0.1, **{"beta_1" if name == "Adam" else "momentum": momentum})
-    shared = {
-        **keras_ngd.PAPER_SETTINGS,
-        "damping": OfTrial(case["grid"]["damping"]),
-        "losses_per_example": case["losses_per_example"],
-    }
+def kind_of(case):
+    """The class of a case's optimizer."""
+    name = case["optimizer"].removesuffix(AT_DEFAULTS).partition("-")[0]
+    return getattr(keras.optimizers if name in FIRST_ORDER else keras_ngd, name)
+
+
+def make(case, arguments):
+    """The optimizer of a case, and the variables of the values that it holds, by name.
+
+    Args:
+        case: of `benchmarks.tasks`.
+        arguments: of the optimizer, but for those that are held.
+    """
+    name, arguments = case["optimizer"], {**arguments, **case.get("arguments", {})}
+    cosine = case.get("schedule") == "cosine"
+    held = {"learning_rate": Held(case["steps"] * case["epochs"] if cosine else None)}
+    if "damping" in case["grid"]:
+        held["damping"] = Held()
+    if name == "Adam" and "momentum" in arguments:
+        arguments["beta_1"] = arguments.pop("momentum")
+    if name == "Muon" and "weight_decay" in arguments:
+        # It has another for what Adam's rule moves.
+        arguments["adam_weight_decay"] = arguments["weight_decay"]
+    if name not in FIRST_ORDER and "intervals" in case:
+        arguments = {**paper_arguments(case), **arguments}
+    optimizer = kind_of(case)(**held, **arguments)
+    return optimizer, {name: value.held_by(optimizer, name) for name, value in held.items()}
+
+
+def paper_arguments(case):
+    """What a method of second order is given where it is as its paper has it."""
+    found = {**keras_ngd.PAPER_SETTINGS, "losses_per_example": case["losses_per_example"]}
     factors, inverses = case["intervals"]
-    if name in ("KFAC", "THOR"):
-        shared |= {"factor_interval": factors, "inverse_interval": inverses}
-    else:
-        shared |= {"interval": inverses, "batch_size": case["batch_size"]}
-    kind, _, mode = name.partition("-")
+    kind, _, mode = case["optimizer"].partition("-")
+    if kind in ("KFAC", "THOR"):
+        return found | {"factor_interval": factors, "inverse_interval": inverses}
+    found |= {"interval": inverses, "batch_size": case["batch_size"]}
     if kind == "HyLo":
-        shared |= {"steps_per_epoch": case["steps"], **({"mode": mode.lower()} if mode else {})}
-    return getattr(keras_ngd, kind)(0.1, momentum=momentum, **(shared | case.get("arguments", {})))
+        found |= {"steps_per_epoch": case["steps"], **({"mode": mode.lower()} if mode else {})}
+    return found
+
+
+def default_rate(case):
+    """The learning rate that the optimizer of a case has by default."""
+    return inspect.signature(kind_of(case)).parameters["learning_rate"].default
 
 
 def runs_of(case):
     """A function that trains with a point of the case's grid, a seed and further arguments of `Training.run`."""
-    trainings, (data, loss) = {}, data_and_loss(case["task"])
+    trainings, problem = {}, task_data.problem(case["task"])
 
     def run(settings, seed, **shortened):
-        rate, momentum = settings["learning_rate"], settings["momentum"]
-        number = case["grid"]["damping"].index(settings["damping"]) if "damping" in settings else 0
-        if momentum not in trainings:
-            trainings[momentum] = Training(MODELS[case["task"]], data, loss, case["batch_size"], make(case, momentum))
-            trainings[momentum].run(rate, seed, 1)
-        return trainings[momentum].run(rate, seed, case["epochs"], number, **shortened)
+        settings = {"learning_rate": default_rate(case), **settings}
+        # What is not held is compiled into the steps.
+        fixed = {name: value for name, value in settings.items() if name not in ("learning_rate", "damping")}
+        key = tuple(fixed.items())
+        if key not in trainings:
+            trainings[key] = Training(case, problem, fixed)
+            trainings[key].run(settings, seed, 1)
+        return trainings[key].run(settings, seed, case["epochs"], **shortened)
 
     return run
 
 
 def measured(case, run=None):
-    """Runs of each point of the grid, and runs of the best with fresh seeds.
+    """Runs of each point of the grid, and runs of the best with fresh seeds; without a grid, runs of the defaults.
 
     Args:
         case: of `benchmarks.tasks`.
         run: what trains, called with settings and a seed, and in trials with `until` or `every` as `Training.run` has them.
             Default None: `runs_of(case)`.
     """
-    run, trials = run or runs_of(case), []
+    run, trials, target = run or runs_of(case), [], named_loss(case)
     # No further than is needed to compare trials.
-    shortened = {"every": case["epochs"]} if case["target"] is None else {"until": case["target"]}
-    for point in itertools.product(*case["grid"].values()):
+    shortened = {"every": case["epochs"]} if target is None else {"until": target}
+    target = -math.inf if target is None else target
+    for point in itertools.product(*case["grid"].values()) if case["grid"] else ():
         settings = dict(zip(case["grid"], point, strict=True))
         losses = [run(settings, TRIAL_SEED + i, **shortened)["loss"] for i in range(case["trial_seeds"])]
-        target = -math.inf if case["target"] is None else case["target"]
         epochs = statistics.median(epochs_to(one, target) or math.inf for one in losses)
         # The figures are what JSON can hold.
         epochs = None if epochs == math.inf else epochs
         trials.append({**settings, "epochs": epochs, "final_loss": statistics.median(one[-1] for one in losses)})
-    best = min(trials, key=lambda trial: (trial["epochs"] or math.inf, trial["final_loss"]))
+    best = min(trials, key=lambda trial: (trial["epochs"] or math.inf, trial["final_loss"]), default={})
     settings = {name: best[name] for name in case["grid"]}
     with alone():
         runs = [{"seed": FIRST_SEED + i, **run(settings, FIRST_SEED + i)} for i in range(case["seeds"])]

@@ -1,6 +1,7 @@
 """Data that every example can count on, offline: tensorflow-datasets builders over what installed packages bring.
 
-Any other set of tensorflow-datasets is loaded the same way, `load("fashion_mnist")`, where it can be downloaded.
+Fashion-MNIST is prepared from the files of Debian's package `dataset-fashion-mnist` where it is installed, or from a folder that
+has them. Any other set of tensorflow-datasets is loaded the same way, `load("mnist")`, where it can be downloaded.
 """
 
 import contextlib
@@ -202,17 +203,42 @@ class Masks64(tfds.core.GeneratorBasedBuilder):
 
 EMBEDDED = (Digits.name, Shapes32.name, Masks64.name)
 
+# Where the IDX files of Fashion-MNIST are looked for: a variable of the environment, or else where Debian's package puts them.
+FILES_VARIABLE, DEBIAN_FILES = "FASHION_MNIST", "/usr/share/datasets/fashion-mnist"
 
-def _prepare(name, data_dir):
+
+def fashion_mnist_files(folder=None):
+    """The folder with the IDX files of Fashion-MNIST, or None where they have to be downloaded.
+
+    Args:
+        folder: where they are. Default None: what the environment's `FASHION_MNIST` says, or Debian's place.
+
+    Raises:
+        ValueError: if a folder is named that is not there.
+    """
+    named = folder or os.environ.get(FILES_VARIABLE)
+    if named and not os.path.isdir(named):
+        raise ValueError(
+            "The files of Fashion-MNIST must be in a folder, such as Debian's package dataset-fashion-mnist makes. Received: "
+            f"{named!r}, which is none"
+        )
+    return named or (DEBIAN_FILES if os.path.isdir(DEBIAN_FILES) else None)
+
+
+def _prepare(name, data_dir, files=None):
+    builder = tfds.builder(name, data_dir=data_dir)
+    if files is not None:
+        # What it would download from the net it copies from there.
+        builder.URL = os.path.join(os.path.abspath(files), "")
     try:
-        tfds.builder(name, data_dir=data_dir).download_and_prepare()
+        builder.download_and_prepare()
     except OSError:
         # Another process may have put the same there meanwhile.
         if not tfds.builder(name, data_dir=data_dir).is_prepared():
             raise
 
 
-def load(name="digits", split="train", data_dir=None, keys=None):
+def load(name="digits", split="train", data_dir=None, keys=None, files=None):
     """A split as a `tf.data.Dataset` of `(input, label)`, prepared in `data_dir` on first use.
 
     Args:
@@ -221,15 +247,18 @@ def load(name="digits", split="train", data_dir=None, keys=None):
         data_dir: where prepared sets are kept. Default None: where tensorflow-datasets keeps them (`TFDS_DATA_DIR`,
             or a folder in the home directory).
         keys: names of the two features to load. Default None: the set's own choice.
+        files: of `"fashion_mnist"`, a folder with its IDX files, looked at where it is not prepared yet. Default None:
+            `fashion_mnist_files()`.
     """
     verbosity = logging.get_verbosity()
     logging.set_verbosity(logging.WARNING)
+    files = fashion_mnist_files(files) if name == "fashion_mnist" else None
     try:
-        if name in EMBEDDED:
+        if name in EMBEDDED or files is not None:
             # Nothing is downloaded, so there is no progress worth a report.
             with contextlib.redirect_stdout(io.StringIO()):
                 tfds.disable_progress_bar()
-                _prepare(name, data_dir)
+                _prepare(name, data_dir, files)
                 tfds.enable_progress_bar()
         if keys is None:
             return tfds.load(name, split=split, data_dir=data_dir, as_supervised=True)

@@ -1,7 +1,9 @@
 """A small convolutional network on images by SGD, Adam, KFAC, SKFAC and HyLo: the 3C1F experiment of the HyLo paper.
 
     python examples/fashion_3c1f.py                             # offline: a few minutes on two cores
-    python examples/fashion_3c1f.py --dataset=fashion_mnist     # the paper's data, which downloads Fashion-MNIST
+    python examples/fashion_3c1f.py --dataset=fashion_mnist     # the paper's data
+
+Fashion-MNIST comes from the folder that `--fashion_mnist` names, from Debian's package `dataset-fashion-mnist`, or is downloaded.
 
 Learning rates and dampings are the best of three to twelve trials for each method, by the loss on a fifth of the offline
 training images that was held out, at another seed; SKFAC's history and HyLo's rank are the best of four and five by the
@@ -18,6 +20,9 @@ from absl import app, flags
 FLAGS = flags.FLAGS
 flags.DEFINE_string(
     "dataset", "shapes32", "An embedded set (shapes32) or one of tensorflow-datasets, such as fashion_mnist."
+)
+flags.DEFINE_string(
+    "fashion_mnist", None, "A folder with the IDX files of Fashion-MNIST. Default: Debian's, or else a download."
 )
 flags.DEFINE_integer("classes", 10, "Classes of the data.", lower_bound=2)
 flags.DEFINE_integer("width", 16, "Channels of the first layer, doubled by each of the others.", lower_bound=1)
@@ -36,7 +41,7 @@ training.define_flags(
 
 def load(split):
     """Examples of a split, scaled to about -2 to 2."""
-    examples = datasets.load(FLAGS.dataset, split, FLAGS.data_dir)
+    examples = datasets.load(FLAGS.dataset, split, FLAGS.data_dir, files=FLAGS.fashion_mnist)
     return examples.map(lambda x, y: ((tf.cast(x, "float32") - 127.5) / 64, y), tf.data.AUTOTUNE).cache()
 
 

@@ -8,9 +8,11 @@ import sys
 import time
 import types
 
+import keras
+import numpy as np
 import pytest
 
-from benchmarks import ablations, alone, costs, gpu, harness, peers, results, tasks, trials
+from benchmarks import ablations, alone, costs, gpu, harness, networks, peers, results, task_data, tasks, texts, trials
 
 
 @pytest.fixture
@@ -64,6 +66,25 @@ def test_single_cases_can_be_measured_anew(runs):
     assert found(harness.run("some", only=["b"])) == {"a": 1, "b": 3, "c": 1}
     with pytest.raises(ValueError, match="no cases"):
         harness.run("some", only=["d"])
+
+
+def test_cases_are_measured_by_patterns_of_names(runs):
+    for case, name in zip(runs.cases, ("text-SGD", "text-KFAC", "vit-KFAC"), strict=True):
+        case["name"] = name
+    harness.run("some", only=["text-*"])
+    assert runs.measured == ["text-SGD", "text-KFAC"]
+    with pytest.raises(ValueError, match="no cases"):
+        harness.run("some", only=["*-KFAC", "mlp-*"])
+
+
+def test_cases_that_have_to_be_named_are_kept_by_runs_of_the_others(runs):
+    runs.cases[2]["by_name"] = True
+    assert found(harness.run("some", only=["c"])) == {"c": 1}
+    path = harness.run("some")
+    assert found(path) == {"a": 1, "b": 1, "c": 1}
+    assert runs.measured == ["c", "a", "b"]
+    # All others were measured in one run.
+    assert json.loads(path.read_text())["minutes"] > 0
 
 
 def test_a_result_says_how_long_all_of_it_took(runs):
@@ -180,6 +201,139 @@ def test_comparisons_are_of_medians_and_of_methods_that_get_there():
     assert epochs[2:] == ("not reached (SGD: 2.5)", False, "KFAC ends at 0.5, the target is 0.2")
 
 
+def rivals(**curves):
+    """Cases of a task whose target is where AdamW ends, by the losses of the only seed of each."""
+    return [
+        {
+            "task": "t",
+            "optimizer": name.replace("_", ", "),
+            "target": "AdamW",
+            "epochs": 4,
+            "runs": [{"loss": losses, "seconds": [1] * 4}],
+        }
+        for name, losses in curves.items()
+    ]
+
+
+def test_rivals_are_measured_by_where_adamw_and_muon_end():
+    first = {"Adam": [3, 3, 3, 1.5], "AdamW": [3, 2.5, 2, 2], "Muon": [3, 3, 3, 1.6]}
+    cases = rivals(**first, KFAC=[3, 2, 1.8, 1.7], THOR=[3, 2.5, 1.9, 1.5], KFAC_defaults=[3, 3, 3, 2.5])
+    assert tasks.targets({"cases": cases}) == {"t": 2}
+    # By definition, although the third of its losses is as low.
+    assert tasks.needs(cases[1], 2) == {"epochs": 4, "seconds": 4}
+    assert tasks.goals({"cases": cases}) == [
+        ("epochs to AdamW's end, t", "<= 0.50 of AdamW's", "0.50 (KFAC: 2, AdamW: 4)", True, ""),
+        ("loss at the end, t", "< Muon's", "1.5 (THOR), 1.6 (Muon)", True, ""),
+        (
+            "epochs to AdamW's end, t, defaults",
+            "<= 0.50 of AdamW's",
+            "not reached",
+            False,
+            "KFAC, defaults ends at 2.5, AdamW at 2",
+        ),
+        ("loss at the end, t, defaults", "< Muon's", "2.5 (KFAC, defaults), 1.6 (Muon)", False, ""),
+    ]
+
+
+def test_what_is_not_measured_yet_has_no_goals():
+    cases = rivals(Adam=[3, 3, 3, 1.5], KFAC=[3, 2, 1.8, 1.7])
+    assert tasks.goals({"cases": cases}) == []
+    assert tasks.goals({"cases": [{**case, "target": None} for case in cases[:1]]}) == []
+
+
+def test_defaults_run_without_trials():
+    def run(settings, seed, **shortened):
+        assert not settings
+        assert not shortened
+        return {"loss": [1.0], "seconds": [1]}
+
+    case = {"optimizer": "KFAC, defaults", "grid": {}, "trial_seeds": 1, "seeds": 2, "target": "AdamW", "epochs": 1}
+    found = trials.measured(case, run)
+    assert (found["trials"], found["best"], len(found["runs"])) == ([], {}, 2)
+    assert trials.default_rate(case) == 0.02
+    assert tasks.row("KFAC, defaults", {**case, **found}, 1.0).startswith(
+        "| KFAC, defaults | - | 0 | 1.0 ± 0.0 | 2 of 2"
+    )
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("optimizer", ["AdamW", "KFAC"])
+def test_trials_change_what_the_optimizer_holds_and_start_over(optimizer):
+    rng = np.random.default_rng(0)
+    images, labels = rng.normal(size=(64, 8, 8, 1)).astype("float32"), rng.integers(0, 10, 64)
+    problem = task_data.Problem(
+        (images, labels), keras.losses.SparseCategoricalCrossentropy(from_logits=True), (images[:8], labels[:8]), True
+    )
+    case = {"task": "mlp", "optimizer": optimizer, "batch_size": 16, "steps": 2, "epochs": 3, "schedule": "cosine"}
+    case["grid"] = {"learning_rate": [0.01, 0.02]} | ({"damping": [0.5, 1.0]} if optimizer == "KFAC" else {})
+    points = [{name: values[i] for name, values in case["grid"].items()} for i in range(2)]
+
+    def warm():
+        found = trials.Training(case, problem, {"damping_mode": "relative"} if optimizer == "KFAC" else {})
+        # The first fit of a model draws a batch more, to build it.
+        found.run(points[0], 0, 1)
+        return found
+
+    training = warm()
+    first, second, again = (training.run(points[i], 7, 3) for i in (0, 1, 0))
+    assert [len(values) for values in first.values()] == [3, 3, 3]
+    assert float(training.optimizer.learning_rate) == pytest.approx(0, abs=1e-9)
+    assert first["loss"] != second["loss"]
+    if keras.backend.backend() == "jax":
+        # TensorFlow draws batches of a seed that goes on.
+        assert first["loss"] == again["loss"]
+        assert warm().run(points[1], 7, 3)["loss"] == second["loss"]
+        if optimizer == "KFAC":
+            assert training.run({**points[0], "damping": 1.0}, 7, 3)["loss"] != first["loss"]
+
+
+def test_a_rate_falls_along_half_a_cosine():
+    held = trials.Held(4)
+    held.held_by(keras.optimizers.SGD(held), "learning_rate").assign(2.0)
+    rates = [float(held(step)) for step in range(6)]
+    np.testing.assert_allclose(rates, 1 + np.cos(np.pi * np.array([0, 1, 2, 3, 4, 4]) / 4), atol=1e-6)
+
+
+def test_text_is_trained_on_and_validated_on_different_characters():
+    training, other, alphabet = task_data.characters()
+    assert len(training) == 1_000_000
+    assert 90 < alphabet <= 128
+    problem = task_data.problem("text")
+    for x, y in (problem.training, problem.validation):
+        np.testing.assert_array_equal(x[:, 1:], y[:, :-1])
+        assert x.shape[1] == task_data.CONTEXT
+    assert (
+        len(problem.training[0])
+        == task_data.WINDOWS
+        == 64 * math.prod(tasks.TASKS["text"][n] for n in ("steps", "epochs"))
+    )
+    assert len(problem.validation[0]) == 400
+    np.testing.assert_array_equal(problem.validation[0][1], other[500:564])
+
+
+def test_codes_of_a_text_are_by_the_order_of_its_characters():
+    (first, second), count = texts.codes(["cab", "b"])
+    assert (list(first), list(second), count) == ([2, 0, 1], [1], 3)
+
+
+def test_a_language_model_sees_the_past_alone():
+    model = networks.language_model(vocabulary=11, length=6, width=8, heads=2, depth=1)
+    tokens = np.random.default_rng(0).integers(0, 11, (1, 6))
+    changed = tokens.copy()
+    changed[0, 4] = (changed[0, 4] + 1) % 11
+    logits, others = (keras.ops.convert_to_numpy(model(x)) for x in (tokens, changed))
+    assert logits.shape == (1, 6, 11)
+    np.testing.assert_allclose(logits[:, :4], others[:, :4], atol=1e-6)
+    assert (np.abs(logits - others)[:, 4:].max(-1) > 1e-4).all()
+    # Tokens and positions.
+    assert sum("embeddings" in v.path for v in model.trainable_variables) == 2
+
+
+def test_networks_of_images_end_in_logits():
+    assert networks.vision_transformer().output_shape == (None, 10)
+    assert [layer.units for layer in networks.deep_autoencoder().layers] == [400, 200, 100, 25, 100, 200, 400, 784]
+
+
 def test_the_best_trial_is_the_first_to_a_named_loss_or_else_ends_lowest():
     # By learning rate, losses for each seed of a trial.
     curves = {0.1: [[0.5, 0.01], [0.02, 0.01], [0.5, 0.3]], 0.2: [[0.05, 0.2]] * 3, 0.3: [[0.05, 0.1]] * 3}
@@ -230,5 +384,5 @@ def test_cases_have_names_of_their_own_and_fit_into_json(benchmark, quick):
     assert found == json.loads(json.dumps(found))
     assert len({case["name"] for case in found}) == len(found)
     if benchmark in (tasks, peers) and not quick:
-        for of in tasks.by_task([case for case in found if "grid" in case]).values():
+        for of in tasks.by_task([case for case in found if case.get("grid")]).values():
             assert len({math.prod(map(len, case["grid"].values())) for case in of}) == 1

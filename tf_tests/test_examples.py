@@ -1,6 +1,8 @@
 """The examples' data, and the examples themselves where nothing else runs them."""
 
+import gzip
 import json
+import os
 import pathlib
 import subprocess
 import sys
@@ -69,6 +71,50 @@ def test_data_that_are_prepared_twice_at_a_time(tmp_path, monkeypatch):
     monkeypatch.setattr(datasets.Digits, "_generate_examples", drawn)
     assert len(datasets.load("digits", "test", tmp_path)) == 297
     assert [path.name for path in (tmp_path / "digits").iterdir()] == ["1.0.0"]
+
+
+@pytest.fixture
+def idx_files(tmp_path, monkeypatch):
+    """A folder as Debian's package makes it, with six images for training and four for testing."""
+    from tensorflow_datasets.image_classification import mnist
+
+    folder, rng = tmp_path / "files", np.random.default_rng(0)
+    folder.mkdir()
+    for split, count in (("train", 6), ("t10k", 4)):
+        images, labels = rng.integers(0, 256, (count, 28, 28), np.uint8), np.arange(count, dtype=np.uint8)
+        with gzip.open(folder / f"{split}-images-idx3-ubyte.gz", "wb") as file:
+            file.write(np.array([2051, count, 28, 28], ">i4").tobytes() + images.tobytes())
+        with gzip.open(folder / f"{split}-labels-idx1-ubyte.gz", "wb") as file:
+            file.write(np.array([2049, count], ">i4").tobytes() + labels.tobytes())
+    monkeypatch.setattr(mnist, "_TRAIN_EXAMPLES", 6)
+    monkeypatch.setattr(mnist, "_TEST_EXAMPLES", 4)
+    return folder
+
+
+@pytest.mark.parametrize("named", [True, False])
+def test_fashion_mnist_is_prepared_from_files(idx_files, tmp_path, monkeypatch, named):
+    if not named:
+        monkeypatch.setenv(datasets.FILES_VARIABLE, os.fspath(idx_files))
+    found = datasets.load("fashion_mnist", "train", tmp_path / "data", files=idx_files if named else None)
+    images, labels = found.batch(6).get_single_element()
+    with gzip.open(idx_files / "train-images-idx3-ubyte.gz") as file:
+        stored = np.frombuffer(file.read()[16:], np.uint8).reshape(6, 28, 28, 1)
+    # tensorflow-datasets stores them in an order of its own.
+    np.testing.assert_array_equal(images.numpy(), stored[labels.numpy()])
+    images, labels = datasets.arrays("fashion_mnist", "test", tmp_path / "data", scale=255.0)
+    assert images.shape == (4, 28, 28, 1)
+    assert images.max() <= 1
+    assert sorted(labels) == [0, 1, 2, 3]
+
+
+def test_where_files_of_fashion_mnist_are_looked_for(tmp_path, monkeypatch):
+    monkeypatch.delenv(datasets.FILES_VARIABLE, raising=False)
+    monkeypatch.setattr(datasets, "DEBIAN_FILES", os.fspath(tmp_path / "none"))
+    assert datasets.fashion_mnist_files() is None
+    monkeypatch.setattr(datasets, "DEBIAN_FILES", os.fspath(tmp_path))
+    assert datasets.fashion_mnist_files() == os.fspath(tmp_path)
+    with pytest.raises(ValueError, match="which is none"):
+        datasets.fashion_mnist_files(tmp_path / "none")
 
 
 def test_dice_is_numpys_over_all_batches():
