@@ -24,7 +24,11 @@ from benchmarks.methods import METHODS, ROW_METHODS, optimizer_of
 INTERVALS = ((1, 1), (1, 10), (10, 100))
 # Compiling all methods for a deep network takes XLA many minutes. The last three are trained by `benchmarks.tasks`.
 CASES = [
-    *((network, mode) for network in ("resnet32", "unet", "transformer") for mode in ("tensorflow", "jax")),
+    *(
+        (network, mode)
+        for network in ("resnet32", "unet", "transformer", "language-model")
+        for mode in ("tensorflow", "jax")
+    ),
     ("resnet18", "tensorflow"),
     ("resnet50", "tensorflow"),
     *((network, "jax") for network in ("digits-cnn", "digits-mlp", "autoencoder")),

@@ -51,13 +51,15 @@ TASKS = {
     "deep_autoencoder": {**_REAL, "target": None, "batch_size": 500, "steps": 40, "epochs": 12},
 }
 _RATES = (0.03, 0.1, 0.3)
-_RELATIVE = {"learning_rate": (0.01, 0.02, 0.04, 0.08), "damping": (0.3, 1.0)}
+_SECOND_ORDER_RATES = (0.01, 0.02, 0.04, 0.08)
+_GLOBAL = {"learning_rate": _SECOND_ORDER_RATES, "damping": (0.15, 0.5)}
+_RELATIVE = {"learning_rate": _SECOND_ORDER_RATES, "damping": (0.3, 1.0)}
 _TRANSFORMER = {
     "Adam": {"learning_rate": (0.001, 0.002, 0.004, 0.008), "beta_2": (0.95, 0.999)},
     "AdamW": {"learning_rate": (0.001, 0.002, 0.004, 0.008), "weight_decay": (0.01, 0.1)},
     "Muon": {"learning_rate": (0.002, 0.004, 0.008, 0.016), "weight_decay": (0.01, 0.1)},
-    "KFAC": _RELATIVE,
-    "THOR": _RELATIVE,
+    "KFAC": _GLOBAL,
+    "THOR": _GLOBAL,
 }
 GRIDS = {
     "cnn": _CLASSIFIER,
@@ -94,13 +96,15 @@ GRIDS = {
         "SGD": {"momentum": (0.9, 0.95), "learning_rate": (0.5, 1.0, 2.0, 4.0)},
         "Adam": {"momentum": (0.5, 0.9), "learning_rate": (0.0005, 0.001, 0.002, 0.004)},
         "Muon": {"momentum": (0.9, 0.95), "learning_rate": (0.001, 0.002, 0.004, 0.008)},
-        **dict.fromkeys(("KFAC", "THOR", "SKFAC"), _RELATIVE),
+        **dict.fromkeys(("KFAC", "THOR"), _GLOBAL),
+        "SKFAC": _RELATIVE,
     },
 }
 # What users are told to set: Muon is not for a network's last layer (nor for embeddings, which it leaves out by itself).
 ARGUMENTS = {
     "Muon": {"exclude_layers": ["logits"]},
-    **dict.fromkeys(("KFAC", "THOR", "SKFAC"), {"damping_mode": "relative"}),
+    **dict.fromkeys(("KFAC", "THOR"), {"damping_mode": "global"}),
+    "SKFAC": {"damping_mode": "relative"},
 }
 # What runs once more with no argument set at all.
 DEFAULTS = {"text": ("KFAC", "THOR"), "vit": ("KFAC", "THOR"), "deep_autoencoder": ("KFAC", "THOR", "SKFAC")}

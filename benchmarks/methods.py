@@ -26,7 +26,7 @@ def optimizer_of(method, network):
         **keras_ngd.PAPER_SETTINGS,
         "learning_rate": 1e-3,
         "damping": DAMPING,
-        "losses_per_example": settings.get("pixels", 1),
+        "losses_per_example": settings.get("pixels", settings.get("positions", 1)),
     }
     intervals = {"factor_interval": 1, "inverse_interval": 10}
     if method in ("sgd", "captured"):

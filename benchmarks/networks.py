@@ -19,7 +19,7 @@ from examples.networks import (
 def transformer(tokens=64, vocabulary=256, width=128, heads=4, depth=2, classes=10):
     """A classifier of sequences; its projections are `Dense` layers, one for queries, keys and values."""
     inputs = keras.Input((tokens,), dtype="int32")
-    x = layers.Embedding(vocabulary, width)(inputs) + layers.Embedding(tokens, width)(ops.arange(tokens))
+    x = Positions(tokens, width)(layers.Embedding(vocabulary, width)(inputs))
     for _ in range(depth):
         q, k, v = ops.split(
             layers.Reshape((tokens, 3 * heads, width // heads))(
@@ -94,7 +94,7 @@ def vision_transformer(shape=(28, 28, 1), patch=4, width=64, heads=4, depth=2, c
     return keras.Model(inputs, layers.Dense(classes, name="logits")(pooled))
 
 
-# A loss that is a mean over pixels has as many values for each example.
+# A loss that is a mean over pixels or positions has as many values for each example.
 NETWORKS = {
     "3c1f": {"make": cnn_3c1f, "shape": (28, 28, 1), "batch": 64, "split": 16},
     "resnet8": {
@@ -108,7 +108,15 @@ NETWORKS = {
     "resnet50": {"make": lambda: resnet50(64, 10), "shape": (64, 64, 3), "batch": 16, "split": 128},
     "resnet50-224": {"make": lambda: resnet50(224, 1000), "shape": (224, 224, 3), "batch": 64, "split": 128},
     "unet": {"make": unet, "shape": (64, 64, 3), "batch": 16, "split": 64, "pixels": 64 * 64},
-    "transformer": {"make": transformer, "shape": (64,), "batch": 32, "split": 64},
+    "transformer": {"make": transformer, "shape": (64,), "batch": 32, "split": 64, "vocabulary": 256},
+    "language-model": {
+        "make": lambda: language_model(96),
+        "shape": (64,),
+        "batch": 64,
+        "split": 64,
+        "vocabulary": 96,
+        "positions": 64,
+    },
     "digits-cnn": {"make": digits_cnn, "shape": (8, 8, 1), "batch": 250, "split": 128},
     "digits-mlp": {"make": digits_mlp, "shape": (8, 8, 1), "batch": 250, "split": 128},
     "autoencoder": {"make": autoencoder, "shape": (64,), "batch": 250, "split": 128, "pixels": 64},
@@ -122,6 +130,7 @@ def batch(name):
     if "pixels" in settings:
         targets = rng.integers(0, 2, (*shape[:3], 1) if len(shape) > 2 else shape).astype("float32")
         return rng.normal(size=shape).astype("float32"), targets, keras.losses.BinaryCrossentropy(from_logits=True)
-    x = rng.integers(0, 256, shape) if name == "transformer" else rng.normal(size=shape).astype("float32")
+    words = settings.get("vocabulary")
+    x = rng.integers(0, words, shape) if words else rng.normal(size=shape).astype("float32")
     loss = keras.losses.SparseCategoricalCrossentropy(from_logits=True)
-    return x, rng.integers(0, 10, settings["batch"]), loss
+    return x, rng.integers(0, 10, shape if "positions" in settings else settings["batch"]), loss

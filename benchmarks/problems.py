@@ -8,7 +8,7 @@ from keras import layers
 
 import keras_ngd
 from benchmarks import task_data, tasks, texts
-from benchmarks.networks import attention_block
+from benchmarks.networks import Positions, attention_block
 
 SEED = 1
 # How the outputs of a loss's network look, and its targets.
@@ -84,8 +84,7 @@ def _sources(characters):
 
 def _embedded(length, alphabet, width):
     tokens = keras.Input((length,), dtype="int32")
-    places = layers.Embedding(length, width)(keras.ops.arange(length))
-    return tokens, layers.Embedding(alphabet, width)(tokens) + places
+    return tokens, Positions(length, width)(layers.Embedding(alphabet, width)(tokens))
 
 
 def characters():
