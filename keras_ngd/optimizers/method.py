@@ -29,16 +29,21 @@ class Method(Approximation):
     Attributes:
         one_clock: whether all layers record in the same steps. Default True.
         refreshes_what_was_recorded: whether inverses are made of each batch that was recorded, and of no other. Default False.
+        refreshes_from_the_last: whether what a refresh makes depends on the last one, so that there is none in a step that is not
+            finite. Default False.
         whole_factors: whether the state of a layer grows with the squares of its sizes. Default False.
         losses_per_example: how many loss values each example contributes to the mean, a number, or `"auto"`.
         factor_decay: decay of the running averages.
+        rest_share: what Adam's learning rate for the rest is of the optimizer's, unless `rest_learning_rate` is given.
     """
 
     one_clock: bool = True
     refreshes_what_was_recorded: bool = False
+    refreshes_from_the_last: bool = False
     whole_factors: bool = False
     losses_per_example: LossesPerExample = 1.0
     factor_decay: float = 0.95
+    rest_share: float = 0.1
 
     @property
     def approximations(self) -> Mapping[Structure, type[AveragedApproximation]]:
@@ -74,6 +79,10 @@ class Method(Approximation):
 
     def separate_draws(self) -> None:
         """Makes every worker draw random numbers of its own, if there are any to be drawn in the probes."""
+
+    def further_notices(self) -> list[tuple[str, str]]:
+        """Pairs of a key and a message, of what the user should know of when training ends."""
+        return []
 
     # Loading
 

@@ -75,13 +75,13 @@ def on_all_devices(group: Group, gradients: Tensor) -> Tensor:
     return gradients
 
 
-def gathered_state(group: Group, values: Sequence[Tensor] | None = None) -> list[Tensor]:
-    """The state of a group's curvature, each tensor of it whole; that of its variables unless `values` are given."""
+def gathered_state(variables: Sequence[Variable], values: Sequence[Tensor] | None = None) -> list[Tensor]:
+    """What variables of a curvature's state hold, each tensor of it whole, or `values` of these variables."""
     if values is None:
-        return [sharding.gathered(v) for v in group.curvature.variables]
-    return [sharding.gathered(v, t) for v, t in zip(group.curvature.variables, values, strict=True)]
+        return [sharding.gathered(v) for v in variables]
+    return [sharding.gathered(v, t) for v, t in zip(variables, values, strict=True)]
 
 
-def stored_state(group: Group, state: Sequence[Tensor]) -> list[Tensor]:
-    """A group's state as the curvature's variables keep it."""
-    return [sharding.stored(v, t) for v, t in zip(group.curvature.variables, state, strict=True)]
+def stored_state(variables: Sequence[Variable], state: Sequence[Tensor]) -> list[Tensor]:
+    """Tensors of a curvature's state as its variables keep them."""
+    return [sharding.stored(v, t) for v, t in zip(variables, state, strict=True)]

@@ -1,0 +1,43 @@
+"""Methods in the eigenbases of Kronecker factors, in float64 and one matrix at a time."""
+
+import numpy as np
+
+
+def bases(a, g):
+    """The eigenvectors of both factors."""
+    return np.linalg.eigh(a)[1], np.linalg.eigh(g)[1]
+
+
+def rotated(v, a, g):
+    """`QA^T V QG`."""
+    qa, qg = bases(a, g)
+    return qa.T @ v @ qg
+
+
+def rotated_back(v, a, g):
+    """`QA V QG^T`."""
+    qa, qg = bases(a, g)
+    return qa @ v @ qg.T
+
+
+def residual(matrix, basis):
+    """How far a basis is from diagonalizing a matrix: `|offdiag(Q^T F Q)| / |F|`."""
+    inside = basis.T @ matrix @ basis
+    return np.linalg.norm(inside - np.diag(np.diag(inside))) / np.linalg.norm(matrix)
+
+
+class Adam:
+    """Adam's rule in bases that may change from step to step."""
+
+    def __init__(self, shape, beta_1=0.9, beta_2=0.95, epsilon=1e-8):
+        self.first, self.second, self.steps = np.zeros(shape), np.zeros(shape), 0
+        self.beta_1, self.beta_2, self.epsilon = beta_1, beta_2, epsilon
+
+    def direction(self, v, qa, qg):
+        """`P` of a gradient `V`."""
+        self.steps += 1
+        self.first = self.beta_1 * self.first + (1 - self.beta_1) * v
+        self.second = self.beta_2 * self.second + (1 - self.beta_2) * (qa.T @ v @ qg) ** 2
+        mean = self.first / (1 - self.beta_1**self.steps)
+        deviation = np.sqrt(self.second / (1 - self.beta_2**self.steps))
+        return qa @ ((qa.T @ mean @ qg) / (deviation + self.epsilon)) @ qg.T
