@@ -83,6 +83,13 @@ def by_few_rows(a, ghat, v):
     return by_rows(a, ghat, v, lambda *block: low_rank.interpolated(*block, rank=3))
 
 
+def by_second_moments(a, ghat, v):
+    """Its first step at the default decay, with `S` begun at the factors' eigenvalues."""
+    inside, values = eigenbasis.rotated(v, *factors(a, ghat)), [np.linalg.eigvalsh(f) for f in factors(a, ghat)]
+    second = 0.95 * np.outer(*values) + 0.05 * BATCH * inside**2
+    return eigenbasis.rotated_back(inside / (second + second.mean()), *factors(a, ghat))
+
+
 def by_signs(a, ghat, v):
     """Adam's first step, in the eigenbasis."""
     return eigenbasis.rotated_back(np.sign(eigenbasis.rotated(v, *factors(a, ghat))), *factors(a, ghat))
@@ -102,6 +109,7 @@ METHODS = [
     Method(keras_ngd.SKFAC, ROWS, by_factors, OF_WORKERS),
     Method(keras_ngd.SNGD, ROWS, by_rows, OF_WORKERS | {"factor_decay": 0.5}),
     Method(keras_ngd.HyLo, ROWS | {"rank": 3, "mode": "kid"}, by_few_rows, OF_WORKERS | {"factor_decay": 0.5}),
+    Method(keras_ngd.EKFAC, EACH, by_second_moments, NOT_HELD_BY_ALL, values={"split": 3}),
     Method(keras_ngd.EigenAdam, EACH, by_signs, NOT_HELD_BY_ALL | OF_STEPS, False, {"split": 3}, 1e-3),
 ]
 

@@ -3,11 +3,16 @@
 from collections.abc import Callable, Sequence
 from typing import Any
 
+import numpy as np
 from keras import ops
 
 from keras_ngd.curvature.curvature import Slot
 from keras_ngd.curvature.eigenbasis import EigenbasisCurvature
 from keras_ngd.typing import Tensor
+
+# Of a rotated gradient, entries of so many roundings of the largest are what rounding makes of zeros. Adam would make whole steps
+# of them, in directions in which the layer has no inputs or the loss no gradient.
+_ROUNDINGS = 16
 
 
 class EigenAdamCurvature(EigenbasisCurvature):
@@ -17,7 +22,8 @@ class EigenAdamCurvature(EigenbasisCurvature):
         P = QA [ (QA^T M QG) / (1 - beta_1^t) / (sqrt(S / (1 - beta_2^t)) + epsilon) ] QG^T
 
     Without bases (parts of size 1) it is Adam. `M` is a matrix of weights, which no new basis changes; of `S` each entry belongs
-    to two columns of the bases, which a refresh leaves in their places.
+    to two columns of the bases, which a refresh leaves in their places. Where there are bases, the square of some roundings of
+    the largest root is added to all squares.
 
     Args:
         beta_1, beta_2: decay of `M` and of `S`.
@@ -53,5 +59,8 @@ class EigenAdamCurvature(EigenbasisCurvature):
         # What a layer's steps have in the averages. Before the first there is nothing in them, and P = 0.
         steps = ops.reshape(ops.maximum(steps, 1.0), (-1, 1, 1))
         mean = self.rotated(first, state) / (1 - ops.power(self.beta_1, steps))
-        root = ops.sqrt(second / (1 - ops.power(self.beta_2, steps)))
-        return self.rotated_back(mean / (root + self.epsilon), state)
+        squares = second / (1 - ops.power(self.beta_2, steps))
+        if self.with_bases:
+            rounding = _ROUNDINGS * float(np.finfo(self.dtype).eps)
+            squares = squares + rounding**2 * ops.max(squares, axis=(1, 2), keepdims=True)
+        return self.rotated_back(mean / (ops.sqrt(squares) + self.epsilon), state)

@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 from keras import ops
 
-from keras_ngd.curvature import EigenAdamCurvature, EigenbasisCurvature, Slot
+from keras_ngd.curvature import EigenAdamCurvature, EigenbasisCurvature, EKFACCurvature, Slot
 from keras_ngd.linalg import diagonal
 from tf_tests.curvature.test_kronecker import draw, first_state
 from tf_tests.linalg.test_diagonal import block_diagonal
@@ -112,6 +112,70 @@ def test_steps_are_those_of_adam_in_the_bases(parts):
         expected = [adam.direction(*block) for adam, *block in zip(adams, v.astype("float64"), qa, qg, strict=True)]
         close(found, np.stack(expected), 1e-4)
     assert state[-1].tolist() == [4, 4]
+
+
+def ekfac_steps(parts, damping_mode, damping, dtype="float64", scale=5.0):
+    """After a refresh and two steps: the dense bases, the state, the last gradients and what became of them."""
+    a, g, _ = draw(dtype=dtype)
+    curvature = make(EKFACCurvature, parts, dtype=dtype, decay=0.9, damping_mode=damping_mode)
+    state = refreshed(curvature, blocks(a, g, parts))
+    start = np.array(state[-1])
+    left, right = curvature._bases(state)
+
+    def step(v, *state):
+        [new] = curvature.stepped(v, state, lambda: ops.full((2,), scale, dtype))
+        return curvature.precondition(v, np.asarray(damping, dtype), [*state[:-1], new], None), new
+
+    for seed in range(2):
+        v = draw(dtype=dtype, seed=seed)[2]
+        p, second = run(step, v, *state)
+        state = [*state[:-1], second]
+    return dense(left, parts[0]), dense(right, parts[1]), start, second, v, p
+
+
+@every_split
+@pytest.mark.parametrize("damping_mode", ["relative", "exact"])
+def test_second_moments_are_solved_for_as_the_dense_matrix(float64, parts, damping_mode):
+    qa, qg, _, second, v, p = ekfac_steps(parts, damping_mode, 0.3)
+    for left, right, s, gradient, found in zip(qa, qg, second, v, p, strict=True):
+        both = np.kron(left, right)
+        damping = 0.3 * s.mean() if damping_mode == "relative" else 0.3
+        fisher = both @ np.diag(s.reshape(-1)) @ both.T + damping * np.eye(s.size)
+        close(found, np.linalg.solve(fisher, gradient.reshape(-1)).reshape(gradient.shape), 1e-10)
+
+
+@every_split
+def test_second_moments_begin_with_the_eigenvalues_and_average_squares(float64, parts):
+    qa, qg, start, second, _, _ = ekfac_steps(parts, "exact", 1.0)
+    a, g, _ = draw(dtype="float64")
+    expected = []
+    for i in range(2):
+        values = [np.diag(q[i].T @ side[i] @ q[i]) for q, side in ((qa, a), (qg, g))]
+        expected.append(np.outer(*values))
+        close(start[i], expected[i], 1e-10)
+        for seed in range(2):
+            v = draw(dtype="float64", seed=seed)[2][i]
+            expected[i] = 0.9 * expected[i] + 0.1 * 5.0 * (qa[i].T @ v @ qg[i]) ** 2
+    close(second, np.stack(expected), 1e-10)
+
+
+def test_second_moments_go_on_where_the_bases_stay():
+    a, g, _ = draw()
+    curvature = make(EKFACCurvature, PARTS["whole"], decay=0.9, damping_mode="exact", tolerance=0.01)
+    state = refreshed(curvature, blocks(a, g, PARTS["whole"]))
+    state[-1] = 2 * state[-1]
+    other = np.array(a)
+    other[1] = draw(seed=3)[0][1]
+    again = curvature.refresh(blocks(other, g, PARTS["whole"]), 1.0, state)
+    np.testing.assert_array_equal(np.asarray(again[-1])[0], state[-1][0])
+    assert not np.allclose(np.asarray(again[-1])[1], state[-1][1])
+    assert np.asarray(again[-1])[1].sum() == pytest.approx(np.trace(other[1]) * np.trace(g[1]), rel=1e-4)
+
+
+def test_without_second_moments_a_gradient_stays_as_it_is():
+    curvature = make(EKFACCurvature, PARTS["whole"], decay=0.9, damping_mode="relative")
+    v = draw()[2]
+    close(run(lambda v, *s: curvature.precondition(v, 0.1, s, None), v, *first_state(curvature)), v, 1e-6)
 
 
 def test_which_part_of_the_state_refreshes_and_steps_renew():

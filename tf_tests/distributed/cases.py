@@ -78,7 +78,11 @@ METHODS = {
     "sngd": lambda size: _rows(paper.SNGD, size),
     "hylo-kid": lambda size: _rows(paper.HyLo, size, rank=1.0, mode="kid"),
     "hylo-kis": lambda size: _rows(paper.HyLo, size, rank=1.0, mode="kis"),
+    "ekfac": lambda size: keras_ngd.EKFAC(split=4, factor_interval=2, inverse_interval=4),
+    # An epsilon that is far above what rounding makes of directions without gradients.
+    "eigen-adam": lambda size: keras_ngd.EigenAdam(0.01, epsilon=0.1, split=4, factor_interval=2, inverse_interval=4),
     # Of blocks of every structure: see `tokens`.
+    "tokens-eigen-adam": lambda size: keras_ngd.EigenAdam(0.1, epsilon=1.0, factor_interval=1, inverse_interval=3),
     "tokens-sp-ngd": lambda size: _kfac(size, gradient_worker_fraction=0, reduce_scatter=True),
     "tokens-thor": lambda size: _thor(size, gradient_worker_fraction=0.5),
     # A damping in float32's reach of the kernel matrices' largest eigenvalues, some thousands.
@@ -120,7 +124,7 @@ def digest(model):
     """A number that differs where any bit of a weight, a statistic or the optimizer's state does."""
     model.optimizer.gather_statistics()
     # Row methods' own rows are each worker's own.
-    mean = isinstance(model.optimizer, keras_ngd.KFAC)
+    mean = isinstance(model.optimizer, (keras_ngd.KFAC, keras_ngd.EKFAC, keras_ngd.EigenAdam))
     own = ("examples", "accepted")
     variables = [
         v for v in model.trainable_variables if not hasattr(v, "keras_ngd_statistics") or (mean and v.name not in own)
