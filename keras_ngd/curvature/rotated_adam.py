@@ -43,7 +43,7 @@ class EigenAdamCurvature(EigenbasisCurvature):
             for name, shape in shapes.items()
         )
 
-    def stepped(self, v: Tensor, state: Sequence[Tensor], scale: Callable[[], Tensor]) -> list[Tensor]:
+    def stepped(self, v: Tensor, state: Sequence[Tensor], scale: Callable[[], Tensor] | None = None) -> list[Tensor]:
         first, second, steps = state[-3:]
         squares = ops.square(self.rotated(v, state))
         return [

@@ -4,16 +4,20 @@ from collections.abc import Sequence
 from typing import Any
 
 import keras
+from keras import ops
 
 from keras_ngd import schedules
 from keras_ngd.curvature import Curvature, EigenAdamCurvature
 from keras_ngd.layers.geometry import Structure
 from keras_ngd.optimizers.approximations import AveragedApproximation, UnitWiseApproximation
 from keras_ngd.optimizers.arguments import documented
-from keras_ngd.optimizers.blocks import Group
+from keras_ngd.optimizers.blocks import Group, Layout, Signals
 from keras_ngd.optimizers.eigenbasis_method import DEFAULT_SPLIT, NOT_OF_EIGENBASES, EigenbasisMethod
+from keras_ngd.optimizers.gradient_blocks import GradientBlocks
 from keras_ngd.statistics.statistics import Statistics
-from keras_ngd.typing import Config, DampingLike, IntervalLike, RateLike, Tensor
+from keras_ngd.typing import Config, DampingLike, IntervalLike, Parts, RateLike, Tensor, Variable
+
+BASES = ("fisher", "gradient")
 
 # What the length of Adam's steps and the bases, which have no scale, leave nothing to do for.
 NOT_OF_ADAM = ("damping", "momentum", "nesterov", "kl_clip", "loss_clip", "fisher_scale", "rest")
@@ -53,12 +57,21 @@ class EigenAdam(EigenbasisMethod):
     model.fit(x, y)
     ```
 
+    With `basis="gradient"` the factors are `L` and `R`, averages of `V V^T` and of `V^T V` over the steps. This is SOAP (Vyas et
+    al. 2024). It needs no captured layers, and no `capture`: `model.compile(optimizer=keras_ngd.EigenAdam(basis="gradient"))`
+    trains every matrix of any model so, and what has no two axes by Adam. Kernels of more axes are cut into rows and columns
+    where both are as equal as can be, and a side wider than `split` has no basis. On several workers gradients are averaged with
+    equal weights.
+
     Args:
         learning_rate: float, `LearningRateSchedule` or callable. Default 0.01.
         beta_1: float in [0, 1): decay of the mean of the gradients. Default 0.9.
         beta_2: float in [0, 1): decay of the mean of their squares. Default 0.95.
         epsilon: positive float: see above. Default 1e-8.
+        factor_interval: int or schedule: steps between updates of `A` and `G`; see `interval_growth`. Those of `L` and `R` are at
+            every step. Default 10.
         inverse_interval: int or schedule: steps between refreshes of the bases; see `interval_growth`. Default 100.
+        basis: `"fisher"` (default): the eigenvectors of `A` and `G`; `"gradient"`: those of `L` and `R`, see above.
         decomposition: how bases are renewed. `"qr"` (default): the first by an eigendecomposition, others by one step of
             orthogonal iteration, `Q <- qr(F Q)`, largest eigenvalues first; `"eigh"`: by an eigendecomposition every time.
         basis_tolerance: float in [0, 1): a basis stays as it is where it still diagonalizes its factor, `|offdiag(Q^T F Q)| <=
@@ -94,6 +107,7 @@ class EigenAdam(EigenbasisMethod):
         factor_interval: IntervalLike = 10,
         inverse_interval: IntervalLike = 100,
         decomposition: str = "qr",
+        basis: str = "fisher",
         basis_tolerance: float = 0.01,
         split: int | None = DEFAULT_SPLIT,
         weight_sharing: str = "expand",
@@ -112,6 +126,8 @@ class EigenAdam(EigenbasisMethod):
             if not schedules.is_number(value) or not 0 <= value < 1:
                 raise ValueError(f"`{argument}` must be in [0, 1). Received: {argument}={value!r}")
         epsilon = schedules.check_positive_number("epsilon", epsilon)
+        if basis not in BASES:
+            raise ValueError(f"`basis` must be one of {BASES}. Received: basis={basis!r}")
         super().__init__(
             decomposition,
             basis_tolerance,
@@ -130,12 +146,19 @@ class EigenAdam(EigenbasisMethod):
             name=name,
             **kwargs,
         )
-        self.beta_1, self.beta_2, self.epsilon = float(beta_1), float(beta_2), float(epsilon)
+        self.beta_1, self.beta_2, self.epsilon, self.basis = float(beta_1), float(beta_2), float(epsilon), basis
+        self.gradient_blocks: GradientBlocks | None = None
 
     @property
     def adam_arguments(self) -> dict[str, float]:
         """The arguments of an `EigenAdamCurvature` that are Adam's."""
         return {"beta_1": self.beta_1, "beta_2": self.beta_2, "epsilon": self.epsilon}
+
+    def adam_curvature(self, count: int, input_parts: Parts, output_parts: Parts, dtype: str) -> EigenAdamCurvature:
+        """A new curvature for `count` blocks with bases of these parts."""
+        return EigenAdamCurvature(
+            count, input_parts, output_parts, dtype, self.decomposition, self.basis_tolerance, **self.adam_arguments
+        )
 
     @property
     def approximations(self) -> dict[Structure, type[AveragedApproximation]]:
@@ -150,4 +173,38 @@ class EigenAdam(EigenbasisMethod):
 
     def get_config(self) -> Config:
         config = {name: value for name, value in super().get_config().items() if name not in NOT_OF_ADAM}
-        return config | {"beta_1": self.beta_1, "beta_2": self.beta_2, "epsilon": self.epsilon}
+        return config | {"basis": self.basis, **self.adam_arguments}
+
+    # Bases of gradients
+
+    def measure(self, model: Any, data: Any, analysis: Any) -> None:
+        if self.basis == "gradient":
+            raise ValueError(
+                "EigenAdam(basis='gradient') needs no captured layers: compile the model with it as it is, or leave `basis` out."
+            )
+
+    def _checked_layout(self, variables: Sequence[Variable]) -> Layout:
+        return Layout() if self.basis == "gradient" else super()._checked_layout(variables)
+
+    def build_own_state(self, layout: Layout) -> None:
+        if self.basis == "gradient":
+            self.gradient_blocks = GradientBlocks(self, self.built_on)
+
+    @property
+    def further_variables(self) -> list[Variable]:
+        return [] if self.gradient_blocks is None else self.gradient_blocks.variables
+
+    def basis_curvatures(self) -> list[Any]:
+        further = [] if self.gradient_blocks is None else [group.curvature for group in self.gradient_blocks.groups]
+        return super().basis_curvatures() + further
+
+    def _natural_gradients(self, signals: Signals) -> list[Tensor]:
+        if self.gradient_blocks is None:
+            return super()._natural_gradients(signals)
+        signals = self.exchange.plain_mean_gradients(signals)
+        found, finite = self.gradient_blocks.directions(signals)
+        others = self._others(signals, found)
+        finite = self._all_finite([signals.grads[i] for i in others], ops.zeros(()), finite)
+        self.gradient_blocks.assign(finite)
+        new = self._bounded(signals, found, others, ops.ones(()), finite)
+        return [new.get(i, gradient) for i, gradient in enumerate(signals.grads)]

@@ -96,12 +96,15 @@ class EigenbasisMethod(NaturalGradient):
         """How often a basis could not be renewed, since its factor or the decomposition was not finite, and stayed as it was."""
         return sum(int(ops.convert_to_numpy(ops.sum(v))) for v in self._failures())
 
+    def basis_curvatures(self) -> list[Any]:
+        """All curvatures that may have bases."""
+        return [group.curvature for group in self.local_layout.groups] if self.built else []
+
     def _failures(self) -> list[Any]:
-        groups = self.local_layout.groups if self.built else []
         return [
             variable
-            for group in groups
-            for variable, slot in zip(group.curvature.variables, group.curvature.slots, strict=True)
+            for curvature in self.basis_curvatures()
+            for variable, slot in zip(curvature.variables, curvature.slots, strict=True)
             if slot.name.startswith("failed_bases")
         ]
 

@@ -200,6 +200,21 @@ class Exchange:
         signals = signals.with_gradients([means.get(i, gradient) for i, gradient in enumerate(grads)])
         return signals, arrived, numbers, share
 
+    def plain_mean_gradients(self, signals: Signals) -> Signals:
+        """The means of all workers' gradients, each with the same weight: where no layer tells of examples."""
+        workers = self.workers
+        if workers is None:
+            return signals
+        known = [
+            i
+            for i, (gradient, variable) in enumerate(zip(signals.grads, signals.variables, strict=True))
+            if gradient is not None and not signals.is_overwritten(variable)
+        ]
+        dense = [backend.dense(g) if backend.is_sparse(g) else g for g in (signals.grads[i] for i in known)]
+        one, none = ops.ones((), "float32"), ops.zeros((0,), "bool")
+        means = dict(zip(known, workers.mean_gradients(dense, [None] * len(known), one, none)[0], strict=True))
+        return signals.with_gradients([means.get(i, gradient) for i, gradient in enumerate(signals.grads)])
+
     def mean_statistics(
         self, averages: dict[Block, list[Tensor]], share: Tensor | None, left_out: Tensor
     ) -> dict[Block, list[Tensor]]:

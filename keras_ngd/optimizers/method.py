@@ -73,6 +73,11 @@ class Method(Approximation):
     def build_own_state(self, layout: Layout) -> None:
         """Creates further variables, once the curvatures have theirs."""
 
+    @property
+    def further_variables(self) -> list[Variable]:
+        """Variables of no captured layer that do not follow the rule of the rest either."""
+        return []
+
     def start_statistics(self, statistics: Statistics, number: int) -> None:
         """Opens the gate of the layer `number` for the first batch."""
         statistics.gate.assign(1.0)

@@ -86,6 +86,7 @@ class NaturalGradient(AssembledOptimizer):
             group.curvature.build(self.state.add_curvature if self.gradient_worker_fraction == 1 else _unsaved)
         self.build_own_state(layout)
         captured = {self._var_key(v) for block in layout.blocks for v in block.variables}
+        captured |= {self._var_key(v) for v in self.further_variables}
         self.rest_rule = RestRule(
             self,
             variables,
@@ -229,7 +230,7 @@ class NaturalGradient(AssembledOptimizer):
             curvatures = [group.curvature for group in layout.groups]
             return refreshed(curvatures, [group.stacked(tensors) for group in layout.groups], damping, states, chosen)
 
-        with self.state.refreshing(self.layout.groups):
+        with self.state.refreshing([group.curvature for group in self.layout.groups]):
             new = self.exchange.refreshed_states(renew, states, update)
             new = self.arrivals.where_known(groups, new, states)
         stored = [t for of, state in zip(kept, new, strict=True) for t in state_layout.stored_state(of, state)]

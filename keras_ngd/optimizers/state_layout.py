@@ -4,6 +4,7 @@ from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager
 
 from keras_ngd import sharding
+from keras_ngd.curvature import Curvature
 from keras_ngd.optimizers.blocks import Block, Group
 from keras_ngd.typing import AddVariable, Initializer, Shape, Tensor, Variable
 
@@ -49,10 +50,10 @@ class StateLayout:
         """A new variable of a curvature's state."""
         return self.add(shape, initializer, dtype, name, self.shard_state)
 
-    def refreshing(self, groups: Sequence[Group]) -> AbstractContextManager[None]:
-        """The context in which the inverses of these groups are made, by all devices or by each its part."""
+    def refreshing(self, curvatures: Sequence[Curvature]) -> AbstractContextManager[None]:
+        """The context in which the inverses of these curvatures are made, by all devices or by each its part."""
         # Under Horovod a worker may hold no inverses at all.
-        variables = [v for group in groups for v in group.curvature.variables] if self.shard_state else []
+        variables = [v for curvature in curvatures for v in curvature.variables] if self.shard_state else []
         return sharding.dividing(sharding.spread_of(variables[0]).mesh if variables else None)
 
 

@@ -26,6 +26,35 @@ def residual(matrix, basis):
     return np.linalg.norm(inside - np.diag(np.diag(inside))) / np.linalg.norm(matrix)
 
 
+class Soap:
+    """SOAP for one matrix (Vyas et al. 2024, algorithm 3), whose averages and bases know of a step's gradient before it is taken.
+
+    The first bases are eigenvectors, later ones steps of power iteration (algorithm 4), the largest eigenvalue first.
+    """
+
+    def __init__(self, shape, frequency, decay, **adam):
+        self.adam, self.frequency, self.decay, self.steps = Adam(shape, **adam), frequency, decay, 0
+        self.factors, self.bases = [np.zeros((size, size)) for size in shape], [None, None]
+
+    def direction(self, v):
+        """What becomes of a gradient."""
+        for i, square in enumerate((v @ v.T, v.T @ v)):
+            self.factors[i] = self.decay * self.factors[i] + (1 - self.decay) * square
+            if self.steps % self.frequency == 0:
+                self.bases[i] = self._basis(self.factors[i], self.bases[i])
+        self.steps += 1
+        return self.adam.direction(v, *self.bases)
+
+    @staticmethod
+    def _basis(factor, basis):
+        if basis is None:
+            return np.linalg.eigh(factor)[1][:, ::-1]
+        order = np.argsort(-np.diag(basis.T @ factor @ basis))
+        new = np.empty_like(basis)
+        new[:, order] = np.linalg.qr(factor @ basis[:, order])[0]
+        return new
+
+
 class Adam:
     """Adam's rule in bases that may change from step to step."""
 
