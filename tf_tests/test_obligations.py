@@ -165,7 +165,9 @@ VALUES = {
     "decay_ratio": 0.5,
     "steps_per_epoch": 7,
     "seed": 9,
-    # EigenAdam's
+    # EKFAC's and EigenAdam's
+    "scale": "examples",
+    "basis": "gradient",
     "beta_1": 0.8,
     "beta_2": 0.99,
     "epsilon": 1e-6,

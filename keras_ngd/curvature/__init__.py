@@ -4,7 +4,7 @@ from keras_ngd.curvature.curvature import Curvature, Slot, refreshed, where_chos
 from keras_ngd.curvature.eigenbasis import EigenbasisCurvature
 from keras_ngd.curvature.kernel_inverse import KernelCurvature
 from keras_ngd.curvature.kronecker import KroneckerCurvature
-from keras_ngd.curvature.rescaled import EKFACCurvature
+from keras_ngd.curvature.rescaled import EKFACCurvature, ExampleEKFACCurvature
 from keras_ngd.curvature.rotated_adam import EigenAdamCurvature
 from keras_ngd.curvature.split import SplitCurvature
 from keras_ngd.curvature.unit_wise import UnitWiseCurvature
@@ -15,6 +15,7 @@ __all__ = [
     "EKFACCurvature",
     "EigenAdamCurvature",
     "EigenbasisCurvature",
+    "ExampleEKFACCurvature",
     "KernelCurvature",
     "KroneckerCurvature",
     "Slot",

@@ -38,15 +38,10 @@ class EKFACCurvature(EigenbasisCurvature):
         self, blocks: Sequence[Tensor], state: Sequence[Tensor], bases: Sequence[Tensor]
     ) -> list[Tensor]:
         *old, second = state
-        first = len(self.sides[0])
-        by_part = dict(zip(self.with_bases, bases, strict=True))
-        of_parts = [_eigenvalues(block, by_part.get(i)) for i, block in enumerate(blocks)]
-        a, g = (ops.concatenate(side, axis=1) for side in (of_parts[:first], of_parts[first:]))
         changed = ops.all(ops.equal(second, 0), axis=(1, 2))
         for new, before in zip(bases, old, strict=False):
             changed = changed | ops.any(ops.not_equal(new, before), axis=(1, 2, 3))
-        kronecker = a[:, :, None] * g[:, None, :]
-        return [ops.where(ops.reshape(changed, (-1, 1, 1)), kronecker, second)]
+        return [ops.where(ops.reshape(changed, (-1, 1, 1)), self.eigenvalues(blocks, bases), second)]
 
     def stepped(self, v: Tensor, state: Sequence[Tensor], scale: Callable[[], Tensor]) -> list[Tensor]:
         squares = ops.square(self.rotated(v, state)) * ops.reshape(scale(), (-1, 1, 1))
@@ -55,12 +50,47 @@ class EKFACCurvature(EigenbasisCurvature):
     def precondition(
         self, v: Tensor, damping: Tensor, state: Sequence[Tensor], inputs: Callable[[], Sequence[Tensor]]
     ) -> Tensor:
-        added, second = ops.cast(damping, self.dtype), state[-1]
+        return self.divided(v, self.second_moment(state, inputs), damping, state)
+
+    def second_moment(self, state: Sequence[Tensor], inputs: Callable[[], Sequence[Tensor]]) -> Tensor:
+        """`S`, `[k, input_dim, output_dim]`; arguments as for `precondition`."""
+        return state[-1]
+
+    def divided(self, v: Tensor, second: Tensor, damping: Tensor, state: Sequence[Tensor]) -> Tensor:
+        """`P` of gradients `v`, from `S`."""
+        added = ops.cast(damping, self.dtype)
         if self.damping_mode == "relative":
             # Not `ops.mean`: Keras takes it in float32 on JAX.
             mean = ops.sum(second, axis=(1, 2), keepdims=True) / (second.shape[1] * second.shape[2])
             added = ops.where(mean > 0, added * mean, 1.0)
         return self.rotated_back(self.rotated(v, state) / (second + added), state)
+
+    def eigenvalues(self, blocks: Sequence[Tensor], bases: Sequence[Tensor]) -> Tensor:
+        """`lA lG^T`, of the inputs of a refresh and bases."""
+        first = len(self.sides[0])
+        by_part = dict(zip(self.with_bases, bases, strict=False))
+        of_parts = [_eigenvalues(blocks[i], by_part.get(i)) for i in range(first + len(self.sides[1]))]
+        a, g = (ops.concatenate(side, axis=1) for side in (of_parts[:first], of_parts[first:]))
+        return a[:, :, None] * g[:, None, :]
+
+
+class ExampleEKFACCurvature(EKFACCurvature):
+    """The same with second moments of each example's gradient, which are recorded: the last of the inputs, `[k, dA dG, 1]`."""
+
+    @property
+    def own_slots(self) -> tuple[Slot, ...]:
+        return ()
+
+    def refreshed_rest(
+        self, blocks: Sequence[Tensor], state: Sequence[Tensor], bases: Sequence[Tensor]
+    ) -> list[Tensor]:
+        return []
+
+    def stepped(self, v: Tensor, state: Sequence[Tensor], scale: Callable[[], Tensor]) -> list[Tensor]:
+        return []
+
+    def second_moment(self, state: Sequence[Tensor], inputs: Callable[[], Sequence[Tensor]]) -> Tensor:
+        return ops.reshape(inputs()[-1], self.shape)
 
 
 def _eigenvalues(blocks: Tensor, bases: Tensor | None) -> Tensor:

@@ -137,6 +137,10 @@ class Method(Approximation):
         """
         return old, None
 
+    def after_refresh(self, averages: dict[Block, list[Tensor]]) -> dict[Block, list[Tensor]]:
+        """What the statistics go on with, now that the curvatures are refreshed, if they were. Default: the same."""
+        return averages
+
     def observe_gradients(self, gradients: dict[Block, list[Tensor]], finite: Tensor, step: Tensor) -> None:
         """Sees the plain gradients of every block's variables, and whether all gradients are finite."""
 

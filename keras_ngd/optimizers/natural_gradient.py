@@ -171,6 +171,7 @@ class NaturalGradient(AssembledOptimizer):
             }
 
         self._refresh(inputs, damping, step, recorded, ~ops.any(arrived.non_finite) & ops.isfinite(loss))
+        averages = self.after_refresh(averages)
         stepped = SteppedState(self, arrived)
         preconditioned, length = self._precondition(signals, inputs, damping, loss, stepped)
         others = self._others(signals, preconditioned)

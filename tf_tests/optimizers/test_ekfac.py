@@ -6,6 +6,7 @@ import pytest
 from keras import layers
 
 import keras_ngd
+from tf_tests.reference import fisher
 from tf_tests.reference.running import close, drawn
 from tf_tests.small import array, assert_close, captured, compiled, fit, gradients, mlp, regression, weights
 
@@ -60,6 +61,95 @@ def test_squares_of_one_example_have_the_trace_of_its_fisher_matrix(losses_per_e
     assert array(group.curvature.variables[-1]).sum() == pytest.approx(np.prod(traces), rel=1e-6)
 
 
+# Second moments of examples
+
+
+def recorded(model, x, y, **arguments):
+    """Of each block its bases, `S` in them, and the factors, all of one batch, after two steps with it that change nothing."""
+    optimizer = keras_ngd.EKFAC(
+        **{
+            "learning_rate": 1e-30,
+            "scale": "examples",
+            "fisher_scale": None,
+            "factor_decay": 0.0,
+            "interval_growth": None,
+            "inverse_interval": 100,
+            "factor_interval": 1,
+            **arguments,
+        }
+    )
+    captured(model, optimizer)
+    fit(model, x, y, epochs=2)
+    assert (optimizer.factor_updates, optimizer.inverse_updates) == (2, 1)
+    found = {}
+    for group in optimizer.layout.groups:
+        for number, block in enumerate(group.blocks):
+            bases = [array(v)[number, 0] for v in group.curvature.variables[:2]]
+            *factors, second = (array(v)[0] for v in block.statistics.averages)
+            np.testing.assert_array_equal([array(c)[0, 0] for c in block.statistics.controls][0], bases[0])
+            found[block.layer] = (*bases, second.reshape(len(bases[0]), -1), *(f[0] for f in factors))
+    return found
+
+
+@pytest.mark.parametrize("chunk", [1, 2**21])
+def test_second_moments_of_examples_are_the_diagonal_of_the_fisher_matrix(chunk, float64, monkeypatch):
+    """In its basis; so they have its trace, and are nearer to it than Kronecker factors are."""
+    monkeypatch.setattr("keras_ngd.statistics.second_moments._CHUNK_ENTRIES", chunk * 57 * 3)
+    x, y = data(1)
+    model = network()
+    start = [v.copy() for v in weights(model).values()]
+    found = recorded(model, x, y, losses_per_example=1)
+    w, b, w2, b2 = start
+    patches = unfolded(x)
+    z = np.einsum("npi,io->npo", patches, w.reshape(-1, 3)) + b
+    h = np.tanh(z)
+    flat = h.reshape(BATCH, -1)
+    outputs = 2 * (flat @ w2 + b2 - y) / y.size
+    upstream = (outputs @ w2.T).reshape(h.shape) * (1 - h**2)
+    rows = {
+        "convolution": (np.concatenate([patches, np.ones_like(patches[..., :1])], -1)[None], upstream[None]),
+        "outputs": (np.concatenate([flat, np.ones((BATCH, 1))], 1)[None, :, None], outputs[None, :, None]),
+    }
+    for layer, (a, ghat) in rows.items():
+        qa, qg, second, factor_a, factor_g = found[layer]
+        [block] = fisher.fisher_blocks(a, ghat, BATCH)
+        both = np.kron(qa, qg)
+        # Keras takes means in float32 on JAX.
+        close(second.reshape(-1), np.diag(both.T @ block @ both), 1e-6)
+        assert second.sum() == pytest.approx(np.trace(block), rel=1e-6)
+        errors = [
+            np.linalg.norm(block - m)
+            for m in (both @ np.diag(second.reshape(-1)) @ both.T, np.kron(factor_a, factor_g))
+        ]
+        assert errors[0] <= errors[1]
+
+
+def unfolded(x, size=3):
+    """The patches of images, `[n, positions, size * size * channels]`."""
+    n, height, width, _ = x.shape
+    found = [
+        x[:, i : i + size, j : j + size].reshape(n, -1)
+        for i in range(height - size + 1)
+        for j in range(width - size + 1)
+    ]
+    return np.stack(found, axis=1)
+
+
+def test_a_new_basis_begins_them_anew():
+    """With the eigenvalues of the Kronecker factors, in which the step is taken, too."""
+    x, y = regression(BATCH)
+    optimizer = keras_ngd.EKFAC(scale="examples", **{**PLAIN, "learning_rate": 1e-30})
+    model = captured(mlp(), optimizer)
+    fit(model, x, y)
+    [group] = optimizer.layout.groups
+    for number, block in enumerate(group.blocks):
+        qa, qg = (array(v)[number, 0] for v in group.curvature.variables[:2])
+        a, g, second = (array(v)[0] for v in block.statistics.averages)
+        values = np.outer(*(np.diag(q.T @ f[0] @ q) for q, f in ((qa, a), (qg, g))))
+        close(second.reshape(5, 4), values, 1e-4)
+        np.testing.assert_array_equal(array(block.statistics.controls[1])[0, 0], qg)
+
+
 def trained(**arguments):
     keras.utils.set_random_seed(0)
     model = mlp()
@@ -70,10 +160,11 @@ def trained(**arguments):
     return model
 
 
-def test_steps_do_not_depend_on_the_units_of_the_loss():
-    plain = weights(trained())
-    assert_close(weights(trained(loss_weights=[8.0])), plain)
-    assert_close(weights(trained(optimizer={"loss_scale_factor": 256.0})), plain)
+@pytest.mark.parametrize("scale", ["running", "examples"])
+def test_steps_do_not_depend_on_the_units_of_the_loss(scale):
+    plain = weights(trained(optimizer={"scale": scale}))
+    assert_close(weights(trained(optimizer={"scale": scale}, loss_weights=[8.0])), plain)
+    assert_close(weights(trained(optimizer={"scale": scale, "loss_scale_factor": 256.0})), plain)
 
 
 def test_a_sum_takes_the_steps_of_a_mean():
@@ -82,7 +173,9 @@ def test_a_sum_takes_the_steps_of_a_mean():
 
 
 @pytest.mark.parametrize(
-    "arguments", [{"damping": 0}, {"damping": 0.1, "damping_mode": "pi"}, {"losses_per_example": 0}], ids=str
+    "arguments",
+    [{"damping": 0}, {"damping": 0.1, "damping_mode": "pi"}, {"losses_per_example": 0}, {"scale": "x"}],
+    ids=str,
 )
 def test_arguments_out_of_range_are_named(arguments):
     with pytest.raises(ValueError, match=f"`{[*arguments][-1]}`"):
