@@ -1,4 +1,4 @@
-"""The contract between the flow of a step and the methods: what `NaturalGradient` asks of KFAC, THOR, SKFAC, SNGD and HyLo."""
+"""The contract between the flow of a step and the methods: what `NaturalGradient` asks of KFAC, THOR and all others."""
 
 import abc
 from collections.abc import Callable, Mapping, Sequence
