@@ -79,6 +79,7 @@ METHODS = {
     "hylo-kid": lambda size: _rows(paper.HyLo, size, rank=1.0, mode="kid"),
     "hylo-kis": lambda size: _rows(paper.HyLo, size, rank=1.0, mode="kis"),
     "ekfac": lambda size: keras_ngd.EKFAC(split=4, factor_interval=2, inverse_interval=4),
+    "ekfac-examples": lambda size: keras_ngd.EKFAC(scale="examples", split=4, factor_interval=2, inverse_interval=4),
     # An epsilon that is far above what rounding makes of directions without gradients.
     "eigen-adam": lambda size: keras_ngd.EigenAdam(0.01, epsilon=0.1, split=4, factor_interval=2, inverse_interval=4),
     # Of blocks of every structure: see `tokens`.
