@@ -80,6 +80,7 @@ class EigenAdam(EigenbasisMethod):
             own, as `keras_ngd.THOR` cuts them. Default 1024.
         rest_learning_rate: float or `LearningRateSchedule`: the learning rate of variables that are not captured. Default None:
             `learning_rate`.
+        name: str: what the optimizer's variables are named after. Default `"eigen_adam"`.
         {{shared_arguments}}
 
     Attributes:
@@ -206,5 +207,6 @@ class EigenAdam(EigenbasisMethod):
         others = self._others(signals, found)
         finite = self._all_finite([signals.grads[i] for i in others], ops.zeros(()), finite)
         self.gradient_blocks.assign(finite)
-        new = self._bounded(signals, found, others, ops.ones(()), finite)
+        nu = self.bound.scale(ops.zeros(()), ops.ones(()), finite)
+        new = self._bounded(signals, found, others, nu, finite)
         return [new.get(i, gradient) for i, gradient in enumerate(signals.grads)]

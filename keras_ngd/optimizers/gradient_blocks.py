@@ -171,9 +171,13 @@ class GradientBlocks:
                 new = refreshed(curvatures, inputs, ops.ones(()), kept)
             return [t for state in new for t in state]
 
+        if not curvatures:
+            return []
         flat = iter(ops.cond(self._due, renew, lambda: [t for state in kept for t in state]))
         return [[next(flat) for _ in state] for state in kept]
 
 
 def _all_finite(tensors: Sequence[Tensor]) -> Tensor:
+    if not tensors:
+        return ops.ones((), "bool")
     return ops.all(ops.stack([ops.isfinite(ops.sum(ops.cast(t, "float32"))) for t in tensors]))

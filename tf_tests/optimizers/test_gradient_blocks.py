@@ -93,7 +93,8 @@ def test_it_trains_any_model_and_resumes_bit_for_bit(name, tmp_path):
     model, (x, y) = compiled(kinds.model(), make(weight_decay=0.01)), kinds.data()
     before = weights(model)
     fit(model, x, y)
-    assert model.optimizer.skipped_steps == model.optimizer.failed_bases == 0
+    assert model.optimizer.skipped_steps == model.optimizer.failed_bases == model.optimizer.clipped_steps == 0
+    assert model.optimizer.mean_step_scale == 1
     after = weights(model)
     assert all(np.isfinite(v).all() for v in after.values())
     trained = [v.path for v in model.trainable_variables]
@@ -155,6 +156,16 @@ def test_mixed_precision_and_a_loss_scale():
         fit(model, x, y)
         found.append(weights(model))
     assert_close(found[1], found[0])
+
+
+def test_a_model_without_matrices_takes_adams_steps():
+    x, y = regression(BATCH * 3)
+    found = []
+    for optimizer in (make(learning_rate=0.01), keras.optimizers.Adam(0.01)):
+        model = keras.Sequential([keras.Input((4,)), layers.LayerNormalization()])
+        fit(compiled(model, optimizer), x, y)
+        found.append(weights(model))
+    assert_close(found[0], dict(zip(found[0], found[1].values(), strict=True)))
 
 
 def test_capture_says_that_it_is_not_needed():
