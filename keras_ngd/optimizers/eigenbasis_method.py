@@ -17,7 +17,7 @@ from keras_ngd.statistics import SplitStatistics
 from keras_ngd.statistics.statistics import Statistics
 from keras_ngd.typing import Config, Tensor
 
-# A refresh of a basis takes the cube of its size; one of 1,024 takes as long as a product of gradients of that size with thirty.
+# On two busy cores of a CPU a QR factorization of this size took 0.15 s and an eigendecomposition 0.6 s; of 2,048, 6 to 8 s.
 DEFAULT_SPLIT = 1024
 
 # State that steps renew is saved, so all workers hold all of it.
