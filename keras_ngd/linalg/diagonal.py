@@ -73,9 +73,10 @@ def multiply(blocks: Sequence[Tensor | None], x: Tensor, parts: Parts, transpose
         if block is None:
             products.append(x[:, start:stop])
             continue
-        piece = ops.reshape(x[:, start:stop], (-1, count, size, x.shape[2]))
+        # `m` may be unknown, `k` never is.
+        piece = ops.reshape(x[:, start:stop], (x.shape[0], count, size, -1))
         product = block * piece if size == 1 else backend.matmul(block, piece, transpose_a=transpose)
-        products.append(ops.reshape(product, (-1, count * size, x.shape[2])))
+        products.append(ops.reshape(product, (x.shape[0], count * size, -1)))
     return products[0] if len(products) == 1 else ops.concatenate(products, axis=1)
 
 

@@ -180,3 +180,13 @@ def test_a_sum_takes_the_steps_of_a_mean():
 def test_arguments_out_of_range_are_named(arguments):
     with pytest.raises(ValueError, match=f"`{[*arguments][-1]}`"):
         keras_ngd.EKFAC(**arguments)
+
+
+def test_batches_of_unknown_size_are_recorded_as_a_whole():
+    """TensorFlow does not know the size of batches that do not divide the data."""
+    x, y = (t.astype("float32") for t in data(2))
+    model = captured(network(), keras_ngd.EKFAC(scale="examples", **PLAIN))
+    fit(model, x[: BATCH + 5], y[: BATCH + 5], epochs=2)
+    assert model.optimizer.factor_updates == 4
+    assert model.optimizer.skipped_steps == model.optimizer.skipped_statistics == 0
+    assert all(np.isfinite(v).all() for v in weights(model).values())
