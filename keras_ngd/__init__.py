@@ -3,18 +3,20 @@
 from keras_ngd import analysis, callbacks, distributed, layers, schedules
 from keras_ngd.capture import capture
 from keras_ngd.capturing import release, trainable_weights
-from keras_ngd.optimizers import KFAC, PAPER_SETTINGS, SKFAC, SNGD, THOR, HyLo
+from keras_ngd.optimizers import EKFAC, KFAC, PAPER_SETTINGS, SKFAC, SNGD, THOR, EigenAdam, HyLo
 from keras_ngd.report import CaptureReport, LayerReport
 
 __version__ = "0.1.0"
 
 __all__ = [
+    "EKFAC",
     "KFAC",
     "PAPER_SETTINGS",
     "SKFAC",
     "SNGD",
     "THOR",
     "CaptureReport",
+    "EigenAdam",
     "HyLo",
     "LayerReport",
     "analysis",

@@ -39,6 +39,9 @@ METHODS = {
     "skfac": lambda: keras_ngd.SKFAC(batch_size=8, interval=1),
     "sngd": lambda: keras_ngd.SNGD(batch_size=8, interval=1),
     "hylo": lambda: keras_ngd.HyLo(batch_size=8, interval=1, mode="kid"),
+    "ekfac": lambda: keras_ngd.EKFAC(factor_interval=1, inverse_interval=1),
+    "ekfac_examples": lambda: keras_ngd.EKFAC(scale="examples", factor_interval=1, inverse_interval=2),
+    "eigen_adam": lambda: keras_ngd.EigenAdam(factor_interval=1, inverse_interval=1),
 }
 
 

@@ -20,7 +20,7 @@ from keras_ngd.optimizers.arguments import NOT_OF_ROWS, listed, taken
 from tf_tests import small
 from tf_tests.distributed import replicas
 from tf_tests.loops import custom_step
-from tf_tests.reference import kronecker, low_rank, rows
+from tf_tests.reference import eigenbasis, kronecker, low_rank, rows
 from tf_tests.reference.running import close
 from tf_tests.small import array, assert_close, assert_same, captured, fit, policy, regression, statistics, weights
 
@@ -37,19 +37,27 @@ class Method:
         reference: function `(a, ghat, v, mean)` of a layer's rows and gradient in float64, and the mean eigenvalue of all layers'
             Fisher blocks: the gradient preconditioned at the default damping, for a loss of 1.
         refuses: arguments of `NaturalGradient` or of the class it builds on that it does not take, with a value.
+        scaled: whether steps are in units of the loss, and bounded by it. Default True.
+        values: for arguments that take others than `VALUES` has.
+        tolerance: of the first step. Default 1e-4.
     """
 
     kind: type
     every_step: dict
     reference: Callable
     refuses: dict = dataclasses.field(default_factory=dict)
+    scaled: bool = True
+    values: dict = dataclasses.field(default_factory=dict)
+    tolerance: float = 1e-4
 
     def make(self, **arguments):
-        return self.kind(**{**self.every_step, "momentum": 0.0, **arguments})
+        return self.kind(**{**self.every_step, **self.takes({"momentum": 0.0}), **arguments})
 
     def takes(self, arguments):
         """Those of `arguments` that the method has."""
-        return {k: v for k, v in arguments.items() if k in taken(self.kind) and k not in self.refuses}
+        return {
+            k: self.values.get(k, v) for k, v in arguments.items() if k in taken(self.kind) and k not in self.refuses
+        }
 
 
 def factors(a, ghat):
@@ -79,10 +87,25 @@ def by_few_rows(a, ghat, v, mean):
     return by_rows(a, ghat, v, mean, lambda *block: low_rank.interpolated(*block, rank=3))
 
 
+def by_second_moments(a, ghat, v, mean):
+    """Its first step at the default decay, with `S` begun at the factors' eigenvalues."""
+    inside, values = eigenbasis.rotated(v, *factors(a, ghat)), [np.linalg.eigvalsh(f) for f in factors(a, ghat)]
+    second = 0.95 * np.outer(*values) + 0.05 * BATCH * inside**2
+    return eigenbasis.rotated_back(inside / (second + 0.5 * mean), *factors(a, ghat))
+
+
+def by_signs(a, ghat, v, mean):
+    """Adam's first step, in the eigenbasis."""
+    return eigenbasis.rotated_back(np.sign(eigenbasis.rotated(v, *factors(a, ghat))), *factors(a, ghat))
+
+
 EACH = {"factor_interval": 1, "inverse_interval": 1}
 ROWS = {"interval": 1, "batch_size": BATCH}
 OF_WORKERS = {"factor_interval": 2, "inverse_interval": 2, "gradient_worker_fraction": 0.5, "reduce_scatter": True}
 assert set(OF_WORKERS) == set(NOT_OF_ROWS)
+NOT_HELD_BY_ALL = {"gradient_worker_fraction": 0.5, "reduce_scatter": True}
+OF_STEPS = {"damping": 0.1, "momentum": 0.5, "nesterov": True, "kl_clip": 0.1, "loss_clip": 0.5, "length_clip": 0.5}
+OF_STEPS |= {"fisher_scale": None, "rest": "sgd"}
 
 METHODS = [
     Method(keras_ngd.KFAC, EACH, by_factors),
@@ -90,6 +113,8 @@ METHODS = [
     Method(keras_ngd.SKFAC, ROWS, by_rows_of_factors, OF_WORKERS),
     Method(keras_ngd.SNGD, ROWS, by_rows, OF_WORKERS | {"factor_decay": 0.5}),
     Method(keras_ngd.HyLo, ROWS | {"rank": 3, "mode": "kid"}, by_few_rows, OF_WORKERS | {"factor_decay": 0.5}),
+    Method(keras_ngd.EKFAC, EACH, by_second_moments, NOT_HELD_BY_ALL, values={"split": 3}),
+    Method(keras_ngd.EigenAdam, EACH, by_signs, NOT_HELD_BY_ALL | OF_STEPS, False, {"split": 3}, 1e-3),
 ]
 
 # A value for every argument that is not its default for any method. (`shard_state` needs devices of a `keras.distribution`.)
@@ -145,6 +170,14 @@ VALUES = {
     "decay_ratio": 0.5,
     "steps_per_epoch": 7,
     "seed": 9,
+    # EKFAC's and EigenAdam's
+    "scale": "examples",
+    "basis": "gradient",
+    "beta_1": 0.8,
+    "beta_2": 0.99,
+    "epsilon": 1e-6,
+    "decomposition": "eigh",
+    "basis_tolerance": 0.1,
 }
 # Keras takes one way of clipping.
 NO_VALUES = {"shard_state", "clipvalue", "global_clipnorm"}
@@ -297,12 +330,16 @@ def first_step(method, start):
     vs = [np.einsum("knti,knto->io", a, ghat) for a, ghat in blocks]
     mean = sum(np.prod([np.trace(f) for f in factors(*block)]) for block in blocks) / sum(v.size for v in vs)
     for (a, ghat), v in zip(blocks, vs, strict=True):
-        direction = loss * method.reference(a, ghat, v, mean)
+        direction = method.reference(a, ghat, v, mean)
+        if not method.scaled:
+            found.append(direction)
+            continue
+        direction = loss * direction
         # The clip bounds the step of each block, then that of all.
         share = clipped(method, loss / np.sum(direction * v))
         found.append(direction * share)
         length += share * np.sum(direction * v)
-    shortened = clipped(method, loss / length)
+    shortened = clipped(method, loss / length) if method.scaled else 1.0
     return [-shortened * part for p in found for part in (p[:-1], p[-1])]
 
 
@@ -310,7 +347,7 @@ def test_the_first_step_is_that_of_the_reference(method, trained):
     rate = float(array(trained.optimizer.learning_rate))
     before, after = ([*w.values()] for w in trained.weights[:2])
     for old, new, expected in zip(before[2:], after[2:], first_step(method, trained.weights[0]), strict=True):
-        close(new - old, rate * expected, 1e-4)
+        close(new - old, rate * expected, method.tolerance)
 
 
 def test_one_trace_serves_all_of_fit(trained):
@@ -451,7 +488,7 @@ def test_every_argument_comes_back_from_the_configuration(values, method):
     assert again.get_config() == optimizer.get_config()
     assert method.kind.from_config(json.loads(json.dumps(optimizer.get_config()))).get_config() == again.get_config()
     # Which mode is the default depends on whether there is a damping.
-    plain = json.loads(json.dumps(method.kind(damping=0.3).get_config()))
+    plain = json.loads(json.dumps(method.kind(**method.takes({"damping": 0.3})).get_config()))
     given = json.loads(json.dumps(arguments, default=keras.saving.serialize_keras_object))
     for name, value in given.items():
         found = json.loads(config)["config"][name]

@@ -48,6 +48,15 @@ def eigh(matrices):
     return _one_by_one_on_cpus(lambda matrix: tuple(jnp.linalg.eigh(matrix)), matrices)
 
 
+def orthonormalized(matrices):
+    """The factor `Q` of `QR`: the columns of square matrices, each without what those before it have in common with it."""
+    if name() == "tensorflow":
+        return ops.qr(matrices)[0]
+    import jax.numpy as jnp
+
+    return _one_by_one_on_cpus(lambda matrix: jnp.linalg.qr(matrix)[0], matrices)
+
+
 def _one_by_one_on_cpus(function, matrices):
     """JAX's `function` of a matrix or of matrices `[k, d, d]`; of one after the other where a CPU computes it.
 

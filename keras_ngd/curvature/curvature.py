@@ -17,14 +17,18 @@ class Slot(NamedTuple):
     Attributes:
         name: of the variable that keeps it.
         shape: of all blocks together; the first axis is that of the blocks.
-        initializer: as `keras.Variable` takes it. With the initial state P = V.
+        initializer: as `keras.Variable` takes it. With the initial state P = V, unless steps renew a part of it.
         dtype: name of its dtype.
+        refreshed: whether refreshes renew it. Default True.
+        stepped: whether each step that is taken renews it. Default False.
     """
 
     name: str
     shape: Shape
     initializer: Initializer
     dtype: str
+    refreshed: bool = True
+    stepped: bool = False
 
 
 class Curvature(abc.ABC):
@@ -70,12 +74,12 @@ class Curvature(abc.ABC):
             curvatures: which.
             inputs: for each its inputs.
             damping: scalar.
-            states: for each its state, as of the last refresh.
+            states: for each what refreshes renew of its state, as it is.
             chosen: for each `[k]` booleans, which blocks are renewed. Default None: all.
 
         Returns:
-            For each its new state. Blocks that are not chosen or cannot be inverted keep the old one, or, where the class has
-            no use for that, are identities.
+            For each what it is replaced with. Blocks that are not chosen or cannot be inverted keep the old one, or, where the
+            class has no use for that, are identities.
         """
 
     @abc.abstractmethod
@@ -87,9 +91,22 @@ class Curvature(abc.ABC):
         Args:
             v: the gradients.
             damping: scalar, of this step.
-            state: as of the last refresh.
+            state: as of the last refresh, and, of what steps renew, of this step.
             inputs: function of no arguments that gives what the last refresh was made of, for those that need it still.
         """
+
+    def stepped(self, v: Tensor, state: Sequence[Tensor], scale: Callable[[], Tensor]) -> list[Tensor]:
+        """What replaces the part of the state that steps renew, in the order of its slots. Default: there is none.
+
+        The step may turn out not to be taken, or a block not to have been called; then nothing is replaced.
+
+        Args:
+            v: the gradients `[k, input_dim, output_dim]`, without the loss scale.
+            state: all of it, before the step.
+            scale: function of no arguments that gives `[k]`: products of two entries of `v`, which are a batch's means, are
+                estimates of the Fisher matrix's entries when they are multiplied with it.
+        """
+        return []
 
     @property
     def symmetric(self) -> bool:
@@ -99,6 +116,21 @@ class Curvature(abc.ABC):
     def build(self, add_variable: AddVariable) -> None:
         """Creates the variables of the state with `add_variable(shape, initializer, dtype, name)`."""
         self.variables = [add_variable(slot.shape, slot.initializer, slot.dtype, slot.name) for slot in self.slots]
+
+    @property
+    def refreshed_variables(self) -> list[Variable]:
+        """The variables of what refreshes renew of the state."""
+        return [v for v, slot in zip(self.variables, self.slots, strict=True) if slot.refreshed]
+
+    @property
+    def stepped_variables(self) -> list[Variable]:
+        """The variables of what steps renew of it."""
+        return [v for v, slot in zip(self.variables, self.slots, strict=True) if slot.stepped]
+
+    @property
+    def has_steps(self) -> bool:
+        """Whether steps renew a part of the state."""
+        return any(slot.stepped for slot in self.slots)
 
     @property
     def bytes(self) -> int:

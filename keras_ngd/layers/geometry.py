@@ -160,6 +160,10 @@ class MatrixGeometry(FactoredGeometry):
     def input_rows(self, x: Tensor) -> Tensor:
         """The rows `a` without the one, `[groups, examples, positions, width]`."""
 
+    def rows_with_ones(self, x: Tensor) -> Tensor:
+        """The rows `a`, `[groups, examples, positions, input_dim]`."""
+        return self._append_ones(self.input_rows(x))
+
     @gives(each(INPUT_MOMENT, GRADIENT_MOMENT))
     def second_moments(self, x: Tensor, ds: Tensor, weights: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """Mean of `a a^T` over the rows and sum of `g g^T`; arguments as for `factor_blocks`."""

@@ -2,6 +2,8 @@
 
 from collections.abc import Callable, Sequence
 
+from keras import ops
+
 from keras_ngd import backend
 from keras_ngd.typing import Tensor
 
@@ -29,3 +31,38 @@ def batched_by_size(function: Callable[..., Sequence[Tensor]], work: Sequence[Se
         for i, found in zip(indices, zip(*parts, strict=True), strict=True):
             results[i] = list(found)
     return results
+
+
+# Matrices are worked on so many at a time that this many entries are at work.
+_CHUNK_ENTRIES = 2**20
+
+
+def of_chosen(function: Callable[..., Tensor], chosen: Tensor, given: Sequence[Tensor], old: Tensor) -> Tensor:
+    """`function` of the chosen of `k` matrices, and the old values of all others.
+
+    The chosen are brought together, so that the work is theirs alone, whatever their number.
+
+    Args:
+        function: takes what is `given` and `old`, of some of the matrices; returns what takes the place of `old`.
+        chosen: `[k]` booleans.
+        given: tensors `[k, ...]`.
+        old: `[k, d, d]`.
+    """
+    count, size = old.shape[0], old.shape[-1]
+    chunk = min(count, max(_CHUNK_ENTRIES // size**2, 1))
+    order = ops.argsort(ops.cast(ops.logical_not(chosen), "int32"))
+    order = ops.concatenate([order, ops.broadcast_to(order[-1:], (-count % chunk,))])
+    total = ops.sum(ops.cast(chosen, "int32"))
+
+    def unfinished(start: Tensor, values: Tensor) -> Tensor:
+        return start < total
+
+    def work(start: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
+        which = ops.slice(order, (start,), (chunk,))
+        *some, before = (ops.take(tensor, which, axis=0) for tensor in (*given, values))
+        new = function(*some, before)
+        # What fills up the last chunk is not chosen, or chosen and worked on twice.
+        new = ops.where(ops.reshape(ops.take(chosen, which), (-1, 1, 1)), new, before)
+        return start + chunk, ops.scatter_update(values, ops.expand_dims(which, 1), new)
+
+    return ops.while_loop(unfinished, work, (ops.zeros((), "int32"), old))[1]

@@ -66,13 +66,17 @@ def gram_blocks(rows: Tensor, parts: Parts) -> list[Tensor]:
     return result
 
 
-def multiply(blocks: Sequence[Tensor], x: Tensor, parts: Parts) -> Tensor:
-    """The block-diagonal matrices times `x`, `[k, d, m]`."""
+def multiply(blocks: Sequence[Tensor | None], x: Tensor, parts: Parts, transpose: bool = False) -> Tensor:
+    """The block-diagonal matrices, or their transposes, times `x`, `[k, d, m]`. A part that is None is the identity."""
     products = []
     for block, (start, stop, count, size) in zip(blocks, _spans(parts), strict=True):
-        piece = ops.reshape(x[:, start:stop], (-1, count, size, x.shape[2]))
-        product = block * piece if size == 1 else backend.matmul(block, piece)
-        products.append(ops.reshape(product, (-1, count * size, x.shape[2])))
+        if block is None:
+            products.append(x[:, start:stop])
+            continue
+        # `m` may be unknown, `k` never is.
+        piece = ops.reshape(x[:, start:stop], (x.shape[0], count, size, -1))
+        product = block * piece if size == 1 else backend.matmul(block, piece, transpose_a=transpose)
+        products.append(ops.reshape(product, (x.shape[0], count * size, -1)))
     return products[0] if len(products) == 1 else ops.concatenate(products, axis=1)
 
 

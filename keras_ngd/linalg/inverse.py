@@ -6,6 +6,7 @@ import numpy as np
 from keras import ops
 
 from keras_ngd import backend, sharding
+from keras_ngd.linalg.batching import of_chosen
 from keras_ngd.typing import Tensor
 
 NEWTON_SCHULZ_STEPS = 7  # 0.9 ** 2**7 is 1e-6
@@ -182,10 +183,6 @@ def damped_inverse(
     return ops.where(ops.reshape(good, (-1, 1, 1)), inverses, 0.0) if previous is None else inverses
 
 
-# Matrices are inverted so many at a time that this many entries are at work.
-_CHUNK_ENTRIES = 2**20
-
-
 def damped_inverse_of(factors: Tensor, damping: Tensor, previous: Tensor, chosen: Tensor, method: str) -> Tensor:
     """`damped_inverse` of the chosen matrices, the previous inverses of all others.
 
@@ -208,21 +205,7 @@ def damped_inverse_of(factors: Tensor, damping: Tensor, previous: Tensor, chosen
 
 
 def _damped_inverse_of(factors: Tensor, damping: Tensor, previous: Tensor, chosen: Tensor, method: str) -> Tensor:
-    count, size = factors.shape[0], factors.shape[-1]
-    chunk = min(count, max(_CHUNK_ENTRIES // size**2, 1))
-    order = ops.argsort(ops.cast(ops.logical_not(chosen), "int32"))
-    order = ops.concatenate([order, ops.broadcast_to(order[-1:], (-count % chunk,))])
-    total = ops.sum(ops.cast(chosen, "int32"))
+    def invert(factors: Tensor, damping: Tensor, old: Tensor) -> Tensor:
+        return damped_inverse(factors, damping, old, method)
 
-    def unfinished(start: Tensor, inverses: Tensor) -> Tensor:
-        return start < total
-
-    def invert(start: Tensor, inverses: Tensor) -> tuple[Tensor, Tensor]:
-        which = ops.slice(order, (start,), (chunk,))
-        some_factors, some_dampings, old = (ops.take(tensor, which, axis=0) for tensor in (factors, damping, inverses))
-        new = damped_inverse(some_factors, some_dampings, old, method)
-        # What fills up the last chunk is not chosen, or chosen and inverted twice.
-        new = ops.where(ops.reshape(ops.take(chosen, which), (-1, 1, 1)), new, old)
-        return start + chunk, ops.scatter_update(inverses, ops.expand_dims(which, 1), new)
-
-    return ops.while_loop(unfinished, invert, (ops.zeros((), "int32"), previous))[1]
+    return of_chosen(invert, chosen, [factors, damping], previous)

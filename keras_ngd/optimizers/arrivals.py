@@ -36,6 +36,7 @@ class Arrived:
         absent: of these, whose layer was not called.
         distorted: of these, whose statistics cannot be told from what arrived.
         examples: the length of a call's batch, 0 where the layer was not called.
+        examples_of_all: the same summed over all workers. It is gathered only for states that steps renew.
         changes: what else was done to statistics on their way: dict of some of `counters.CHANGES` to booleans.
     """
 
@@ -46,6 +47,7 @@ class Arrived:
     absent: Tensor
     distorted: Tensor
     examples: Tensor
+    examples_of_all: Tensor
     changes: dict[str, Tensor]
 
     @property
@@ -120,6 +122,7 @@ class Arrivals:
         intact = present & (ops.abs(sentinel / divisor / SENTINEL - 1) <= SAME)
         not_finite = ~ops.isfinite(calls) | (intact & (accepted / divisor < 1 - WHOLE))
         mixed = self._mixed_passes(ops.where(intact, number, 1.0))
+        examples = ops.where(present, examples / divisor, 0.0)
         taken = gate_open & intact & ~mixed & ~not_finite
         emitted = [signals.of(v) for block in blocks for v in block.statistics.averages]
 
@@ -146,7 +149,8 @@ class Arrivals:
             non_finite=gate_open & not_finite,
             absent=gate_open & absent,
             distorted=gate_open & ~absent & ~not_finite & ~(intact & ~mixed),
-            examples=ops.where(present, examples / divisor, 0.0),
+            examples=examples,
+            examples_of_all=examples,
             changes=self._changes_of(calls, number, traced, intact, gate_open) | {"mixed": ops.any(gate_open & mixed)},
         )
 

@@ -229,7 +229,8 @@ class AssembledOptimizer(Method, OverwritingSGD):
     def give_notices(self) -> None:
         """Warns of what was not said before. `fit` calls it when it ends; a loop of your own may, at any time."""
         if self.built and self.bound is not None:
-            self._notices.give([*self.counters.notices(self.losses_per_example), *self.bound.notices()])
+            found = [*self.counters.notices(self.losses_per_example), *self.bound.notices(), *self.further_notices()]
+            self._notices.give(found)
 
     def finalize_variable_values(self, var_list: Sequence[Variable]) -> None:
         """Called by Keras's trainers on the host when a `fit` ends."""

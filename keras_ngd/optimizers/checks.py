@@ -9,7 +9,7 @@ import keras
 
 from keras_ngd import distributed, schedules
 from keras_ngd.distributed.communicator import Communicator
-from keras_ngd.optimizers.blocks import Block, Signals
+from keras_ngd.optimizers.blocks import Block, Group, Signals
 from keras_ngd.optimizers.coverage import check_statistics_given, fail_on_changed_variables
 from keras_ngd.optimizers.state_layout import check_shard_state
 from keras_ngd.typing import Variable
@@ -58,6 +58,17 @@ def check_division(
             f"`gradient_worker_fraction=0`. Received: gradient_worker_fraction={gradient_worker_fraction!r}"
         )
     check_shard_state(shard_state, gradient_worker_fraction)
+
+
+def check_saved(optimizer: "NaturalGradient", groups: Sequence[Group]) -> None:
+    """Raises a `ValueError` if state would not be saved that a refresh cannot make anew."""
+    fraction = optimizer.gradient_worker_fraction
+    if fraction != 1 and any(group.curvature.has_steps for group in groups):
+        raise ValueError(
+            f"{type(optimizer).__name__} keeps averages of its steps' gradients, which cannot be made anew where they were not "
+            "saved; with a part of the workers holding each layer's state it is not. Leave `gradient_worker_fraction` at 1. "
+            f"Received: gradient_worker_fraction={fraction!r}"
+        )
 
 
 def check_blocks(optimizer: "NaturalGradient", blocks: Sequence[Block], variables: Sequence[Variable]) -> None:

@@ -179,16 +179,41 @@ class Exchange:
         if self.communicator.single_program:
             # Their gathering takes equal lengths only.
             grads = [backend.dense(g) if backend.is_sparse(g) else g for g in grads]
-        found, share, left_out, numbers = workers.mean_gradients(
-            [grads[i] for i in known], [owners[i] for i in known], examples, left_out, numbers
+        stepped = any(group.curvature.has_steps for group in self._optimizer.layout.groups)
+        found, share, left_out, numbers, summed = workers.mean_gradients(
+            [grads[i] for i in known],
+            [owners[i] for i in known],
+            examples,
+            left_out,
+            numbers,
+            arrived.examples if stepped else None,
         )
         means = dict(zip(known, found, strict=True))
         non_finite, absent, distorted = ops.unstack(ops.reshape(left_out, (3, -1)))
         arrived = dataclasses.replace(
-            arrived, non_finite=non_finite, absent=absent & ~non_finite, distorted=distorted & ~non_finite
+            arrived,
+            non_finite=non_finite,
+            absent=absent & ~non_finite,
+            distorted=distorted & ~non_finite,
+            examples_of_all=arrived.examples if summed is None else summed,
         )
         signals = signals.with_gradients([means.get(i, gradient) for i, gradient in enumerate(grads)])
         return signals, arrived, numbers, share
+
+    def plain_mean_gradients(self, signals: Signals) -> Signals:
+        """The means of all workers' gradients, each with the same weight: where no layer tells of examples."""
+        workers = self.workers
+        if workers is None:
+            return signals
+        known = [
+            i
+            for i, (gradient, variable) in enumerate(zip(signals.grads, signals.variables, strict=True))
+            if gradient is not None and not signals.is_overwritten(variable)
+        ]
+        dense = [backend.dense(g) if backend.is_sparse(g) else g for g in (signals.grads[i] for i in known)]
+        one, none = ops.ones((), "float32"), ops.zeros((0,), "bool")
+        means = dict(zip(known, workers.mean_gradients(dense, [None] * len(known), one, none)[0], strict=True))
+        return signals.with_gradients([means.get(i, gradient) for i, gradient in enumerate(signals.grads)])
 
     def mean_statistics(
         self, averages: dict[Block, list[Tensor]], share: Tensor | None, left_out: Tensor

@@ -1,4 +1,4 @@
-"""The contract between the flow of a step and the methods: what `NaturalGradient` asks of KFAC, THOR, SKFAC, SNGD and HyLo."""
+"""The contract between the flow of a step and the methods: what `NaturalGradient` asks of KFAC, THOR and all others."""
 
 import abc
 from collections.abc import Callable, Mapping, Sequence
@@ -30,20 +30,25 @@ class Method(Approximation):
     Attributes:
         one_clock: whether all layers record in the same steps. Default True.
         refreshes_what_was_recorded: whether inverses are made of each batch that was recorded, and of no other. Default False.
+        refreshes_from_the_last: whether what a refresh makes depends on the last one, so that there is none in a step that is not
+            finite. Default False.
         whole_factors: whether the state of a layer grows with the squares of its sizes. Default False.
         losses_per_example: how many loss values each example contributes to the mean, a number, or `"auto"`.
         factor_decay: decay of the running averages.
         damping_mode: in which units the damping is; of `"global"`, see `DampingUnit`.
         default_clip: what bounds a step where no bound is asked for, by the argument's name. Default: `length_clip` 0.4.
+        rest_share: what Adam's learning rate for the rest is of the optimizer's, unless `rest_learning_rate` is given.
     """
 
     one_clock: bool = True
     refreshes_what_was_recorded: bool = False
+    refreshes_from_the_last: bool = False
     whole_factors: bool = False
     losses_per_example: LossesPerExample = 1.0
     factor_decay: float = 0.95
     damping_mode: str = "absolute"
     default_clip: Mapping[str, float] = MappingProxyType({"length_clip": 0.4})
+    rest_share: float = 0.1
 
     @property
     def approximations(self) -> Mapping[Structure, type[AveragedApproximation]]:
@@ -73,12 +78,21 @@ class Method(Approximation):
     def build_own_state(self, layout: Layout) -> None:
         """Creates further variables, once the curvatures have theirs."""
 
+    @property
+    def further_variables(self) -> list[Variable]:
+        """Variables of no captured layer that do not follow the rule of the rest either."""
+        return []
+
     def start_statistics(self, statistics: Statistics, number: int) -> None:
         """Opens the gate of the layer `number` for the first batch."""
         statistics.gate.assign(1.0)
 
     def separate_draws(self) -> None:
         """Makes every worker draw random numbers of its own, if there are any to be drawn in the probes."""
+
+    def further_notices(self) -> list[tuple[str, str]]:
+        """Pairs of a key and a message, of what the user should know of when training ends."""
+        return []
 
     # Loading
 
@@ -127,6 +141,10 @@ class Method(Approximation):
             The new values of these variables, and for each block whether it is to be renewed (a dict), or None for all.
         """
         return old, None
+
+    def after_refresh(self, averages: dict[Block, list[Tensor]]) -> dict[Block, list[Tensor]]:
+        """What the statistics go on with, now that the curvatures are refreshed, if they were. Default: the same."""
+        return averages
 
     def observe_gradients(self, gradients: dict[Block, list[Tensor]], finite: Tensor, step: Tensor) -> None:
         """Sees the plain gradients of every block's variables, and whether all gradients are finite."""

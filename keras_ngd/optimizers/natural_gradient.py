@@ -11,7 +11,7 @@ from keras_ngd.curvature import refreshed
 from keras_ngd.optimizers import checks, coverage, state_layout
 from keras_ngd.optimizers.arrivals import Arrivals
 from keras_ngd.optimizers.assembled import AssembledOptimizer
-from keras_ngd.optimizers.blocks import Block, Layout, Signals, find_blocks
+from keras_ngd.optimizers.blocks import Block, Group, Layout, Signals, find_blocks
 from keras_ngd.optimizers.bound import Bound
 from keras_ngd.optimizers.clock import Clock
 from keras_ngd.optimizers.counters import Counters
@@ -19,6 +19,7 @@ from keras_ngd.optimizers.damping_unit import DampingUnit
 from keras_ngd.optimizers.loss_value import MeanLoss, average_weight
 from keras_ngd.optimizers.method import Inputs
 from keras_ngd.optimizers.rest import RestRule
+from keras_ngd.optimizers.stepped_state import SteppedState
 from keras_ngd.typing import Initializer, Shape, Tensor, Variable
 
 if TYPE_CHECKING:
@@ -82,10 +83,12 @@ class NaturalGradient(AssembledOptimizer):
         self.exchange.build(layout)
         for group in layout.groups:
             group.curvature = self.curvature_of(group)
+        checks.check_saved(self, layout.groups)
         for group in self.local_layout.groups:
             group.curvature.build(self.state.add_curvature if self.gradient_worker_fraction == 1 else _unsaved)
         self.build_own_state(layout)
         captured = {self._var_key(v) for block in layout.blocks for v in block.variables}
+        captured |= {self._var_key(v) for v in self.further_variables}
         self.rest_rule = RestRule(
             self,
             variables,
@@ -170,10 +173,14 @@ class NaturalGradient(AssembledOptimizer):
                 for b in blocks
             }
 
-        self._refresh(inputs, damping, step, recorded)
-        preconditioned, length = self._precondition(signals, inputs, self.damping_unit.times(damping), loss)
+        self._refresh(inputs, damping, step, recorded, ~ops.any(arrived.non_finite) & ops.isfinite(loss))
+        averages = self.after_refresh(averages)
+        stepped = SteppedState(self, arrived)
+        damping = self.damping_unit.times(damping)
+        preconditioned, length = self._precondition(signals, inputs, damping, loss, stepped)
         others = self._others(signals, preconditioned)
-        finite = self._all_finite([signals.grads[i] for i in others], length)
+        finite = self._all_finite([signals.grads[i] for i in others], length, stepped.finite)
+        stepped.assign(finite)
         nu = self.bound.scale(length, loss, finite)
         new = self._bounded(signals, preconditioned, others, nu, finite)
         self.observe_gradients({block: signals.of_block(block) for block in self.layout.blocks}, finite, step)
@@ -199,13 +206,15 @@ class NaturalGradient(AssembledOptimizer):
     ) -> tuple[dict[Block, list[Tensor]], dict[Block, list[Tensor]]]:
         return self.exchange.mean_statistics(averages, share, left_out), {}
 
-    def _refresh(self, inputs: Inputs, damping: Tensor, step: Tensor, recorded: Tensor) -> None:
+    def _refresh(self, inputs: Inputs, damping: Tensor, step: Tensor, recorded: Tensor, finite: Tensor) -> None:
         """Replaces the curvatures' states where a refresh is due."""
-        variables = [v for group in self.local_layout.groups for v in group.curvature.variables]
+        variables = [v for group in self.local_layout.groups for v in group.curvature.refreshed_variables]
         variables += [*self.damping_unit.variables, *self.decided_variables]
         old = [ops.convert_to_tensor(variable) for variable in variables]
         known = ops.convert_to_tensor(self.counters.factor_updates) > 0
         due = self.clock.refresh_due(step, recorded, known)
+        if self.refreshes_from_the_last:
+            due = due & finite
         new = ops.cond(due, lambda: self._renewed(inputs, damping, list(old)), lambda: list(old))
         for variable, value in zip(variables, new, strict=True):
             self.assign(variable, value)
@@ -215,9 +224,8 @@ class NaturalGradient(AssembledOptimizer):
     def _renewed(self, inputs: Inputs, damping: Tensor, old: Sequence[Tensor]) -> list[Tensor]:
         """New values of all variables that a refresh renews, from the old ones."""
         groups, values = self.local_layout.groups, iter(old)
-        states = [
-            state_layout.gathered_state(group, [next(values) for _ in group.curvature.variables]) for group in groups
-        ]
+        kept = [group.curvature.refreshed_variables for group in groups]
+        states = [state_layout.gathered_state(variables, [next(values) for _ in variables]) for variables in kept]
         unit = self.damping_unit.measured(inputs)
         damping = self.damping_unit.times(damping, unit)
         decided, update = self.decide(inputs, damping, list(values)[len(unit) :])
@@ -229,14 +237,14 @@ class NaturalGradient(AssembledOptimizer):
             curvatures = [group.curvature for group in layout.groups]
             return refreshed(curvatures, [group.stacked(tensors) for group in layout.groups], damping, states, chosen)
 
-        with self.state.refreshing(self.layout.groups):
+        with self.state.refreshing([group.curvature for group in self.layout.groups]):
             new = self.exchange.refreshed_states(renew, states, update)
             new = self.arrivals.where_known(groups, new, states)
-        stored = [t for group, state in zip(groups, new, strict=True) for t in state_layout.stored_state(group, state)]
+        stored = [t for of, state in zip(kept, new, strict=True) for t in state_layout.stored_state(of, state)]
         return [*stored, *unit, *decided]
 
     def _precondition(
-        self, signals: Signals, inputs: Inputs, damping: Tensor, loss: Tensor
+        self, signals: Signals, inputs: Inputs, damping: Tensor, loss: Tensor, stepped: SteppedState
     ) -> tuple[dict[int, Tensor], Tensor]:
         """Preconditioned gradients of all blocks' variables by position, and the sum of all `<P, V>`."""
         gradients: dict[Block, Tensor] = {}
@@ -247,8 +255,7 @@ class NaturalGradient(AssembledOptimizer):
         for group in self.local_layout.groups:
             v = backend.concatenated([gradients[block] for block in group.blocks])
             v = state_layout.on_all_devices(group, v)
-            state = state_layout.gathered_state(group)
-            p = group.curvature.precondition(v, damping, state, lambda group=group: group.stacked(inputs(group.blocks)))
+            p = self._directions(group, v, damping, inputs, stepped)
             p = state_layout.on_all_devices(group, p)
             if self.bound.is_of_blocks:
                 of_each = group.of_blocks(ops.cast(ops.sum(p * v, axis=(1, 2)), "float32"))
@@ -265,6 +272,26 @@ class NaturalGradient(AssembledOptimizer):
                 preconditioned[signals.index(variable)] = part
         return preconditioned, length
 
+    def _directions(
+        self,
+        group: Group,
+        v: Tensor,
+        damping: Tensor,
+        inputs: Inputs,
+        stepped: SteppedState,
+    ) -> Tensor:
+        """The preconditioned gradients of a group's gradients `v`."""
+        curvature, state = group.curvature, state_layout.gathered_state(group.curvature.variables)
+
+        def of_refresh() -> list[Tensor]:
+            return group.stacked(inputs(group.blocks))
+
+        if not curvature.has_steps:
+            return curvature.precondition(v, damping, state, of_refresh)
+        v = v / self.loss_scale
+        p = curvature.precondition(v, damping, stepped.renewed(group, v, state), of_refresh) * self.loss_scale
+        return ops.where(ops.reshape(stepped.called(group), (-1, 1, 1)), p, ops.zeros_like(p))
+
     def _others(self, signals: Signals, preconditioned: dict[int, Tensor]) -> list[int]:
         """The positions of the variables that are trained, and have a gradient, but are of no block."""
         return [
@@ -273,9 +300,9 @@ class NaturalGradient(AssembledOptimizer):
             if not (gradient is None or i in preconditioned or signals.is_overwritten(variable))
         ]
 
-    def _all_finite(self, gradients: Sequence[Tensor], length: Tensor) -> Tensor:
-        """Whether these gradients and a length are finite; steps in which they are not are counted."""
-        finite = ops.isfinite(length)
+    def _all_finite(self, gradients: Sequence[Tensor], length: Tensor, finite: Tensor) -> Tensor:
+        """Whether these gradients and a length are finite, and what else was; steps in which they are not are counted."""
+        finite = ops.isfinite(length) & finite
         for gradient in gradients:
             values = gradient.values if backend.is_sparse(gradient) else gradient
             finite = finite & ops.isfinite(ops.sum(ops.cast(values, "float32")))

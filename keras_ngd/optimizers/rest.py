@@ -13,9 +13,6 @@ if TYPE_CHECKING:
 
 RESTS = ("adam", "sgd")
 
-# Adam's share of the optimizer's learning rate, unless `rest_learning_rate` says otherwise.
-ADAM_SHARE = 0.1
-
 
 def checked_rest(rest: str, rest_learning_rate: DampingLike | None) -> tuple[str, DampingLike | None]:
     """The arguments `rest` and `rest_learning_rate`; a `ValueError` names what is wrong."""
@@ -85,7 +82,7 @@ class RestRule:
         if optimizer.rest_learning_rate is not None:
             learning_rate = schedules.value_at(optimizer.rest_learning_rate, optimizer.iterations)
         elif optimizer.rest == "adam":
-            learning_rate = ADAM_SHARE * learning_rate
+            learning_rate = optimizer.rest_share * learning_rate
         if self._adam is None:
             otherwise(gradient, variable, learning_rate)
         else:

@@ -4,6 +4,7 @@ from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager
 
 from keras_ngd import sharding
+from keras_ngd.curvature import Curvature
 from keras_ngd.optimizers.blocks import Block, Group
 from keras_ngd.typing import AddVariable, Initializer, Shape, Tensor, Variable
 
@@ -49,10 +50,10 @@ class StateLayout:
         """A new variable of a curvature's state."""
         return self.add(shape, initializer, dtype, name, self.shard_state)
 
-    def refreshing(self, groups: Sequence[Group]) -> AbstractContextManager[None]:
-        """The context in which the inverses of these groups are made, by all devices or by each its part."""
+    def refreshing(self, curvatures: Sequence[Curvature]) -> AbstractContextManager[None]:
+        """The context in which the inverses of these curvatures are made, by all devices or by each its part."""
         # Under Horovod a worker may hold no inverses at all.
-        variables = [v for group in groups for v in group.curvature.variables] if self.shard_state else []
+        variables = [v for curvature in curvatures for v in curvature.variables] if self.shard_state else []
         return sharding.dividing(sharding.spread_of(variables[0]).mesh if variables else None)
 
 
@@ -75,13 +76,13 @@ def on_all_devices(group: Group, gradients: Tensor) -> Tensor:
     return gradients
 
 
-def gathered_state(group: Group, values: Sequence[Tensor] | None = None) -> list[Tensor]:
-    """The state of a group's curvature, each tensor of it whole; that of its variables unless `values` are given."""
+def gathered_state(variables: Sequence[Variable], values: Sequence[Tensor] | None = None) -> list[Tensor]:
+    """What variables of a curvature's state hold, each tensor of it whole, or `values` of these variables."""
     if values is None:
-        return [sharding.gathered(v) for v in group.curvature.variables]
-    return [sharding.gathered(v, t) for v, t in zip(group.curvature.variables, values, strict=True)]
+        return [sharding.gathered(v) for v in variables]
+    return [sharding.gathered(v, t) for v, t in zip(variables, values, strict=True)]
 
 
-def stored_state(group: Group, state: Sequence[Tensor]) -> list[Tensor]:
-    """A group's state as the curvature's variables keep it."""
-    return [sharding.stored(v, t) for v, t in zip(group.curvature.variables, state, strict=True)]
+def stored_state(variables: Sequence[Variable], state: Sequence[Tensor]) -> list[Tensor]:
+    """Tensors of a curvature's state as its variables keep them."""
+    return [sharding.stored(v, t) for v, t in zip(variables, state, strict=True)]

@@ -89,7 +89,8 @@ class Workers:
         examples: Tensor,
         left_out: Tensor,
         vector: Tensor | None = None,
-    ) -> tuple[list[Tensor], Tensor, Tensor, Tensor | None]:
+        counts: Tensor | None = None,
+    ) -> tuple[list[Tensor], Tensor, Tensor, Tensor | None, Tensor | None]:
         """Means over all examples of all workers.
 
         Args:
@@ -98,10 +99,11 @@ class Workers:
             examples: scalar, how many these are.
             left_out: vector of booleans, what this worker leaves out.
             vector: numbers to be averaged over all examples too, or None.
+            counts: numbers to be summed up over all workers, or None.
 
         Returns:
             The means (where others alone need them, this worker's gradients), this worker's share of all examples, `left_out` of
-            any worker, and the mean of `vector`.
+            any worker, the mean of `vector`, and the sum of `counts`.
         """
         weight = examples / self.communicator.batch_share
         dense = [i for i, g in enumerate(gradients) if not backend.is_sparse(g)]
@@ -120,7 +122,8 @@ class Workers:
             "keras_ngd_scattered_gradients",
         )
         control: Any = [ops.reshape(examples, (1,)), ops.cast(left_out, "float32")]
-        control = ops.concatenate(control if vector is None else [*control, examples * vector])
+        further = [] if vector is None else [examples * vector]
+        control = ops.concatenate([*control, *further, *([] if counts is None else [counts])])
         *totals, control = self.communicator.all_reduce(
             [*(weighed[i] for i in reduced), control], "gradients", "keras_ngd_gradients"
         )
@@ -139,8 +142,9 @@ class Workers:
                 means.append(gradient)
             else:
                 means.append(sums[i] / ops.cast(total, gradient.dtype))
-        count = left_out.shape[0]
-        return means, share, control[1 : 1 + count] > 0, None if vector is None else control[1 + count :] / total
+        sizes = [0 if t is None else t.shape[0] for t in (left_out, vector, counts)]
+        _, left_out, mean, summed = backend.parts(control, [1, *sizes])
+        return means, share, left_out > 0, None if vector is None else mean / total, None if counts is None else summed
 
     def mean_statistics(
         self, emitted: dict[Block, list[Tensor]], share: Tensor | None, left_out: Tensor

@@ -67,14 +67,7 @@ class KroneckerStatistics(Statistics):
     def observe(
         self, geometry: Any, x: Tensor, ds: Tensor, weights: Tensor | None, controls: Sequence[Tensor], dtype: str
     ) -> tuple[Sequence[Tensor], Tensor]:
-        examples = ops.cast(ops.shape(x)[0], dtype)
-        divisor = examples * self.losses_per_example
-        if self.statistics_fraction < 1:
-            kept = ops.maximum(ops.cast(ops.floor(examples * self.statistics_fraction), "int32"), 1)
-            kept = kept if x.shape[0] is None else max(int(x.shape[0] * self.statistics_fraction), 1)
-            x, ds = x[:kept], ds[:kept]
-            weights = None if weights is None else weights[:kept]
-            divisor = divisor * examples / ops.cast(kept, dtype)
+        x, ds, weights, divisor = self.leading(x, ds, weights, dtype)
         x, ds = ops.cast(x, dtype), ops.cast(ds, dtype)
         if self.weight_sharing == "expand":
             a, g = self._expanded(geometry, x, ds, weights)
@@ -85,6 +78,20 @@ class KroneckerStatistics(Statistics):
         observed = [*a, *(t * divisor for t in g)]
         # An entry that is not finite makes a diagonal entry of its row not finite, since these are sums of squares.
         return observed, sum(ops.sum(ops.trace(t, axis1=-2, axis2=-1)) for t in observed)
+
+    def leading(
+        self, x: Tensor, ds: Tensor, weights: Tensor | None, dtype: str
+    ) -> tuple[Tensor, Tensor, Tensor | None, Tensor]:
+        """The examples that are observed, and what their sums are multiplied with."""
+        examples = ops.cast(ops.shape(x)[0], dtype)
+        divisor = examples * self.losses_per_example
+        if self.statistics_fraction < 1:
+            kept = ops.maximum(ops.cast(ops.floor(examples * self.statistics_fraction), "int32"), 1)
+            kept = kept if x.shape[0] is None else max(int(x.shape[0] * self.statistics_fraction), 1)
+            x, ds = x[:kept], ds[:kept]
+            weights = None if weights is None else weights[:kept]
+            divisor = divisor * examples / ops.cast(kept, dtype)
+        return x, ds, weights, divisor
 
     def _expanded(
         self, geometry: Any, x: Tensor, ds: Tensor, weights: Tensor | None

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from keras_ngd.curvature import KroneckerCurvature, SplitCurvature
-from keras_ngd.linalg import diagonal, inverse
+from keras_ngd.linalg import batching, diagonal, inverse
 from tf_tests.curvature.test_kronecker import DAMPING, draw
 from tf_tests.linalg.test_diagonal import block_diagonal
 from tf_tests.reference.running import close, error, run
@@ -142,7 +142,7 @@ def test_only_the_chosen_are_renewed(xla):
 @pytest.mark.parametrize("count", [1, 5, 6, 7, 12])
 def test_inverting_by_chunks(count, monkeypatch):
     """Whatever is chosen, and whether or not it fills the chunks."""
-    monkeypatch.setattr(inverse, "_CHUNK_ENTRIES", 3 * 16)
+    monkeypatch.setattr(batching, "_CHUNK_ENTRIES", 3 * 16)
     rng = np.random.default_rng(count)
     rows = rng.normal(size=(count, 8, 4))
     factors = (np.swapaxes(rows, 1, 2) @ rows).astype("float32")

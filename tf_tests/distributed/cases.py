@@ -78,7 +78,12 @@ METHODS = {
     "sngd": lambda size: _rows(paper.SNGD, size),
     "hylo-kid": lambda size: _rows(paper.HyLo, size, rank=1.0, mode="kid"),
     "hylo-kis": lambda size: _rows(paper.HyLo, size, rank=1.0, mode="kis"),
+    "ekfac": lambda size: keras_ngd.EKFAC(split=4, factor_interval=2, inverse_interval=4),
+    "ekfac-examples": lambda size: keras_ngd.EKFAC(scale="examples", split=4, factor_interval=2, inverse_interval=4),
+    # An epsilon that is far above what rounding makes of directions without gradients.
+    "eigen-adam": lambda size: keras_ngd.EigenAdam(0.01, epsilon=0.1, split=4, factor_interval=2, inverse_interval=4),
     # Of blocks of every structure: see `tokens`.
+    "tokens-eigen-adam": lambda size: keras_ngd.EigenAdam(0.1, epsilon=1.0, factor_interval=1, inverse_interval=3),
     "tokens-sp-ngd": lambda size: _kfac(size, gradient_worker_fraction=0, reduce_scatter=True),
     "tokens-thor": lambda size: _thor(size, gradient_worker_fraction=0.5),
     # A damping in float32's reach of the kernel matrices' largest eigenvalues, some thousands.
@@ -97,6 +102,8 @@ COMPRESSING = {
     "sp-ngd-bfloat16": lambda size: _kfac(
         size, gradient_worker_fraction=0, reduce_scatter=True, communicator=_shortened(size)
     ),
+    # Without captured layers. A gradient of fewer columns than rows leaves bases to rounding, in which it has no entries.
+    "tokens-soap": lambda size: keras_ngd.EigenAdam(0.1, epsilon=1.0, basis="gradient", inverse_interval=3),
     "skfac-subsample": lambda size: _rows(paper.SKFAC, size, convolution="subsample", history=2),
 }
 
@@ -105,7 +112,8 @@ def prepared(method, size=1):
     """A captured and compiled model."""
     model = tokens() if method.startswith("tokens") else network()
     optimizer = {**METHODS, **COMPRESSING}[method](size)
-    keras_ngd.capture(model, optimizer, include=lambda layer: method.startswith("tokens"))
+    if method != "tokens-soap":
+        keras_ngd.capture(model, optimizer, include=lambda layer: method.startswith("tokens"))
     loss = keras.losses.SparseCategoricalCrossentropy(from_logits=True)
     model.compile(optimizer=optimizer, loss=loss, metrics=["accuracy"])
     return model
@@ -120,7 +128,7 @@ def digest(model):
     """A number that differs where any bit of a weight, a statistic or the optimizer's state does."""
     model.optimizer.gather_statistics()
     # Row methods' own rows are each worker's own.
-    mean = isinstance(model.optimizer, keras_ngd.KFAC)
+    mean = isinstance(model.optimizer, (keras_ngd.KFAC, keras_ngd.EKFAC, keras_ngd.EigenAdam))
     own = ("examples", "accepted")
     variables = [
         v for v in model.trainable_variables if not hasattr(v, "keras_ngd_statistics") or (mean and v.name not in own)

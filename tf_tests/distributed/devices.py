@@ -81,12 +81,19 @@ METHODS = {
     "sngd": lambda **a: _rows(paper.SNGD, **a),
     "hylo-kid": lambda **a: _rows(paper.HyLo, rank=1.0, mode="kid", **a),
     "hylo-kis": lambda **a: _rows(paper.HyLo, rank=1.0, mode="kis", **a),
+    "eigen-adam": lambda **a: keras_ngd.EigenAdam(
+        0.01, epsilon=0.1, split=8, factor_interval=2, inverse_interval=4, **a
+    ),
+    "ekfac-examples": lambda **a: keras_ngd.EKFAC(
+        scale="examples", split=8, factor_interval=2, inverse_interval=4, **a
+    ),
+    "ekfac": lambda **a: keras_ngd.EKFAC(split=8, factor_interval=2, inverse_interval=4, **a),
     "hylo-switch": lambda **a: _rows(paper.HyLo, rank=0.5, steps_per_epoch=7, eta=0.1, **a),
 }
 
 # HyLo with all rows is SNGD, by another computation.
 SAME = {"hylo-kid": "sngd", "hylo-kis": "sngd"}
-SHARED = ["kfac", "thor", "skfac", "sngd", "hylo-kid", "hylo-kis"]
+SHARED = ["kfac", "eigen-adam", "thor", "skfac", "sngd", "hylo-kid", "hylo-kis"]
 SHARDED = [name for name in METHODS if name not in SAME]
 
 

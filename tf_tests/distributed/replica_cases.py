@@ -31,7 +31,7 @@ def fit(model, x, y, batch=cases.BATCH, **arguments):
 
 def same_bits(strategy, model):
     """Whether the copies of weights and of the optimizer's state are the same on all replicas of this process."""
-    own = [] if isinstance(model.optimizer, keras_ngd.KFAC) else None
+    own = [] if isinstance(model.optimizer, (keras_ngd.KFAC, keras_ngd.EKFAC, keras_ngd.EigenAdam)) else None
     found = []
     for variable in model.trainable_variables + model.optimizer.variables:
         statistics = hasattr(variable, "keras_ngd_statistics")

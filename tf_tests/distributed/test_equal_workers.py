@@ -13,7 +13,7 @@ pytestmark = [*horovod, pytest.mark.slow]
 STEPS = int(os.environ.get("DISTRIBUTED_STEPS", "40"))
 # On two, a half is one worker.
 ON_TWO = [name for name in cases.METHODS if name != "kfac-mem-opt"]
-COMPRESSING = ["kfac-bfloat16", "sp-ngd-bfloat16", "hylo-switch", "hylo-random", "skfac-subsample"]
+COMPRESSING = ["kfac-bfloat16", "sp-ngd-bfloat16", "hylo-switch", "hylo-random", "skfac-subsample", "tokens-soap"]
 ON_FOUR = ["kfac", "sp-ngd", "kfac-half", "thor-half", "skfac", "hylo-kid"]
 # Alone, fractions of one worker are all the same; and HyLo with all rows is SNGD, by another computation.
 SAME_ALONE = {

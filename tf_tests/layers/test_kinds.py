@@ -51,8 +51,8 @@ def test_it_is_captured_and_computes_what_the_plain_one_does(kind):
     np.testing.assert_allclose(model.predict(x, verbose=0), results, rtol=1e-5, atol=1e-6)
 
 
-# What methods on factors, and those on rows, ask of a geometry; one group has all methods.
-METHODS = ["kfac", "hylo"]
+# What methods on factors, on rows, on each example's gradient, and on steps ask of a geometry; one group has all methods.
+METHODS = ["kfac", "hylo", "ekfac_examples", "eigen_adam"]
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,66 @@
+"""Adam in the eigenbasis of a Fisher block's factors, of all layers of one shape at once."""
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import numpy as np
+from keras import ops
+
+from keras_ngd.curvature.curvature import Slot
+from keras_ngd.curvature.eigenbasis import EigenbasisCurvature
+from keras_ngd.typing import Tensor
+
+# Of a rotated gradient, entries of so many roundings of the largest are what rounding makes of zeros. Adam would make whole steps
+# of them, in directions in which the layer has no inputs or the loss no gradient.
+_ROUNDINGS = 16
+
+
+class EigenAdamCurvature(EigenbasisCurvature):
+    """Adam's rule on gradients that are rotated into the bases `QA` and `QG` of `k` blocks of one shape.
+
+        V~ = QA^T V QG;    M <- beta_1 M + (1 - beta_1) V;    S <- beta_2 S + (1 - beta_2) V~ o V~;    t <- t + 1
+        P = QA [ (QA^T M QG) / (1 - beta_1^t) / (sqrt(S / (1 - beta_2^t)) + epsilon) ] QG^T
+
+    Without bases (parts of size 1) it is Adam. `M` is a matrix of weights, which no new basis changes; of `S` each entry belongs
+    to two columns of the bases, which a refresh leaves in their places. Where there are bases, the square of some roundings of
+    the largest root is added to all squares.
+
+    Args:
+        beta_1, beta_2: decay of `M` and of `S`.
+        epsilon: see above.
+        **kwargs: `EigenbasisCurvature`'s.
+    """
+
+    def __init__(self, *args: Any, beta_1: float, beta_2: float, epsilon: float, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.beta_1, self.beta_2, self.epsilon = beta_1, beta_2, epsilon
+
+    @property
+    def own_slots(self) -> tuple[Slot, ...]:
+        shapes = {"first_moment": self.shape, "second_moment": self.shape, "steps": (self.count,)}
+        return tuple(
+            Slot(f"{name}_{self.suffix}", shape, "zeros", self.dtype, refreshed=False, stepped=True)
+            for name, shape in shapes.items()
+        )
+
+    def stepped(self, v: Tensor, state: Sequence[Tensor], scale: Callable[[], Tensor] | None = None) -> list[Tensor]:
+        first, second, steps = state[-3:]
+        squares = ops.square(self.rotated(v, state))
+        return [
+            self.beta_1 * first + (1 - self.beta_1) * v,
+            self.beta_2 * second + (1 - self.beta_2) * squares,
+            steps + 1,
+        ]
+
+    def precondition(
+        self, v: Tensor, damping: Tensor, state: Sequence[Tensor], inputs: Callable[[], Sequence[Tensor]]
+    ) -> Tensor:
+        first, second, steps = state[-3:]
+        # What a layer's steps have in the averages. Before the first there is nothing in them, and P = 0.
+        steps = ops.reshape(ops.maximum(steps, 1.0), (-1, 1, 1))
+        mean = self.rotated(first, state) / (1 - ops.power(self.beta_1, steps))
+        squares = second / (1 - ops.power(self.beta_2, steps))
+        if self.with_bases:
+            rounding = _ROUNDINGS * float(np.finfo(self.dtype).eps)
+            squares = squares + rounding**2 * ops.max(squares, axis=(1, 2), keepdims=True)
+        return self.rotated_back(mean / (ops.sqrt(squares) + self.epsilon), state)

@@ -1,0 +1,108 @@
+"""Orthonormal bases in which symmetric matrices are diagonal, or nearly, followed from one batch of matrices to the next."""
+
+from collections.abc import Sequence
+
+import numpy as np
+from keras import ops
+
+from keras_ngd import backend, sharding
+from keras_ngd.linalg.batching import of_chosen
+from keras_ngd.linalg.inverse import all_finite, symmetrize
+from keras_ngd.typing import Tensor
+
+DECOMPOSITIONS = ("qr", "eigh")
+
+# What is added to the eigenvalues of a matrix before an iteration, in roundings of its norm: where eigenvalues are lost in the
+# rounding of others, directions stay as they are in place of being drawn anew from that.
+_SHIFT = 16
+
+
+def norms(matrices: Tensor) -> Tensor:
+    """The Frobenius norms of `[k, d, d]`, `[k]`."""
+    return ops.sqrt(ops.sum(ops.square(matrices), axis=(1, 2)))
+
+
+def rotated(matrices: Tensor, bases: Tensor) -> Tensor:
+    """`Q^T F Q` of matrices and bases `[k, d, d]`."""
+    return backend.matmul(bases, backend.matmul(matrices, bases), transpose_a=True)
+
+
+def off_diagonal(matrices: Tensor) -> Tensor:
+    """`[k, d, d]` with zeros on their diagonals."""
+    return matrices * (1 - ops.eye(matrices.shape[-1], dtype=matrices.dtype))
+
+
+def iterated(matrices: Tensor, bases: Tensor) -> Tensor:
+    """Bases after one step of orthogonal iteration, `Q <- qr(F Q)`, each column in its place.
+
+    A factorization keeps the direction of the first column, and the iteration pulls towards the largest eigenvalue; so columns
+    go into it with the largest of `diag(Q^T F Q)` first. In the order of rising ones each step would ruin the basis.
+
+    Args:
+        matrices: `[k, d, d]`, symmetric and positive semi-definite.
+        bases: `[k, d, d]`, orthonormal columns.
+    """
+    product = backend.matmul(matrices, bases)
+    order = ops.argsort(-ops.sum(bases * product, axis=1), axis=1)
+    shift = _SHIFT * float(np.finfo(backend.dtype_name(matrices)).eps) * norms(matrices)
+    product = product + ops.reshape(shift, (-1, 1, 1)) * bases
+    new = backend.orthonormalized(_with_columns(product, order))
+    return _with_columns(new, ops.argsort(order, axis=1))
+
+
+def _with_columns(matrices: Tensor, order: Tensor) -> Tensor:
+    return ops.take_along_axis(matrices, ops.expand_dims(order, 1), axis=2)
+
+
+def eigenvectors(matrices: Tensor) -> Tensor:
+    """The eigenvectors of `[k, d, d]` as columns, that of the largest eigenvalue first."""
+    return ops.flip(backend.eigh(matrices)[1], axis=2)
+
+
+def renewed(
+    matrices: Tensor, bases: Tensor, failures: Tensor, decomposition: str, tolerance: float
+) -> tuple[Tensor, Tensor]:
+    """Bases of the new matrices: the eigenvectors of those whose basis is the identity, of others by one iteration.
+
+    A basis stays as it is where it still diagonalizes its matrix, `|offdiag(Q^T F Q)| <= tolerance |F|`, and where a new one is
+    not finite, or its matrix is not. The work is that of the bases that are renewed.
+
+    Args:
+        matrices: `[k, d, d]`, symmetric and positive semi-definite.
+        bases: `[k, d, d]`, those in use, at first identities.
+        failures: `[k]`, how often a basis could not be renewed.
+        decomposition: `"qr"`, or `"eigh"` for eigenvectors at every time.
+        tolerance: see above; 0 for no matrix that is not diagonal.
+
+    Returns:
+        The bases and the failures, as they go on.
+    """
+
+    def work(known: Tensor, state: Sequence[Tensor], matrices: Tensor) -> list[Tensor]:
+        return _renewed(known, state, matrices, decomposition, tolerance)
+
+    bases, failures = sharding.divided(work, [bases, failures], matrices)
+    return bases, failures
+
+
+def _renewed(
+    known: Tensor, state: Sequence[Tensor], matrices: Tensor, decomposition: str, tolerance: float
+) -> list[Tensor]:
+    bases, failures = state
+    # TensorFlow's decompositions stop the program where a matrix is not finite.
+    finite = all_finite(matrices)
+    matrices = ops.where(ops.reshape(finite, (-1, 1, 1)), symmetrize(matrices), ops.zeros_like(matrices))
+    # Not the squares of its entries: those of a small matrix would be zero.
+    largest = ops.max(ops.abs(matrices), axis=(1, 2))
+    matrices = matrices / ops.reshape(ops.where(largest > 0, largest, 1.0), (-1, 1, 1))
+    due = known & (norms(off_diagonal(rotated(matrices, bases))) > tolerance * norms(matrices))
+    identity = ops.eye(matrices.shape[-1], dtype=matrices.dtype)
+    first = ops.all(ops.equal(bases, identity), axis=(1, 2)) if decomposition == "qr" else ops.ones_like(due)
+    new = bases
+    if decomposition == "qr":
+        new = of_chosen(iterated, due & ~first, [matrices], new)
+    new = of_chosen(lambda factors, old: eigenvectors(factors), due & first, [matrices], new)
+    good = all_finite(new)
+    failed = known & ~(finite & good)
+    new = ops.where(ops.reshape(good, (-1, 1, 1)), new, bases)
+    return [new, failures + ops.cast(failed, failures.dtype)]
