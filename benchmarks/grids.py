@@ -1,13 +1,15 @@
 """What `benchmarks.tasks` trains with which optimizers, and what each is tuned over."""
 
 FIRST_ORDER = ("SGD", "Adam", "AdamW", "Muon")
-SECOND_ORDER = ("KFAC", "THOR", "SKFAC", "SNGD", "HyLo-KID")
+SECOND_ORDER = ("EigenAdam", "KFAC", "EKFAC", "THOR", "SKFAC", "SNGD", "HyLo-KID")
 COLOURS = {
     "SGD": "tab:gray",
     "Adam": "tab:orange",
     "AdamW": "tab:olive",
     "Muon": "tab:brown",
+    "EigenAdam": "black",
     "KFAC": "tab:blue",
+    "EKFAC": "tab:pink",
     "THOR": "tab:green",
     "SKFAC": "tab:purple",
     "SNGD": "tab:red",
@@ -58,7 +60,9 @@ _TRANSFORMER = {
     "Adam": {"learning_rate": (0.001, 0.002, 0.004, 0.008), "beta_2": (0.95, 0.999)},
     "AdamW": {"learning_rate": (0.001, 0.002, 0.004, 0.008), "weight_decay": (0.01, 0.1)},
     "Muon": {"learning_rate": (0.002, 0.004, 0.008, 0.016), "weight_decay": (0.01, 0.1)},
+    "EigenAdam": {"learning_rate": (0.0025, 0.005, 0.01, 0.02), "beta_2": (0.95, 0.99)},
     "KFAC": _GLOBAL,
+    "EKFAC": _GLOBAL,
     "THOR": _GLOBAL,
 }
 GRIDS = {
@@ -96,15 +100,19 @@ GRIDS = {
         "SGD": {"momentum": (0.9, 0.95), "learning_rate": (0.5, 1.0, 2.0, 4.0)},
         "Adam": {"momentum": (0.5, 0.9), "learning_rate": (0.0005, 0.001, 0.002, 0.004)},
         "Muon": {"momentum": (0.9, 0.95), "learning_rate": (0.001, 0.002, 0.004, 0.008)},
-        **dict.fromkeys(("KFAC", "THOR"), _GLOBAL),
+        "EigenAdam": {"learning_rate": (0.0025, 0.005, 0.01, 0.02), "beta_2": (0.95, 0.99)},
+        **dict.fromkeys(("KFAC", "EKFAC", "THOR"), _GLOBAL),
         "SKFAC": _RELATIVE,
     },
 }
 # What users are told to set: Muon is not for a network's last layer (nor for embeddings, which it leaves out by itself).
 ARGUMENTS = {
     "Muon": {"exclude_layers": ["logits"]},
-    **dict.fromkeys(("KFAC", "THOR"), {"damping_mode": "global"}),
+    **dict.fromkeys(("KFAC", "EKFAC", "THOR"), {"damping_mode": "global"}),
     "SKFAC": {"damping_mode": "relative"},
 }
 # What runs once more with no argument set at all.
-DEFAULTS = {"text": ("KFAC", "THOR"), "vit": ("KFAC", "THOR"), "deep_autoencoder": ("KFAC", "THOR", "SKFAC")}
+DEFAULTS = {
+    **dict.fromkeys(("text", "vit"), ("EigenAdam", "KFAC", "EKFAC", "THOR")),
+    "deep_autoencoder": ("EigenAdam", "KFAC", "EKFAC", "THOR", "SKFAC"),
+}

@@ -155,10 +155,11 @@ def needs(case, target):
 def comparison(cases, target):
     """The least epochs and seconds of first and of second order in a task: `{unit: ((name, count), (name, count))}`.
 
-    It is empty where methods of one of the two are not measured.
+    Methods of second order count at their defaults, too. It is empty where methods of one of the two are not measured.
     """
     found = {case["optimizer"]: needs(case, target) for case in cases}
-    kinds = [[name for name in kind if name in found] for kind in (FIRST_ORDER, SECOND_ORDER)]
+    second = [name + suffix for name in SECOND_ORDER for suffix in ("", AT_DEFAULTS)]
+    kinds = [[name for name in kind if name in found] for kind in (FIRST_ORDER, second)]
     return {
         unit: tuple(min(((name, found[name][unit]) for name in kind), key=lambda pair: pair[1]) for kind in kinds)
         for unit in ("epochs", "seconds")
@@ -223,7 +224,7 @@ def profile(cases, target, first, second):
     needed = {name: needs(cases[name], target)["epochs"] for name in (second, first)}
     if needed[second] == math.inf:
         ends = {name: statistics.median(run["loss"][-1] for run in case["runs"]) for name, case in cases.items()}
-        nearest = min((name for name in SECOND_ORDER if name in ends), key=ends.get)
+        nearest = min((name for name in ends if name.removesuffix(AT_DEFAULTS) in SECOND_ORDER), key=ends.get)
         return f"{nearest} ends at {ends[nearest]:.4g}, the target is {target:.4g}"
     each = [f"{count(e)} epochs of {1e3 * epoch_seconds(cases[name]):.3g} ms" for name, e in needed.items()]
     return f"{second} takes {each[0]}, {first} {each[1]}"
