@@ -12,7 +12,7 @@ loss. The loss is that of all training data after the last epoch.
 import math
 import statistics
 
-OPTIMIZERS = ("SGD", "Adam", "EigenAdam", "KFAC", "EKFAC", "THOR", "SKFAC", "SNGD", "HyLo")
+OPTIMIZERS = ("SGD", "Adam", "EigenAdam", "KFAC", "THOR", "SKFAC", "SNGD", "HyLo")
 SECOND_ORDER = OPTIMIZERS[2:]
 NETWORKS = {"cnn": 10, "mlp": 10, "autoencoder": 40, "resnet": 8, "unet": 8, "characters": 3, "files": 8}
 LOSSES = (
