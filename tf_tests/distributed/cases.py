@@ -71,6 +71,10 @@ METHODS = {
     "kfac-eigen": lambda size: _kfac(size, factor_interval=1, inverse_interval=5, inverse="eigen"),
     "kfac-mem-opt": lambda size: _kfac(size, gradient_worker_fraction=0),
     "sp-ngd": lambda size: _kfac(size, gradient_worker_fraction=0, reduce_scatter=True),
+    # At its default damping, whose unit is the mean over all layers' statistics, of which each worker has its own.
+    "sp-ngd-defaults": lambda size: keras_ngd.KFAC(
+        factor_interval=2, inverse_interval=4, inverse="eigen", gradient_worker_fraction=0, reduce_scatter=True
+    ),
     "kfac-half": lambda size: _kfac(size, gradient_worker_fraction=0.5),
     "thor": _thor,
     "thor-half": lambda size: _thor(size, gradient_worker_fraction=0.5),
