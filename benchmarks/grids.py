@@ -56,11 +56,12 @@ _RATES = (0.03, 0.1, 0.3)
 _SECOND_ORDER_RATES = (0.01, 0.02, 0.04, 0.08)
 _GLOBAL = {"learning_rate": _SECOND_ORDER_RATES, "damping": (0.15, 0.5)}
 _RELATIVE = {"learning_rate": _SECOND_ORDER_RATES, "damping": (0.3, 1.0)}
+_EIGEN_ADAM = {"learning_rate": (0.0025, 0.005, 0.01, 0.02), "beta_2": (0.95, 0.99)}
 _TRANSFORMER = {
     "Adam": {"learning_rate": (0.001, 0.002, 0.004, 0.008), "beta_2": (0.95, 0.999)},
     "AdamW": {"learning_rate": (0.001, 0.002, 0.004, 0.008), "weight_decay": (0.01, 0.1)},
     "Muon": {"learning_rate": (0.002, 0.004, 0.008, 0.016), "weight_decay": (0.01, 0.1)},
-    "EigenAdam": {"learning_rate": (0.0025, 0.005, 0.01, 0.02), "beta_2": (0.95, 0.99)},
+    "EigenAdam": _EIGEN_ADAM,
     "KFAC": _GLOBAL,
     "EKFAC": _GLOBAL,
     "THOR": _GLOBAL,
@@ -100,7 +101,7 @@ GRIDS = {
         "SGD": {"momentum": (0.9, 0.95), "learning_rate": (0.5, 1.0, 2.0, 4.0)},
         "Adam": {"momentum": (0.5, 0.9), "learning_rate": (0.0005, 0.001, 0.002, 0.004)},
         "Muon": {"momentum": (0.9, 0.95), "learning_rate": (0.001, 0.002, 0.004, 0.008)},
-        "EigenAdam": {"learning_rate": (0.0025, 0.005, 0.01, 0.02), "beta_2": (0.95, 0.99)},
+        "EigenAdam": _EIGEN_ADAM,
         **dict.fromkeys(("KFAC", "EKFAC", "THOR"), _GLOBAL),
         "SKFAC": _RELATIVE,
     },

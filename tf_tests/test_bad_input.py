@@ -25,7 +25,11 @@ from tf_tests.small import captured, compiled, fit, kfac, mlp, policy, regressio
         ("factor_interval", [0, -1, 2.0, 1.5, True, "10", None], "`factor_interval` must be an int of at least 1"),
         ("inverse_interval", [0, -1, 2.0, 1.5, True, "10", None], "`inverse_interval` must be an int of at least 1"),
         ("factor_decay", [1, 1.0, -0.1, float("nan"), True, "0.9", None], r"`factor_decay` must be in \[0, 1\)"),
-        ("kl_clip", [0, -1.0, float("nan"), float("inf"), True, "1"], "`kl_clip` must be a positive float or None"),
+        (
+            "kl_clip",
+            [0, -1.0, float("nan"), float("inf"), True, "1", "auto"],
+            "`kl_clip` must be a positive float or None",
+        ),
         ("inverse", ["qr", None, 1], "`inverse` must be one of .*'cholesky'"),
         ("damping_mode", ["tikhonov", 1], "`damping_mode` must be one of .*'pi'"),
         ("loss_clip", [0, -1.0, float("nan"), True, "1"], "`loss_clip` must be a positive float, None or 'auto'"),

@@ -5,14 +5,14 @@ from typing import Self
 
 from keras import ops
 
-from keras_ngd.curvature.curvature import Slot, TracedCurvature, where_chosen
-from keras_ngd.curvature.kronecker import identities
+from keras_ngd.curvature.curvature import Slot, where_chosen
+from keras_ngd.curvature.parts import PartsCurvature
 from keras_ngd.linalg import diagonal, orthogonal_iteration
 from keras_ngd.linalg.batching import batched_by_size
 from keras_ngd.typing import Parts, Tensor
 
 
-class EigenbasisCurvature(TracedCurvature):
+class EigenbasisCurvature(PartsCurvature):
     """Base of curvatures of `k` blocks whose gradients are rotated into the eigenbases `QA`, `QG` of both factors.
 
     The state begins with the bases: for each part of the input and then of the output dimension `[k, count, size, size]`, of the
@@ -47,14 +47,6 @@ class EigenbasisCurvature(TracedCurvature):
         return self.count, diagonal.dimension(self.sides[0]), diagonal.dimension(self.sides[1])
 
     @property
-    def size(self) -> int:
-        return self.shape[1] * self.shape[2]
-
-    def trace(self, inputs: Sequence[Tensor]) -> Tensor:
-        first, last = len(self.sides[0]), len(self.sides[0]) + len(self.sides[1])
-        return diagonal.traces(inputs[:first]) * diagonal.traces(inputs[first:last])
-
-    @property
     def suffix(self) -> str:
         """Of the names of variables."""
         return "_".join(map(str, self.shape[1:]))
@@ -62,7 +54,7 @@ class EigenbasisCurvature(TracedCurvature):
     @property
     def slots(self) -> tuple[Slot, ...]:
         bases = (
-            Slot(f"{side}_basis_{i}_{self.suffix}", (self.count, count, size, size), identities, self.dtype)
+            Slot(f"{side}_basis_{i}_{self.suffix}", (self.count, count, size, size), diagonal.identities, self.dtype)
             for side, parts in zip(("input", "output"), self.sides, strict=True)
             for i, (count, size) in enumerate(parts)
             if size > 1
@@ -77,11 +69,11 @@ class EigenbasisCurvature(TracedCurvature):
     @property
     def with_bases(self) -> list[int]:
         """Which parts have a basis, by their numbers among all parts, the input's first."""
-        return [i for i, (_, size) in enumerate(self.sides[0] + self.sides[1]) if size > 1]
+        return [i for i, (_, size) in enumerate(self.parts) if size > 1]
 
     @property
     def refresh_cost(self) -> float:
-        return self.count * sum(count * size**3 for count, size in self.sides[0] + self.sides[1] if size > 1)
+        return self.count * sum(count * size**3 for count, size in self.parts if size > 1)
 
     def failures(self, state: Sequence[Tensor]) -> Tensor:
         """`[k]`, how often one of each block's bases could not be renewed."""
@@ -133,11 +125,10 @@ class EigenbasisCurvature(TracedCurvature):
 
     # Rotations
 
-    def _bases(self, state: Sequence[Tensor]) -> tuple[list[Tensor | None], list[Tensor | None]]:
+    def _bases(self, state: Sequence[Tensor]) -> tuple[Sequence[Tensor | None], Sequence[Tensor | None]]:
         """By side and part; None where there is none."""
         by_part = dict(zip(self.with_bases, state, strict=False))
-        first = len(self.sides[0])
-        return [by_part.get(i) for i in range(first)], [by_part.get(first + i) for i in range(len(self.sides[1]))]
+        return self.divide([by_part.get(i) for i in range(len(self.parts))])
 
     def rotated(self, v: Tensor, state: Sequence[Tensor]) -> Tensor:
         """`QA^T V QG` of gradients `[k, input_dim, output_dim]`."""

@@ -9,7 +9,8 @@ from keras_ngd import backend, sharding
 from keras_ngd.curvature.curvature import Slot, TracedCurvature, where_chosen
 from keras_ngd.linalg import inverse
 from keras_ngd.linalg.batching import batched_by_size
-from keras_ngd.typing import Shape, Tensor
+from keras_ngd.linalg.diagonal import identities
+from keras_ngd.typing import Tensor
 
 INVERSES = ("auto", "cholesky", "newton-schulz", "eigen")
 DAMPING_MODES = ("global", "relative", "pi", "sqrt", "factor", "exact")
@@ -53,11 +54,6 @@ def factor_dampings(mean_a: Tensor, mean_g: Tensor, damping: Tensor, mode: str) 
     known = (mean_a > tiny) & (mean_g > tiny) & ops.isfinite(mean_a) & ops.isfinite(mean_g)
     pi = ops.sqrt(ops.where(known, mean_a, 1.0) / ops.where(known, mean_g, 1.0))
     return root * pi, root / pi
-
-
-def identities(shape: Shape, dtype: str | None = None) -> Tensor:
-    """Initializer of stacked inverses."""
-    return ops.broadcast_to(ops.eye(shape[-1], dtype=dtype), shape)
 
 
 def inversion_method(method: str) -> str:

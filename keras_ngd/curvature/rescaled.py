@@ -68,10 +68,9 @@ class EKFACCurvature(EigenbasisCurvature):
 
     def eigenvalues(self, blocks: Sequence[Tensor], bases: Sequence[Tensor]) -> Tensor:
         """`lA lG^T`, of the inputs of a refresh and bases."""
-        first = len(self.sides[0])
         by_part = dict(zip(self.with_bases, bases, strict=False))
-        of_parts = [_eigenvalues(blocks[i], by_part.get(i)) for i in range(first + len(self.sides[1]))]
-        a, g = (ops.concatenate(side, axis=1) for side in (of_parts[:first], of_parts[first:]))
+        of_parts = [_eigenvalues(blocks[i], by_part.get(i)) for i in range(len(self.parts))]
+        a, g = (ops.concatenate(side, axis=1) for side in self.divide(of_parts))
         return a[:, :, None] * g[:, None, :]
 
 

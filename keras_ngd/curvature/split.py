@@ -5,14 +5,15 @@ from typing import Self
 
 from keras import ops
 
-from keras_ngd.curvature.curvature import Slot, TracedCurvature
-from keras_ngd.curvature.kronecker import factor_dampings, identities, inversion_method
+from keras_ngd.curvature.curvature import Slot
+from keras_ngd.curvature.kronecker import factor_dampings, inversion_method
+from keras_ngd.curvature.parts import PartsCurvature
 from keras_ngd.linalg import diagonal, inverse
 from keras_ngd.linalg.batching import batched_by_size
 from keras_ngd.typing import Parts, Tensor
 
 
-class SplitCurvature(TracedCurvature):
+class SplitCurvature(PartsCurvature):
     """Damped inverses of the diagonal blocks of the factors of `k` Fisher blocks of one shape.
 
     The state is, for each part of the input and then of the output dimension, `[k, count, size, size]`: the inverses of
@@ -46,15 +47,10 @@ class SplitCurvature(TracedCurvature):
         self.inverse_method, self.damping_mode, self.damping_factor = inverse_method, damping_mode, damping_factor
 
     @property
-    def parts(self) -> Parts:
-        """All parts, the input's first."""
-        return self.sides[0] + self.sides[1]
-
-    @property
     def slots(self) -> tuple[Slot, ...]:
         suffix = "_".join(str(diagonal.dimension(side)) for side in self.sides)
         return tuple(
-            Slot(f"{side}_inverse_{i}_{suffix}", (self.count, count, size, size), identities, self.dtype)
+            Slot(f"{side}_inverse_{i}_{suffix}", (self.count, count, size, size), diagonal.identities, self.dtype)
             for side, parts in zip(("input", "output"), self.sides, strict=True)
             for i, (count, size) in enumerate(parts)
         )
@@ -62,22 +58,6 @@ class SplitCurvature(TracedCurvature):
     @property
     def refresh_cost(self) -> float:
         return self.count * sum(count * size**3 for count, size in self.parts)
-
-    @property
-    def size(self) -> int:
-        return diagonal.dimension(self.sides[0]) * diagonal.dimension(self.sides[1])
-
-    def divide(self, values: Sequence[Tensor]) -> tuple[Sequence[Tensor], Sequence[Tensor]]:
-        """A list by part as two: the input's and the output's."""
-        return values[: len(self.sides[0])], values[len(self.sides[0]) :]
-
-    def traces(self, factors: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
-        """The traces of `A` and of `G`, each `[k]`."""
-        return tuple(diagonal.traces(side) for side in self.divide(factors))
-
-    def trace(self, inputs: Sequence[Tensor]) -> Tensor:
-        trace_a, trace_g = self.traces(inputs)
-        return trace_a * trace_g
 
     def dampings(self, factors: Sequence[Tensor], damping: Tensor) -> tuple[Tensor, Tensor]:
         """`dA` and `dG`, each `[k]`."""

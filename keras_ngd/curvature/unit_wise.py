@@ -6,7 +6,7 @@ from typing import Self
 from keras import ops
 
 from keras_ngd.curvature.curvature import Slot, TracedCurvature, where_chosen
-from keras_ngd.curvature.kronecker import identities
+from keras_ngd.linalg.diagonal import identities
 from keras_ngd.typing import Tensor
 
 

@@ -7,9 +7,10 @@ from keras import ops
 
 from keras_ngd import backend
 from keras_ngd.curvature.curvature import Slot, TracedCurvature, where_chosen
-from keras_ngd.curvature.kronecker import factor_dampings, identities
+from keras_ngd.curvature.kronecker import factor_dampings
 from keras_ngd.linalg import inverse
 from keras_ngd.linalg.batching import batched_by_size
+from keras_ngd.linalg.diagonal import identities
 from keras_ngd.typing import Shape, Tensor
 
 

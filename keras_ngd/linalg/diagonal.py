@@ -10,7 +10,7 @@ from collections.abc import Iterator, Sequence
 from keras import ops
 
 from keras_ngd import backend
-from keras_ngd.typing import Parts, Tensor
+from keras_ngd.typing import Parts, Shape, Tensor
 
 
 def partition(width: int, use_bias: bool, split: int | None) -> Parts:
@@ -85,6 +85,11 @@ def multiply_right(x: Tensor, blocks: Sequence[Tensor], parts: Parts) -> Tensor:
     if len(parts) == 1 and parts[0][0] == 1:
         return backend.matmul(x, blocks[0][:, 0])
     return ops.transpose(multiply(blocks, ops.transpose(x, (0, 2, 1)), parts), (0, 2, 1))
+
+
+def identities(shape: Shape, dtype: str | None = None) -> Tensor:
+    """Identity matrices `[..., d, d]`: an initializer of stacked inverses and bases."""
+    return ops.broadcast_to(ops.eye(shape[-1], dtype=dtype), shape)
 
 
 def traces(blocks: Sequence[Tensor]) -> Tensor:

@@ -53,6 +53,13 @@ SHARED = {
     "rest": '`"adam"` or `"sgd"`: the update rule of variables that no curvature describes. Default `"adam"`.',
     "rest_learning_rate": "float or `LearningRateSchedule`: its learning rate. Default None: a tenth of `learning_rate` for "
     '`"adam"`, `learning_rate` itself for `"sgd"`.',
+    # Of the methods in eigenbases.
+    "decomposition": 'how bases are renewed. `"qr"` (default): the first by an eigendecomposition, others by one step of '
+    'orthogonal iteration, `Q <- qr(F Q)`, largest eigenvalues first; `"eigh"`: by an eigendecomposition every time.',
+    "basis_tolerance": "float in [0, 1): a basis stays as it is where it still diagonalizes its factor, `|offdiag(Q^T F Q)| <= "
+    "basis_tolerance |F|`. Default 0.01.",
+    "split": "int or None: factors of more rows and columns are cut into diagonal blocks of this size, each with a basis of its "
+    "own, as `keras_ngd.THOR` cuts them. Default 1024.",
     # Of several workers and devices.
     "communicator": '`"auto"` (default): Horovod where `horovod.tensorflow.init()` has started several processes; `"horovod"`, '
     '`"local"`, or a `keras_ngd.distributed.Communicator`.',

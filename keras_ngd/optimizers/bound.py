@@ -34,10 +34,11 @@ class Clips(NamedTuple):
         Raises:
             ValueError: naming an argument that is neither a positive float nor one of these.
         """
-        autos = [name for name, value in self._asdict().items() if isinstance(value, str) and value == "auto"]
+        autos = [
+            name for name in CLIPS_BY_LOSS if isinstance(getattr(self, name), str) and getattr(self, name) == "auto"
+        ]
         chosen = self.kl_clip is not None or len(autos) < len(CLIPS_BY_LOSS)
-        found = {name: None if chosen else default.get(name) if name in autos else None for name in autos}
-        values = self._asdict() | found
+        values = self._asdict() | {name: None if chosen else default.get(name) for name in autos}
         for name, value in values.items():
             if value is not None and not (schedules.is_number(value) and 0 < value < float("inf")):
                 auto = ", None or 'auto'" if name in CLIPS_BY_LOSS else " or None"
@@ -73,7 +74,7 @@ class Bound:
         self._optimizer = optimizer
         self.clipped_steps = add((), "zeros", "int", "clipped_steps")
         self.sum_of_scales = add((), "zeros", "float32", "sum_of_step_scales")
-        self._largest_rate = add((), "zeros", "float32", "largest_rate")
+        self._largest_rate = None if optimizer.length_clip is None else add((), "zeros", "float32", "largest_rate")
 
     def read(self, name: str) -> float:
         """`"clipped_steps"`, an int, or `"mean_step_scale"`, the mean over all steps of `nu`, a float."""
@@ -121,6 +122,14 @@ class Bound:
             nu = ops.minimum(nu, optimizer.loss_clip * loss / lengths)
         return nu
 
+    def _rates(self, rate: Tensor) -> Tensor | float:
+        """The quotient of the largest learning rate so far, which is kept, and that of this step."""
+        if self._largest_rate is None:
+            return 1.0
+        largest = ops.maximum(rate, ops.convert_to_tensor(self._largest_rate))
+        self._optimizer.assign(self._largest_rate, largest)
+        return ops.where(rate > 0, largest / ops.where(rate > 0, rate, 1.0), 1.0)
+
     def scale(self, length: Tensor, loss: Tensor, finite: Tensor) -> Tensor:
         """`nu`, which is counted.
 
@@ -132,9 +141,7 @@ class Bound:
         optimizer = self._optimizer
         length = ops.maximum(ops.abs(length / optimizer.loss_scale**2), SMALLEST_LENGTH)
         rate = ops.cast(optimizer.learning_rate, "float32")
-        largest = ops.maximum(rate, ops.convert_to_tensor(self._largest_rate))
-        optimizer.assign(self._largest_rate, largest)
-        nu = self._by_loss(length, loss, ops.where(rate > 0, largest / ops.where(rate > 0, rate, 1.0), 1.0))
+        nu = self._by_loss(length, loss, self._rates(rate))
         if optimizer.kl_clip is not None:
             nu = ops.minimum(nu, ops.sqrt(optimizer.kl_clip / ops.maximum(rate * rate * length, SMALLEST_LENGTH)))
         optimizer.assign_add(self.clipped_steps, ops.cast(finite & (nu < 1), self.clipped_steps.dtype))

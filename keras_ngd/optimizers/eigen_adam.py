@@ -72,12 +72,6 @@ class EigenAdam(EigenbasisMethod):
             every step. Default 10.
         inverse_interval: int or schedule: steps between refreshes of the bases; see `interval_growth`. Default 100.
         basis: `"fisher"` (default): the eigenvectors of `A` and `G`; `"gradient"`: those of `L` and `R`, see above.
-        decomposition: how bases are renewed. `"qr"` (default): the first by an eigendecomposition, others by one step of
-            orthogonal iteration, `Q <- qr(F Q)`, largest eigenvalues first; `"eigh"`: by an eigendecomposition every time.
-        basis_tolerance: float in [0, 1): a basis stays as it is where it still diagonalizes its factor, `|offdiag(Q^T F Q)| <=
-            basis_tolerance |F|`. Default 0.01.
-        split: int or None: factors of more rows and columns are cut into diagonal blocks of this size, each with a basis of its
-            own, as `keras_ngd.THOR` cuts them. Default 1024.
         rest_learning_rate: float or `LearningRateSchedule`: the learning rate of variables that are not captured. Default None:
             `learning_rate`.
         name: str: what the optimizer's variables are named after. Default `"eigen_adam"`.

@@ -7,6 +7,7 @@ import keras
 from keras import ops
 
 from keras_ngd import schedules
+from keras_ngd.curvature import EigenbasisCurvature
 from keras_ngd.layers.geometry import Structure
 from keras_ngd.linalg.orthogonal_iteration import DECOMPOSITIONS
 from keras_ngd.optimizers.approximations import AveragedApproximation, UnitWiseApproximation, in_units_of_the_loss
@@ -29,11 +30,6 @@ class EigenbasisMethod(NaturalGradient):
     """Base of the methods whose curvature is an `EigenbasisCurvature`: the factors, and how their bases are followed.
 
     Args:
-        decomposition: how bases are renewed. `"qr"`: the first by an eigendecomposition, others by one step of orthogonal
-            iteration, `Q <- qr(F Q)`; `"eigh"`: by an eigendecomposition every time.
-        basis_tolerance: float of at least 0: a basis stays while `|offdiag(Q^T F Q)| <= basis_tolerance |F|`.
-        split: int, size of the largest basis, or None for any.
-        weight_sharing, statistics_fraction: as for `keras_ngd.KFAC`.
         {{shared_arguments}}
     """
 
@@ -101,12 +97,8 @@ class EigenbasisMethod(NaturalGradient):
         return [group.curvature for group in self.local_layout.groups] if self.built else []
 
     def _failures(self) -> list[Any]:
-        return [
-            variable
-            for curvature in self.basis_curvatures()
-            for variable, slot in zip(curvature.variables, curvature.slots, strict=True)
-            if slot.name.startswith("failed_bases")
-        ]
+        curvatures = [c for c in self.basis_curvatures() if isinstance(c, EigenbasisCurvature)]
+        return [curvature.failures(curvature.variables) for curvature in curvatures]
 
     def further_notices(self) -> list[tuple[str, str]]:
         failed = self.failed_bases

@@ -1,7 +1,7 @@
 """EKFAC: the Fisher matrix's diagonal in the eigenbasis of KFAC's factors."""
 
 import functools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import keras
@@ -81,12 +81,6 @@ class EKFAC(EigenbasisMethod):
             is as large as the layer, so convolutions and sequences take a few examples at a time, and a while. Embeddings stay at
             `"running"`.
         inverse_interval: int or schedule: steps between refreshes of the bases; see `interval_growth`. Default 100.
-        decomposition: how bases are renewed. `"qr"` (default): the first by an eigendecomposition, others by one step of
-            orthogonal iteration, `Q <- qr(F Q)`, largest eigenvalues first; `"eigh"`: by an eigendecomposition every time.
-        basis_tolerance: float in [0, 1): a basis stays as it is where it still diagonalizes its factor, `|offdiag(Q^T F Q)| <=
-            basis_tolerance |F|`. Default 0.01.
-        split: int or None: factors of more rows and columns are cut into diagonal blocks of this size, each with a basis of its
-            own, as `keras_ngd.THOR` cuts them. Default 1024.
         {{shared_arguments}}
 
     Attributes:
@@ -119,7 +113,7 @@ class EKFAC(EigenbasisMethod):
         name: str = "ekfac",
         **kwargs: Any,
     ) -> None:
-        damping, damping_mode = settled_damping(damping, damping_mode, "exact", {"global": 0.5, "relative": 1.0})
+        damping, damping_mode = settled_damping(damping, damping_mode, "exact", "global")
         if damping_mode not in DAMPING_MODES:
             raise ValueError(f"`damping_mode` must be one of {DAMPING_MODES}. Received: damping_mode={damping_mode!r}")
         if scale not in SCALES:
@@ -156,9 +150,9 @@ class EKFAC(EigenbasisMethod):
 
     # Second moments of examples
 
-    def _bases(self) -> Iterator[tuple[Group, Block, list[Tensor]]]:
-        """Blocks whose second moments are recorded, and their bases as they are now."""
-        for group in self.layout.groups:
+    def _bases(self, groups: Sequence[Group]) -> Iterator[tuple[Group, Block, list[Tensor]]]:
+        """Blocks of these groups whose second moments are recorded, and their bases as they are now."""
+        for group in groups:
             if not isinstance(group.curvature, ExampleEKFACCurvature):
                 continue
             bases = state_layout.gathered_state(group.curvature.variables[: len(group.curvature.with_bases)])
@@ -168,7 +162,7 @@ class EKFAC(EigenbasisMethod):
 
     def after_refresh(self, averages: dict[Block, list[Tensor]]) -> dict[Block, list[Tensor]]:
         new = dict(averages)
-        for group, block, bases in self._bases():
+        for group, block, bases in self._bases(self.layout.groups):
             controls = block.statistics.controls
             changed = ops.zeros((), "bool")
             for basis, control in zip(bases, controls, strict=True):
@@ -185,7 +179,7 @@ class EKFAC(EigenbasisMethod):
         return new
 
     def control_values(self, block: Block, step: Tensor) -> list[tuple[Variable, Tensor]]:
-        for _, other, bases in self._bases():
+        for _, other, bases in self._bases([group for group in self.layout.groups if block in group.blocks]):
             if other is block:
                 controls = block.statistics.controls
                 return [(c, sharding.stored(c, b)) for c, b in zip(controls, bases, strict=True)]

@@ -92,7 +92,7 @@ class KFAC(NaturalGradient):
     ) -> None:
         if inverse not in INVERSES:
             raise ValueError(f"`inverse` must be one of {INVERSES}. Received: inverse={inverse!r}")
-        damping, damping_mode = settled_damping(damping, damping_mode, "pi", {"global": 0.5, "relative": 1.0})
+        damping, damping_mode = settled_damping(damping, damping_mode, "pi", "global")
         if damping_mode not in DAMPING_MODES:
             raise ValueError(f"`damping_mode` must be one of {DAMPING_MODES}. Received: damping_mode={damping_mode!r}")
         if damping_mode == "exact" and inverse != "eigen":

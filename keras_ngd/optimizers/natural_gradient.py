@@ -35,7 +35,7 @@ class NaturalGradient(AssembledOptimizer):
         2  average       statistics over the calls of layers called more than once; all gradients and statistics over workers
         3  refresh       the curvature's inverses, where the interval is due; each worker its share of the layers
         4  precondition  P = F^-1 V for every block
-        5  clip          P <- nu P, so that no step promises to take too large a share off the loss
+        5  clip          P <- nu P, so that no step is too long
         6  step          keras.optimizers.SGD on P (blocks), Adam's rule on the plain gradient (all other variables)
         7  gate          decide what the next backward pass records
 

@@ -5,6 +5,9 @@ from typing import Any
 
 from keras_ngd.typing import DampingLike
 
+# Of methods with Kronecker factors: the damping of each mode that has a default.
+FACTOR_DAMPINGS = {"global": 0.5, "relative": 1.0}
+
 FISHER_SCALES = ("loss", None)
 
 # The methods as their papers have them: nothing is relative to the loss, and all variables follow one rule.
@@ -25,7 +28,11 @@ def check_fisher_scale(fisher_scale: str | None) -> None:
 
 
 def settled_damping(
-    damping: DampingLike | None, mode: str | None, absolute: str, defaults: Mapping[str, float]
+    damping: DampingLike | None,
+    mode: str | None,
+    absolute: str,
+    default: str,
+    dampings: Mapping[str, float] = FACTOR_DAMPINGS,
 ) -> tuple[DampingLike, str]:
     """The damping and its mode, where one of them or both are not given.
 
@@ -33,14 +40,15 @@ def settled_damping(
         damping: as it was given.
         mode: as it was given.
         absolute: the mode of a damping that is given without one.
-        defaults: for each mode that has a default its damping; the first is the mode where neither is given.
+        default: the mode where neither is given.
+        dampings: for each mode that has a default its damping. Default: those of Kronecker factors.
     """
     if damping is not None:
         return damping, absolute if mode is None else mode
-    mode = next(iter(defaults)) if mode is None else mode
-    if mode not in defaults:
+    mode = default if mode is None else mode
+    if mode not in dampings:
         raise ValueError(
             f"`damping_mode={mode!r}` is in units of the curvature and needs a `damping`, such as 0.01. Received: "
             "damping=None"
         )
-    return defaults[mode], mode
+    return dampings[mode], mode

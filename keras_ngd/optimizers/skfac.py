@@ -78,7 +78,7 @@ class SKFAC(RowMethod):
         name: str = "skfac",
         **kwargs: Any,
     ) -> None:
-        damping, damping_mode = settled_damping(damping, damping_mode, "pi", {"relative": 1.0, "global": 0.5})
+        damping, damping_mode = settled_damping(damping, damping_mode, "pi", "relative")
         modes = tuple(mode for mode in DAMPING_MODES if mode != "exact")
         if damping_mode not in modes:
             raise ValueError(

@@ -70,7 +70,9 @@ class SNGD(RowMethod):
         name: str = "sngd",
         **kwargs: Any,
     ) -> None:
-        damping, damping_mode = settled_damping(damping, damping_mode, "absolute", {"relative": RELATIVE_DAMPING})
+        damping, damping_mode = settled_damping(
+            damping, damping_mode, "absolute", "relative", {"relative": RELATIVE_DAMPING}
+        )
         if damping_mode not in KERNEL_DAMPING_MODES:
             raise ValueError(
                 f"`damping_mode` must be one of {KERNEL_DAMPING_MODES}. Received: damping_mode={damping_mode!r}"

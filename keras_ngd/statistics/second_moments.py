@@ -39,13 +39,9 @@ class SecondMomentStatistics(SplitStatistics):
         return [*super().create(geometry, dtype), self._add("second_moment", shape, "zeros", dtype)]
 
     def create_controls(self) -> list[Variable]:
-        geometry = self.geometry
-
-        def identities(shape: Sequence[int], dtype: str | None = None) -> Tensor:
-            return ops.broadcast_to(ops.eye(shape[-1], dtype=dtype), shape)
-
+        geometry, dtype = self.geometry, self._dtype_of_bases
         return [
-            self._add(f"{side}_basis_{i}", (geometry.groups, count, size, size), identities, self._dtype_of_bases)
+            self._add(f"{side}_basis_{i}", (geometry.groups, count, size, size), diagonal.identities, dtype)
             for side, parts in zip(("input", "output"), self.partitions(geometry), strict=True)
             for i, (count, size) in enumerate(parts)
             if size > 1
