@@ -22,7 +22,7 @@ BENCHMARKS := benchmark-update-cost benchmark-row-cost benchmark-thor-convergenc
 help:
 	@echo "make demo                   train a small network with SGD and with KFAC, offline"
 	@echo "make test                   lint, then all tests on the TensorFlow and on the JAX backend"
-	@echo "make nightly                all networks of keras.applications: trained, saved, loaded, released; takes an hour"
+	@echo "make nightly                all networks of keras.applications: trained, saved, loaded, released; takes long"
 	@echo "make lint                   ruff: rules and format; mypy: types"
 	@echo "make benchmark              side by side: costs of steps, convergence, kfac-jax; an hour, goes on where interrupted"
 	@echo "make benchmark-update-cost  what THOR's blocks save of a refresh"
