@@ -5,6 +5,7 @@
     python -m benchmarks costs                      # some
     python -m benchmarks costs --only=resnet32-jax
     python -m benchmarks tasks --only='text-*'      # by a pattern; some long cases run only where they are named
+    python -m benchmarks kinds                      # what does not belong to "all" is named
     python -m benchmarks --render                   # plots and the page alone, from the results that are there
 
 Results are in `benchmarks/results/`, and `docs/benchmarks.md` is made of them.

@@ -1,17 +1,20 @@
 """What a step of each method costs, in steps of SGD with momentum on the same network, backend and batch, all in one run.
 
 A case trains one network on one backend with all optimizers, turn by turn. A natural-gradient method takes three kinds of
-step: one on which nothing is due, one that updates the statistics, and one that also refreshes the inverses; methods that keep
-rows take both at once. What a pair of intervals costs is their average over a whole cycle. THOR renews all layers at every
-refresh here. "captured" is SGD on a model captured for KFAC whose layers never record.
+step: one on which nothing is due, one that updates the statistics, and one that also refreshes the inverses, or the bases;
+methods that keep rows take both at once. What a pair of intervals costs is their average over a whole cycle. THOR renews all
+layers at every refresh here, EKFAC and EigenAdam all bases. "captured" is SGD on a model captured for KFAC whose layers never
+record.
 
 What each part of second order takes is the difference of two kinds of step. Beside it stands what share this is of the rate of
 a large matrix product, measured in the same process: the operations that a part has by the layers' shapes (those of
-`keras_ngd.analysis.cost_model`; an inverse of d rows counts as d^3), at that rate, over the time it took. More than all of it is
-a part that needs fewer operations than these, as the statistics of convolutions that store no patches.
+`keras_ngd.analysis.cost_model`; an inverse of d rows counts as d^3, a step of orthogonal iteration as 4 d^3), at that rate, over
+the time it took. More than all of it is a part that needs fewer operations than these, as the statistics of convolutions that
+store no patches. EigenAdam's preconditioning is what its step has beyond Adam's.
 """
 
 import ctypes
+import dataclasses
 import math
 import pathlib
 import statistics
@@ -19,9 +22,9 @@ import time
 
 from benchmarks import results
 from benchmarks.alone import alone
-from benchmarks.methods import METHODS, ROW_METHODS, optimizer_of
+from benchmarks.methods import BESIDE, METHODS, ROTATIONS, ROW_METHODS, optimizer_of
 
-INTERVALS = ((1, 1), (1, 10), (10, 100))
+INTERVALS = ((1, 1), (1, 10), (10, 10), (10, 100))
 # Compiling all methods for a deep network takes XLA many minutes. The last three are trained by `benchmarks.tasks`.
 CASES = [
     *(
@@ -36,9 +39,20 @@ CASES = [
 QUICK = [("3c1f", "tensorflow"), ("3c1f", "jax")]
 # Short steps are taken for so long, in so many rounds at most, whatever the rounds of a case.
 SECONDS, MOST_ROUNDS = 30, 60
-# At the longest intervals, of SGD's step.
-GOALS = {"kfac": 1.15, "thor": 1.05, "hylo-kid": 1.05, "hylo-kis": 1.05}
+# Of each method the intervals and the most that its step may be, of SGD's or of that of `BESIDE`.
+GOALS = (
+    ("kfac", INTERVALS[-1], 1.15),
+    ("ekfac", INTERVALS[-1], 1.15),
+    ("eigen-adam", INTERVALS[-1], 1.15),
+    ("eigen-adam", (10, 10), 1.5),
+    ("thor", INTERVALS[-1], 1.05),
+    ("hylo-kid", INTERVALS[-1], 1.05),
+    ("hylo-kis", INTERVALS[-1], 1.05),
+)
 PARTS = ("statistics", "inverses", "preconditioning")
+NAMES = {"sgd": "SGD", "adam": "Adam"}
+# Of a step of orthogonal iteration, for each of an inverse: three products, and a QR factorization with its factor Q.
+ITERATION_OPERATIONS = 4
 # Linux forgets here what the largest memory of this process was.
 PEAK = pathlib.Path("/proc/self/clear_refs")
 
@@ -58,9 +72,15 @@ def environment(case):
 
 
 class Timed:
-    """A model that is trained by one method, and can be told what is due in its next step."""
+    """A model that is trained by one method, and can be told what is due in its next step.
 
-    def __init__(self, case, method):
+    Args:
+        case: its "network" and "mode".
+        method: as for `optimizer_of`.
+        **selected: further arguments of `capture`.
+    """
+
+    def __init__(self, case, method, **selected):
         import keras
 
         import keras_ngd
@@ -71,7 +91,7 @@ class Timed:
         self.model = NETWORKS[case["network"]]["make"]()
         self.optimizer, captured = optimizer_of(method, case["network"])
         if captured is not None:
-            keras_ngd.capture(self.model, captured)
+            keras_ngd.capture(self.model, captured, **selected)
         self.statistics = [
             s for la in self.model._flatten_layers() if (s := getattr(la, "statistics", None)) is not None
         ]
@@ -131,12 +151,17 @@ def _resident(name):
 def ideal(method, job, flops):
     """Milliseconds that the operations of each part of a method's update take at a rate."""
     from keras_ngd.analysis import projection, rates
+    from keras_ngd.optimizers.eigenbasis_method import DEFAULT_SPLIT
 
-    machine = rates.Rates(flops, flops)
+    machine, inverses, products = rates.Rates(flops, flops), 1, 1
+    if method in ROTATIONS:
+        # Blocks as THOR has them.
+        inverses, products = ITERATION_OPERATIONS, ROTATIONS[method]
+        method, job = "thor", dataclasses.replace(job, split=DEFAULT_SPLIT)
     seconds = (
         projection.statistics_seconds(method, job, machine),
-        sum(projection.inversion_costs(method, job, machine)),
-        sum(projection.preconditioning_costs(method, job, machine)),
+        inverses * sum(projection.inversion_costs(method, job, machine)),
+        products * sum(projection.preconditioning_costs(method, job, machine)),
     )
     return {part: 1e3 * s for part, s in zip(PARTS, seconds, strict=True)}
 
@@ -162,14 +187,21 @@ def measure(case):
         first[method] = time.process_time() - start
     second_order = [method for method in case["methods"] if len(models[method].kinds) > 1]
     with alone():
-        found = _timed(models, case["rounds"], case["seconds"])
+        found = timed(models, case["rounds"], case["seconds"])
     settings = NETWORKS[case["network"]]
     job = exchanges.Job(exchanges.layer_shapes(models["sgd"].model), 1, settings["batch"], split=settings["split"])
     ideal_milliseconds = {method: ideal(method, job, found["product_flops"]) for method in second_order}
     return {**found, "first_step_processor_seconds": first, "ideal_milliseconds": ideal_milliseconds}
 
 
-def _timed(models, rounds, least_seconds):
+def timed(models, rounds, least_seconds):
+    """Medians and ranges of the kinds of step of each of some `Timed`, taken turn by turn, and what `measure` has besides.
+
+    Args:
+        models: `Timed` by name.
+        rounds: how many turns count, at least.
+        least_seconds: until when further turns are taken, up to `MOST_ROUNDS`.
+    """
     import keras
 
     from keras_ngd.analysis.rates import product_seconds
@@ -207,17 +239,22 @@ def cost(milliseconds, factor_interval, inverse_interval):
     return total / inverse_interval
 
 
-def ratio(case, method, intervals=INTERVALS[-1]):
-    """A method's average step, in steps of SGD; by default at the longest intervals."""
-    return cost(case["milliseconds"][method], *intervals) / case["milliseconds"]["sgd"]["plain"]
+def ratio(case, method, intervals=INTERVALS[-1], beside="sgd"):
+    """A method's average step, in steps of another; by default at the longest intervals, in steps of SGD."""
+    return cost(case["milliseconds"][method], *intervals) / case["milliseconds"][beside]["plain"]
 
 
-def parts(milliseconds, sgd):
-    """Milliseconds of statistics, inverses and preconditioning; rows and what is made of them count as statistics."""
+def parts(milliseconds, plain):
+    """Milliseconds of statistics, inverses and preconditioning; rows and what is made of them count as statistics.
+
+    Args:
+        milliseconds: by kind of step.
+        plain: of a step of the same network without the method.
+    """
     both = milliseconds["inverses"] - milliseconds["plain"]
     rows = "statistics" not in milliseconds
     inverses = 0.0 if rows else milliseconds["inverses"] - milliseconds["statistics"]
-    return dict(zip(PARTS, (both - inverses, inverses, milliseconds["plain"] - sgd), strict=True))
+    return dict(zip(PARTS, (both - inverses, inverses, milliseconds["plain"] - plain), strict=True))
 
 
 def _row(case, method):
@@ -229,7 +266,8 @@ def _row(case, method):
         operations = case["ideal_milliseconds"][method]
         if "statistics" not in of:
             operations = {**operations, "statistics": operations["statistics"] + operations["inverses"], "inverses": 0}
-        for part, taken in parts(of, sgd).items():
+        beside = case["milliseconds"][BESIDE.get(method, "sgd")]["plain"]
+        for part, taken in parts(of, beside).items():
             share = f" ({operations[part] / taken:.0%})" if taken > 0 and operations[part] else ""
             cells.append(f"{taken:.1f}{share}" if operations[part] else "")
     else:
@@ -258,28 +296,33 @@ def table(payload):
     return "\n\n".join(found)
 
 
-def profile(case, method):
-    """Where an average step at the longest intervals goes, beyond SGD's: shares of SGD's step."""
-    of, sgd = case["milliseconds"][method], case["milliseconds"]["sgd"]["plain"]
-    factors, inverses = INTERVALS[-1]
+def profile(case, method, intervals=INTERVALS[-1]):
+    """Where an average step goes, beyond that of what it is compared with: shares of that step."""
+    of, plain = case["milliseconds"][method], case["milliseconds"][BESIDE.get(method, "sgd")]["plain"]
+    factors, inverses = intervals
     # Rows are taken when inverses are due.
     every = {"statistics": factors if "statistics" in of else inverses, "inverses": inverses, "preconditioning": 1}
-    operations = case["ideal_milliseconds"][method]["preconditioning"] / sgd
-    found = [f"{part} {taken / sgd / every[part]:+.3f}" for part, taken in parts(of, sgd).items()]
+    operations = case["ideal_milliseconds"][method]["preconditioning"] / plain
+    found = [f"{part} {taken / plain / every[part]:+.3f}" for part, taken in parts(of, plain).items()]
     return f"{', '.join(found)}, whose operations take {operations:.3f} at the rate of a large product"
 
 
 def goals(payload):
-    """Goals of a step at the longest intervals: name, what is asked, what is measured, whether it is met, where it goes."""
-    intervals = INTERVALS[-1]
+    """Goals of a step: name, what is asked, what is measured, whether it is met, where it goes.
+
+    What is not measured yet has none.
+    """
     found = []
     for case in payload["cases"]:
-        for method, most in GOALS.items():
-            measured = ratio(case, method)
+        for method, intervals, most in GOALS:
+            beside = BESIDE.get(method, "sgd")
+            if not {method, beside} <= set(case["milliseconds"]):
+                continue
+            measured = ratio(case, method, intervals, beside)
             name = f"{method} at {str(intervals).replace(' ', '')}, {case['network']}, {case['mode']}"
             met = measured <= most
-            why = "" if met else profile(case, method)
-            found.append((name, f"<= {most:.2f}x of SGD's step", f"{measured:.2f}x", met, why))
+            why = "" if met else profile(case, method, intervals)
+            found.append((name, f"<= {most:.2f}x of {NAMES[beside]}'s step", f"{measured:.2f}x", met, why))
     return found
 
 

@@ -1,7 +1,11 @@
 """The optimizers that costs are measured of, as users would set them."""
 
 ROW_METHODS = ("skfac", "sngd", "hylo-kid", "hylo-kis")
-METHODS = ("adam", "muon", "kfac", "thor", *ROW_METHODS)
+# In the eigenbases of factors: how often each rotates a matrix in a step.
+ROTATIONS = {"ekfac": 2, "eigen-adam": 3}
+METHODS = ("adam", "muon", "kfac", *ROTATIONS, "thor", *ROW_METHODS)
+# What a method's step is compared with where goals are asked, if not with SGD's.
+BESIDE = {"eigen-adam": "adam"}
 DAMPING = 0.1
 
 
@@ -34,6 +38,13 @@ def optimizer_of(method, network):
         return sgd, keras_ngd.KFAC(**shared) if method == "captured" else None
     if method == "kfac":
         optimizer = keras_ngd.KFAC(**shared, **intervals)
+    elif method in ROTATIONS:
+        # Every basis is renewed at every refresh: the whole price.
+        intervals |= {"basis_tolerance": 0.0}
+        if method == "ekfac":
+            optimizer = keras_ngd.EKFAC(**shared, **intervals)
+        else:
+            optimizer = keras_ngd.EigenAdam(1e-3, interval_growth=None, **intervals)
     elif method == "thor":
         # Every layer renews its inverses at every refresh: the whole price.
         optimizer = keras_ngd.THOR(**shared, **intervals, split=settings["split"], omega=(0, 0))

@@ -12,8 +12,15 @@ SECTIONS = {
         "Step cost",
         "What a step costs in steps of SGD with momentum, on the same network, backend and batch, all in one run, turn by turn. "
         "`(f,i)` are the steps between updates of the statistics and between refreshes of the inverses; a cost is the average "
-        "over a whole cycle. SKFAC, SNGD and HyLo have one interval, the second. THOR renews all layers at every refresh here; "
-        "`captured` is SGD on a model captured for KFAC that never records.",
+        "over a whole cycle. SKFAC, SNGD and HyLo have one interval, the second. THOR renews all layers at every refresh here, "
+        "EKFAC and EigenAdam all bases (`inverses`); `captured` is SGD on a model captured for KFAC that never records. "
+        "EigenAdam's preconditioning is what its step has beyond Adam's.",
+    ),
+    "kinds": (
+        "A language model's step by kind of layer",
+        "What the layers of each kind add to a step of the language model above when they alone are captured, in one run, turn "
+        "by turn, beside the network that is not captured, whose step is SGD's, or of EigenAdam Adam's. What a captured network "
+        "takes whatever the number of its layers is in each line.",
     ),
     "tasks": (
         "Convergence",
@@ -112,7 +119,11 @@ def took():
 
 def goals():
     """The goals of all that is measured, beside what is."""
-    lines = ["| goal | asked | measured | met | where it goes, of SGD's step |", "|---|---|---|---|---|", *took()]
+    lines = [
+        "| goal | asked | measured | met | where it goes, of the step that it is compared with |",
+        "|---|---|---|---|---|",
+        *took(),
+    ]
     for name in SECTIONS:
         module = harness.module_of(name)
         if results.path_of(name).exists() and hasattr(module, "goals"):

@@ -4,16 +4,22 @@ import pathlib
 import re
 
 from benchmarks import costs, defaults, results, tasks, tpu
+from benchmarks.methods import METHODS
 
 ROOT = pathlib.Path(__file__).parent.parent
 
 
 def costs_table(payload):
     """Steps of all methods at the longest intervals, by network."""
-    methods = [method for method in payload["cases"][0]["methods"] if method not in ("adam", "muon")]
-    lines = [f"| network, backend | {' | '.join(methods)} |", "|---" * (1 + len(methods)) + "|"]
+    measured = {method for case in payload["cases"] for method in case["methods"]} - {"adam", "muon"}
+    found = {method: costs.BESIDE.get(method, "sgd") for method in METHODS if method in measured}
+    names = [method if of == "sgd" else f"{method} (of Adam's)" for method, of in found.items()]
+    lines = [f"| network, backend | {' | '.join(names)} |", "|---" * (1 + len(names)) + "|"]
     for case in payload["cases"]:
-        ratios = [f"{costs.ratio(case, method):.2f}x" for method in methods]
+        ratios = [
+            f"{costs.ratio(case, method, beside=of):.2f}x" if method in case["milliseconds"] else "-"
+            for method, of in found.items()
+        ]
         lines.append(f"| {case['network']}, {case['mode']} | {' | '.join(ratios)} |")
     return "\n".join(lines)
 
