@@ -28,8 +28,9 @@ SECTIONS = {
         "with three or five fresh seeds. The loss is that of the whole training set after each epoch, for `text` and `vit` that "
         "of data not trained on; seconds are of training alone, after compiling, an epoch in one `steps_per_execution`. Adam's "
         "momentum is its `beta_1`. Means over the seeds that reach the target. Which ranges the grids cover was explored before, "
-        "on the seeds of the trials. Lines with `defaults` are not tuned: no argument is set. The tasks are described in "
-        "`benchmarks/tasks.py`; `text`, `vit` and `deep_autoencoder` are on real data and run where they are named "
+        "on the seeds of the trials. Lines with `defaults` are not tuned: no argument is set. SOAP is "
+        '`EigenAdam(basis="gradient")`; KL-Shampoo, written for this benchmark, is counted to neither order. The tasks are '
+        "described in `benchmarks/tasks.py`; `text`, `vit` and `deep_autoencoder` are on real data and run where they are named "
         "(`--only='text-*'`).",
     ),
     "defaults": (

@@ -3,6 +3,7 @@
 The first three train on the 1,500 training images of the digits (8x8), on JAX, whose steps are the fastest on networks of this
 size; the other two on the first of the drawn images, on TensorFlow, whose convolutions are. (SNGD is left out of the
 image tasks, SNGD and HyLo of the autoencoder, where they take longest and end highest of the methods of second order.)
+Methods of second order have the intervals of the task there, and KFAC, THOR, SKFAC, SNGD and HyLo their papers' settings.
 
     cnn           a small convolutional network, cross-entropy; to a loss of 0.01
     mlp           64-128-64-10 with ReLU, cross-entropy; to a loss of 0.01
@@ -21,8 +22,11 @@ are as users have them: nothing but what the grid and `ARGUMENTS` name differs f
                   cross-entropy of the pixels, averaged over pixels
 
 The learning rates of the first two fall along half a cosine, to zero at the end. An epoch of theirs is a tenth of the training:
-there are as many losses to compare. The target is where AdamW ends, and methods of second order run once more at their default
-arguments, with nothing tuned.
+there are as many losses to compare. The target is where AdamW ends.
+
+In all tasks some methods of second order run once more at their default arguments, with nothing tuned. SOAP is
+`EigenAdam(basis="gradient")`; KL-Shampoo, of `benchmarks.kl_shampoo`, is neither one of the first order nor of this package, and
+sets no targets.
 
 Where no loss is named, the target is the one that the best of the first-order methods has, in the mean over the seeds, after all
 its epochs.
@@ -59,7 +63,8 @@ def cases(quick):
             found.append({**case, "grid": grid_of(task, optimizer)})
         for optimizer in DEFAULTS.get(task, ()):
             case = {"name": f"{task}-{optimizer}-defaults", "task": task, "optimizer": f"{optimizer}{AT_DEFAULTS}"}
-            found.append({**case, **settings, "grid": {}})
+            case |= {"seeds": 5, **settings, "grid": {}}
+            found.append({name: value for name, value in case.items() if name != "intervals"})
     return list(map(shortened, found)) if quick else found
 
 
@@ -178,6 +183,7 @@ def goals(payload):
     for task, target in targets(payload).items():
         asked = goals_of_rivals if isinstance(cases[task][0]["target"], str) else goals_of_orders
         found += asked(task, cases[task], target)
+        found += goals_of_eigen_adam(task, cases[task])
     return found
 
 
@@ -215,6 +221,22 @@ def goals_of_rivals(task, cases, target):
             ends = end(of[lowest]), end(of["Muon"])
             measured = f"{ends[0]:.4g} ({lowest}), {ends[1]:.4g} (Muon)"
             found.append((f"loss at the end, {task}{suffix}", "< Muon's", measured, ends[0] < ends[1], ""))
+    return found
+
+
+def goals_of_eigen_adam(task, cases):
+    """Epochs of EigenAdam's default arguments to where tuned Adam ends, and of tuned EigenAdam to where tuned Muon does."""
+    found, of = [], {case["optimizer"]: case for case in cases}
+    for name, rival, most in ((f"EigenAdam{AT_DEFAULTS}", "Adam", 0.5), ("EigenAdam", "Muon", 2 / 3)):
+        if name not in of or rival not in of:
+            continue
+        target, whole = end(of[rival]), of[rival]["epochs"]
+        needed = needs(of[name], target)["epochs"]
+        never = needed == math.inf
+        measured = "not reached" if never else f"{needed / whole:.2f} ({count(needed)} of {whole})"
+        why = f"{name} ends at {end(of[name]):.4g}, {rival} at {target:.4g}" if never else ""
+        goal = f"epochs of {name}, to {rival}'s end, {task}"
+        found.append((goal, f"<= {most:.2f} of {rival}'s", measured, needed <= most * whole, why))
     return found
 
 

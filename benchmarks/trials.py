@@ -14,6 +14,7 @@ from keras import ops
 
 import keras_ngd
 from benchmarks.alone import alone
+from benchmarks.kl_shampoo import KLShampoo
 from benchmarks.tasks import AT_DEFAULTS, FIRST_ORDER, epochs_to, named_loss
 
 TRIAL_SEED, FIRST_SEED = 1000, 101
@@ -83,7 +84,9 @@ class Training:
         # Before statistics are among them.
         self.weights = list(self.model.weights)
         self.optimizer, self.held = make(case, arguments)
-        if isinstance(self.optimizer, keras_ngd.optimizers.NaturalGradient):
+        # Bases of gradients need no captured layers.
+        bases = getattr(self.optimizer, "basis", None)
+        if isinstance(self.optimizer, keras_ngd.optimizers.NaturalGradient) and bases != "gradient":
             keras_ngd.capture(self.model, self.optimizer)
         self.model.compile(
             optimizer=self.optimizer,
@@ -139,9 +142,16 @@ class Training:
         return found
 
 
+# Optimizers that neither Keras nor the package has by these names.
+OTHERS = {"SOAP": keras_ngd.EigenAdam, "KL-Shampoo": KLShampoo}
+
+
 def kind_of(case):
     """The class of a case's optimizer."""
-    name = case["optimizer"].removesuffix(AT_DEFAULTS).partition("-")[0]
+    name = case["optimizer"].removesuffix(AT_DEFAULTS)
+    if name in OTHERS:
+        return OTHERS[name]
+    name = name.partition("-")[0]
     return getattr(keras.optimizers if name in FIRST_ORDER else keras_ngd, name)
 
 
@@ -157,21 +167,27 @@ def make(case, arguments):
     held = {"learning_rate": Held(case["steps"] * case["epochs"] if cosine else None)}
     if "damping" in case["grid"]:
         held["damping"] = Held()
-    if name == "Adam" and "momentum" in arguments:
+    if name in ("Adam", "EigenAdam", "SOAP") and "momentum" in arguments:
         arguments["beta_1"] = arguments.pop("momentum")
+    if name == "SOAP":
+        arguments["basis"] = "gradient"
     if name == "Muon" and "weight_decay" in arguments:
         # It has another for what Adam's rule moves.
         arguments["adam_weight_decay"] = arguments["weight_decay"]
     if name not in FIRST_ORDER and "intervals" in case:
-        arguments = {**paper_arguments(case), **arguments}
+        arguments = {**interval_arguments(case), **arguments}
     optimizer = kind_of(case)(**held, **arguments)
     return optimizer, {name: value.held_by(optimizer, name) for name, value in held.items()}
 
 
-def paper_arguments(case):
-    """What a method of second order is given where it is as its paper has it."""
-    found = {**keras_ngd.PAPER_SETTINGS, "losses_per_example": case["losses_per_example"]}
+def interval_arguments(case):
+    """What a method of second order is given where its intervals are the task's: also, if it has one, its paper's settings."""
     factors, inverses = case["intervals"]
+    if case["optimizer"] == "KL-Shampoo":
+        return {"interval": inverses}
+    if case["optimizer"] in ("EigenAdam", "SOAP"):
+        return {"factor_interval": factors, "inverse_interval": inverses, "interval_growth": None}
+    found = {**keras_ngd.PAPER_SETTINGS, "losses_per_example": case["losses_per_example"]}
     kind, _, mode = case["optimizer"].partition("-")
     if kind in ("KFAC", "THOR"):
         return found | {"factor_interval": factors, "inverse_interval": inverses}

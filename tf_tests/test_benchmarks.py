@@ -252,6 +252,48 @@ def test_rivals_are_measured_by_where_adamw_and_muon_end():
     ]
 
 
+def test_eigen_adam_is_measured_by_where_adam_and_muon_end():
+    curves = {"Adam": [3, 3, 3, 2], "Muon": [3, 3, 2, 1.6], "EigenAdam": [3, 1.5, 1, 1], "EigenAdam_defaults": [3] * 4}
+    cases = [{**case, "target": None, "epochs": 4} for case in rivals(**curves)]
+    assert tasks.goals_of_eigen_adam("t", cases) == [
+        (
+            "epochs of EigenAdam, defaults, to Adam's end, t",
+            "<= 0.50 of Adam's",
+            "not reached",
+            False,
+            "EigenAdam, defaults ends at 3, Adam at 2",
+        ),
+        ("epochs of EigenAdam, to Muon's end, t", "<= 0.67 of Muon's", "0.50 (2 of 4)", True, ""),
+    ]
+    assert tasks.goals_of_eigen_adam("t", cases[:2]) == []
+
+
+def test_rivals_set_no_targets():
+    cases = [{**case, "target": None} for case in rivals(Adam=[3, 2], **{"KL-Shampoo": [2, 1]}, SOAP=[2, 2])]
+    assert tasks.targets({"cases": cases}) == {"t": 2}
+    assert tasks.comparison(cases, 2)["epochs"] == (("Adam", 2), ("SOAP", 1))
+    assert tasks.row("KL-Shampoo", {**cases[1], "grid": {}, "trials": []}, 2).startswith("| KL-Shampoo | - | 0 | 1.0")
+
+
+@pytest.mark.parametrize("optimizer", ["Adam", "EigenAdam", "SOAP", "KL-Shampoo", "KFAC", "HyLo-KID"])
+def test_optimizers_are_made_of_their_grids(optimizer):
+    case = next(case for case in tasks.cases(False) if case["name"] == f"cnn-{optimizer}")
+    made, held = trials.make(case, {"momentum": 0.7})
+    assert set(held) == {"learning_rate"} | ({"damping"} if "damping" in case["grid"] else set())
+    assert getattr(made, "beta_1", getattr(made, "momentum", None)) == 0.7
+    if optimizer in ("EigenAdam", "SOAP"):
+        assert made.basis == ("gradient" if optimizer == "SOAP" else "fisher")
+        assert (made.inverse_interval, made.interval_growth) == (3, None)
+
+
+def test_what_runs_at_defaults_has_no_arguments():
+    for case in tasks.cases(False):
+        if case["name"].endswith("-defaults"):
+            made, _ = trials.make(case, {})
+            config, of_class = made.get_config(), trials.kind_of(case)().get_config()
+            assert {**config, "learning_rate": 0} == {**of_class, "learning_rate": 0}
+
+
 def test_what_is_not_measured_yet_has_no_goals():
     cases = rivals(Adam=[3, 3, 3, 1.5], KFAC=[3, 2, 1.8, 1.7])
     assert tasks.goals({"cases": cases}) == []

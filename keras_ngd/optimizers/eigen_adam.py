@@ -178,6 +178,12 @@ class EigenAdam(EigenbasisMethod):
                 "EigenAdam(basis='gradient') needs no captured layers: compile the model with it as it is, or leave `basis` out."
             )
 
+    def scale_loss(self, loss: Tensor) -> Tensor:
+        if self.basis == "gradient":
+            # No layer is to read the loss's value, least of all one of another model.
+            return keras.optimizers.Optimizer.scale_loss(self, loss)
+        return super().scale_loss(loss)
+
     def _checked_layout(self, variables: Sequence[Variable]) -> Layout:
         return Layout() if self.basis == "gradient" else super()._checked_layout(variables)
 

@@ -235,3 +235,16 @@ def test_state_that_would_not_be_saved_is_refused():
     optimizer.gradient_worker_fraction = 0.5
     with pytest.raises(ValueError, match="`gradient_worker_fraction` at 1. Received: gradient_worker_fraction=0.5"):
         fit(compiled(model, optimizer), *data())
+
+
+def test_bases_of_gradients_train_after_a_captured_model_was():
+    rng = np.random.default_rng(0)
+    x, y = rng.normal(size=(16, 4)).astype("float32"), rng.normal(size=(16, 2)).astype("float32")
+    for optimizer in (keras_ngd.KFAC(), keras_ngd.EigenAdam(basis="gradient")):
+        model = keras.Sequential([keras.Input((4,)), layers.Dense(3), layers.Dense(2)])
+        if isinstance(optimizer, keras_ngd.KFAC):
+            keras_ngd.capture(model, optimizer)
+        model.compile(optimizer=optimizer, loss="mse")
+        # The loss of the evaluation is what the layers of the first saw last.
+        losses = model.fit(x, y, batch_size=8, epochs=3, validation_data=(x, y), verbose=0).history["loss"]
+        assert np.isfinite(losses).all()
