@@ -5,6 +5,7 @@
     python -m benchmarks costs                      # some
     python -m benchmarks costs --only=resnet32-jax
     python -m benchmarks tasks --only='text-*'      # by a pattern; some long cases run only where they are named
+    python -m benchmarks tasks --times --only='text-*'    # the seconds of what is measured, anew, beside each other
     python -m benchmarks kinds                      # what does not belong to "all" is named
     python -m benchmarks --render                   # plots and the page alone, from the results that are there
 
@@ -21,6 +22,7 @@ from benchmarks import alone, harness, results
 FLAGS = flags.FLAGS
 flags.DEFINE_boolean("quick", False, "Few and small cases; the page is left as it is.")
 flags.DEFINE_list("only", None, "Cases to measure anew, or patterns, of one benchmark; the result keeps the others.")
+flags.DEFINE_boolean("times", False, "Measure anew how long the epochs of what is measured take, beside each other.")
 flags.DEFINE_boolean("render", False, "Make the page of the results that are there, and run nothing.")
 flags.DEFINE_string(
     "fashion_mnist", None, "A folder with the IDX files of Fashion-MNIST. Default: Debian's, or else a download."
@@ -46,7 +48,7 @@ def main(arguments):
         os.environ["FASHION_MNIST"] = os.path.abspath(FLAGS.fashion_mnist)
     for name in names:
         if not FLAGS.render:
-            path = harness.run(name, FLAGS.quick, FLAGS.only)
+            path = harness.time_again(name, FLAGS.only) if FLAGS.times else harness.run(name, FLAGS.quick, FLAGS.only)
             print(f"\n{harness.module_of(name).table(json.loads(path.read_text()))}\n\nwritten to {path}\n")
         elif results.path_of(name).exists():
             harness.plot(name, name)

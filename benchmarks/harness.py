@@ -10,6 +10,7 @@ A benchmark is a module of this package with
     plot(payload, path)   optional: a PNG of the same
     python(case)          optional: the interpreter of that process; where it raises a RuntimeError, the case is left out
     AT_ONCE               optional: how many cases run at once, in place of two
+    timings(cases)        optional: cases whose "epoch_seconds" are those of measured cases, by their names
 
 Every case that is done is kept in `results/partial/` until all are.
 """
@@ -131,6 +132,40 @@ def run(name, quick=False, only=None):
     file.unlink(missing_ok=True)
     plot(name, title)
     return path
+
+
+def time_again(name, only=None):
+    """Measures the seconds of cases that are measured, beside each other, and puts them into the result; returns its path.
+
+    What is done stays if this is interrupted.
+
+    Args:
+        name: of the benchmark.
+        only: as for `run`; cases that are compared are measured together, so all of them should be named. Default None: all.
+
+    Raises:
+        ValueError: if nothing of that is measured, or the benchmark has no such seconds.
+    """
+    module = module_of(name)
+    if not hasattr(module, "timings"):
+        raise ValueError(f"{name} has no seconds that could be measured again.")
+    cases = results.load(name)["cases"] if results.path_of(name).exists() else []
+    chosen = [case for case in cases if only is None or any(fnmatch.fnmatchcase(case["name"], one) for one in only)]
+    if not chosen:
+        raise ValueError(f"{name} has no measured cases {only or ''}. It has: {[case['name'] for case in cases]}")
+    todo = module.timings(chosen)
+    bar = tqdm(total=len(todo), unit="case", desc=f"{name}, seconds")
+    for case, found in found_of(name, todo):
+        payload = results.load(name)
+        for entry in payload["cases"]:
+            if entry["name"] in found["epoch_seconds"]:
+                entry["epoch_seconds"] = found["epoch_seconds"][entry["name"]]
+        results.save(name, {key: value for key, value in payload.items() if key != "environment"})
+        bar.update()
+        bar.set_postfix_str(case["name"])
+    bar.close()
+    plot(name, name)
+    return results.path_of(name)
 
 
 def plot(name, title):

@@ -37,6 +37,9 @@ the last epoch (a trial stops at that loss, or evaluates only then); it is then 
 the whole training set, where nothing else is said, after each epoch, not a running mean. All of it runs through plain `fit`, an
 epoch in one `steps_per_execution`, since on small networks Python would otherwise be most of the time. A trial reuses the
 compiled step: variables start over, learning rates and dampings are variables.
+
+Seconds of cases that were measured at different times are compared by measuring them again, `--times`: all cases of a task at
+their best settings in one process, an epoch of each in turn. Where that was not done they are those of the runs.
 """
 
 import itertools
@@ -94,10 +97,24 @@ def environment(case):
 
 
 def measure(case):
-    """Trials, and runs of the best of them."""
-    from benchmarks.trials import measured
+    """Trials, and runs of the best of them; of what `timings` gives, seconds by epoch of each case."""
+    from benchmarks import trials
 
-    return measured(case)
+    if "timed" in case:
+        return {"epoch_seconds": trials.epoch_seconds(case["timed"])}
+    return trials.measured(case)
+
+
+def timings(cases):
+    """What measures the seconds of measured cases, those of a task beside each other: a case for each task."""
+    found = []
+    for task, of in by_task(cases).items():
+        kept = [
+            {name: value for name, value in case.items() if name not in ("trials", "runs", "epoch_seconds")}
+            for case in of
+        ]
+        found.append({"name": f"{task}, seconds", "task": task, "backend": of[0]["backend"], "timed": kept})
+    return found
 
 
 def epochs_to(losses, target):
@@ -148,9 +165,9 @@ def needs(case, target):
     """Epochs and seconds to a target, medians over the seeds; infinite where most do not get there."""
     if case["optimizer"] == case["target"]:
         # By definition; half of its runs end above their mean.
-        ends = [(case["epochs"], elapsed(run)) for run in case["runs"]]
+        ends = [(case["epochs"], elapsed(case, run)) for run in case["runs"]]
     else:
-        ends = [(epochs_to(run["loss"], target), elapsed(run)) for run in case["runs"]]
+        ends = [(epochs_to(run["loss"], target), elapsed(case, run)) for run in case["runs"]]
     return {
         "epochs": statistics.median(epoch or math.inf for epoch, _ in ends),
         "seconds": statistics.median(seconds[epoch - 1] if epoch else math.inf for epoch, seconds in ends),
@@ -252,14 +269,15 @@ def profile(cases, target, first, second):
     return f"{second} takes {each[0]}, {first} {each[1]}"
 
 
-def elapsed(run):
-    """Seconds of a run's training after each epoch."""
-    return list(itertools.accumulate(run["seconds"]))
+def elapsed(case, run):
+    """Seconds of training after each epoch: those measured beside the other cases of the task, or else the run's own."""
+    return list(itertools.accumulate(case.get("epoch_seconds", run["seconds"])))
 
 
 def epoch_seconds(case):
     """Median seconds of an epoch."""
-    return statistics.median(seconds for run in case["runs"] for seconds in run["seconds"])
+    times = [case["epoch_seconds"]] if "epoch_seconds" in case else [run["seconds"] for run in case["runs"]]
+    return statistics.median(seconds for of_run in times for seconds in of_run)
 
 
 def header(first, accuracy=False):
@@ -269,16 +287,16 @@ def header(first, accuracy=False):
     return [f"| {' | '.join(columns)} |", "|---" * len(columns) + "|"]
 
 
-def row(name, case, target):
-    """What a case needs to reach a target, as a line of a Markdown table."""
+def row(name, case, target, mark=""):
+    """What a case needs to reach a target, as a line of a Markdown table; `mark` follows its milliseconds."""
     runs = case["runs"]
     epochs = [epochs_to(run["loss"], target) for run in runs]
-    reached = [(e, elapsed(run)[e - 1]) for e, run in zip(epochs, runs, strict=True) if e]
+    reached = [(e, elapsed(case, run)[e - 1]) for e, run in zip(epochs, runs, strict=True) if e]
     best = ", ".join(f"{argument} {case['best'][argument]:g}" for argument in case["grid"])
     cells = [name, best or "-", str(len(case["trials"]))]
     cells += [spread([e for e, _ in reached], 1) if reached else f"> {case['epochs']}"]
     cells += [f"{len(reached)} of {len(runs)}", spread([t for _, t in reached], 2) if reached else "-"]
-    cells += [f"{1e3 * epoch_seconds(case):.1f}", spread([run["loss"][-1] for run in runs], 5)]
+    cells += [f"{1e3 * epoch_seconds(case):.1f}{mark}", spread([run["loss"][-1] for run in runs], 5)]
     if "accuracy" in runs[0]:
         cells.append(spread([run["accuracy"][-1] for run in runs], 4))
     return f"| {' | '.join(cells)} |"
@@ -293,7 +311,10 @@ def task_table(cases, target):
     if "schedule" in one:
         title += f", at rates that fall along a {one['schedule']}"
     lines = header("optimizer", "accuracy" in one["runs"][0])
-    return "\n".join([f"{title}.", "", *lines, *(row(case["optimizer"], case, target) for case in cases)])
+    timed = any("epoch_seconds" in case for case in cases)
+    for case in cases:
+        lines.append(row(case["optimizer"], case, target, "*" if timed and "epoch_seconds" not in case else ""))
+    return "\n".join([f"{title}.", "", *lines])
 
 
 def table(payload):
@@ -314,7 +335,7 @@ def plot(payload, path):
     for row, (task, target) in zip(figure.subplots(len(goals), 2, squeeze=False), goals.items(), strict=True):
         for case in cases[task]:
             losses = np.array([run["loss"] for run in case["runs"]])
-            seconds = np.median([elapsed(run) for run in case["runs"]], axis=0)
+            seconds = np.median([elapsed(case, run) for run in case["runs"]], axis=0)
             name = case["optimizer"]
             line = {"color": COLOURS[name.removesuffix(AT_DEFAULTS)], "ls": "--" if name.endswith(AT_DEFAULTS) else "-"}
             for axis, x in zip(row, (np.arange(1, losses.shape[1] + 1), seconds), strict=True):

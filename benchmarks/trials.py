@@ -18,6 +18,8 @@ from benchmarks.kl_shampoo import KLShampoo
 from benchmarks.tasks import AT_DEFAULTS, FIRST_ORDER, epochs_to, named_loss
 
 TRIAL_SEED, FIRST_SEED = 1000, 101
+# Of the times of epochs: passes over the whole training at most, and when no other is begun.
+PASSES, SECONDS = 5, 300
 
 
 @keras.saving.register_keras_serializable("benchmarks")
@@ -61,12 +63,19 @@ class Clock(keras.callbacks.Callback):
         self.start = time.perf_counter()
 
     def on_test_begin(self, logs=None):
-        # JAX returns before it has computed; reading a variable waits.
-        ops.convert_to_numpy(self.model.optimizer.iterations)
-        self.seconds.append(time.perf_counter() - self.start)
+        self._stop()
 
     def on_epoch_end(self, epoch, logs=None):
+        self._stop()
         self.model.stop_training = float(logs.get("val_loss", math.inf)) <= self.until
+
+    def _stop(self):
+        """Notes an epoch's seconds, when it is first called after its training."""
+        if self.start is not None:
+            # JAX returns before it has computed; reading a variable waits.
+            ops.convert_to_numpy(self.model.optimizer.iterations)
+            self.seconds.append(time.perf_counter() - self.start)
+            self.start = None
 
 
 class Training:
@@ -110,6 +119,24 @@ class Training:
             until: a loss at which to stop.
             every: epochs from one loss to the next.
         """
+        self.start_over(settings, seed)
+        clock, (x, y) = Clock(until), self.problem.training
+        history = self.fit(
+            clock,
+            epochs=epochs,
+            validation_data=self.problem.validation or (x, y),
+            validation_batch_size=self.case["batch_size"],
+            validation_freq=every,
+        ).history
+        # The figures are what JSON can hold: divergence is a very large loss.
+        losses = np.nan_to_num(np.array(history["val_loss"]), nan=1e30, posinf=1e30)
+        found = {"loss": [float(f"{x:.6g}") for x in losses], "seconds": [round(s, 6) for s in clock.seconds]}
+        if self.problem.accuracy:
+            found["accuracy"] = [float(f"{x:.6g}") for x in history["val_accuracy"]]
+        return found
+
+    def start_over(self, settings, seed):
+        """Makes all variables what they are before a run, of which `settings` and `seed` are."""
         for variable, value in zip(self.variables, self.start, strict=True):
             variable.assign(value)
         for name, variable in self.held.items():
@@ -120,26 +147,26 @@ class Training:
         np.random.seed(seed)
         for variable, fresh in zip(self.weights, self.make_model().weights, strict=True):
             variable.assign(fresh)
-        clock, (x, y), steps = Clock(until), self.problem.training, self.case["steps"]
-        history = self.model.fit(
+
+    def fit(self, clock, **arguments):
+        """Keras's `fit` on the data of the task."""
+        (x, y), steps = self.problem.training, self.case["steps"]
+        return self.model.fit(
             x,
             y,
             batch_size=self.case["batch_size"],
-            epochs=epochs,
             # Fewer than the data are worth: fit goes on with the next ones.
             steps_per_epoch=steps if steps < len(x) // self.case["batch_size"] else None,
-            validation_data=self.problem.validation or (x, y),
-            validation_batch_size=self.case["batch_size"],
-            validation_freq=every,
             callbacks=[clock],
             verbose=0,
-        ).history
-        # The figures are what JSON can hold: divergence is a very large loss.
-        losses = np.nan_to_num(np.array(history["val_loss"]), nan=1e30, posinf=1e30)
-        found = {"loss": [float(f"{x:.6g}") for x in losses], "seconds": [round(s, 6) for s in clock.seconds]}
-        if self.problem.accuracy:
-            found["accuracy"] = [float(f"{x:.6g}") for x in history["val_accuracy"]]
-        return found
+            **arguments,
+        )
+
+    def seconds_of_epoch(self, epoch):
+        """Trains one epoch more, the `epoch`-th since it started over, from 0; how long that took."""
+        clock = Clock(-math.inf)
+        self.fit(clock, initial_epoch=epoch, epochs=epoch + 1)
+        return clock.seconds[0]
 
 
 # Optimizers that neither Keras nor the package has by these names.
@@ -202,14 +229,18 @@ def default_rate(case):
     return inspect.signature(kind_of(case)).parameters["learning_rate"].default
 
 
+def divided(case, settings):
+    """All settings of a run, and those of them that are not held, but compiled into the steps."""
+    settings = {"learning_rate": default_rate(case), **settings}
+    return settings, {name: value for name, value in settings.items() if name not in ("learning_rate", "damping")}
+
+
 def runs_of(case):
     """A function that trains with a point of the case's grid, a seed and further arguments of `Training.run`."""
     trainings, problem = {}, task_data.problem(case["task"])
 
     def run(settings, seed, **shortened):
-        settings = {"learning_rate": default_rate(case), **settings}
-        # What is not held is compiled into the steps.
-        fixed = {name: value for name, value in settings.items() if name not in ("learning_rate", "damping")}
+        settings, fixed = divided(case, settings)
         key = tuple(fixed.items())
         if key not in trainings:
             trainings[key] = Training(case, problem, fixed)
@@ -243,3 +274,35 @@ def measured(case, run=None):
     with alone():
         runs = [{"seed": FIRST_SEED + i, **run(settings, FIRST_SEED + i)} for i in range(case["seeds"])]
     return {"trials": trials, "best": best, "runs": runs}
+
+
+def epoch_seconds(cases, passes=PASSES, most_seconds=SECONDS):
+    """Seconds of each epoch of measured cases of one task at their best settings, by name: a list for each.
+
+    They train beside each other, an epoch of each in turn, from the first to the last, so that whatever else the machine does is
+    shared; medians over several such passes, but over no more than fit into some time.
+
+    Args:
+        cases: of `benchmarks.tasks`, with "best".
+        passes: int: how many at most.
+        most_seconds: after which no other pass is begun.
+    """
+    problem, trainings = task_data.problem(cases[0]["task"]), {}
+    for case in cases:
+        settings, fixed = divided(case, {name: case["best"][name] for name in case["grid"]})
+        trainings[case["name"]] = training, settings = Training(case, problem, fixed), settings
+        training.start_over(settings, FIRST_SEED)
+        training.seconds_of_epoch(0)
+    found, start = {name: [] for name in trainings}, time.perf_counter()
+    with alone():
+        while len(found[cases[0]["name"]]) < passes:
+            if found[cases[0]["name"]] and time.perf_counter() - start > most_seconds:
+                break
+            for name, (training, settings) in trainings.items():
+                training.start_over(settings, FIRST_SEED)
+                found[name].append([])
+            for epoch in range(cases[0]["epochs"]):
+                for name, (training, _) in trainings.items():
+                    found[name][-1].append(training.seconds_of_epoch(epoch))
+    medians = {name: [statistics.median(each) for each in zip(*times, strict=True)] for name, times in found.items()}
+    return {name: [round(s, 6) for s in seconds] for name, seconds in medians.items()}

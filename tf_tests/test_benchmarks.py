@@ -275,6 +275,48 @@ def test_rivals_set_no_targets():
     assert tasks.row("KL-Shampoo", {**cases[1], "grid": {}, "trials": []}, 2).startswith("| KL-Shampoo | - | 0 | 1.0")
 
 
+def test_seconds_are_those_measured_beside_each_other():
+    one = {"task": "t", "name": "t-SGD", "optimizer": "SGD", "target": 0.2, "epochs": 3, "grid": {}, "trials": []}
+    one |= {"runs": [{"loss": [0.5, 0.1, 0.1], "seconds": [3, 2, 4]}], "batch_size": 8, "backend": "jax"}
+    timed = {**one, "name": "t-KFAC", "optimizer": "KFAC", "epoch_seconds": [10, 10, 30]}
+    assert [tasks.needs(case, 0.2)["seconds"] for case in (one, timed)] == [5, 20]
+    assert [tasks.epoch_seconds(case) for case in (one, timed)] == [3, 10]
+    cells = [line.split(" | ")[6] for line in tasks.task_table([one, timed], 0.2).splitlines()[-2:]]
+    assert cells == ["3000.0*", "10000.0"]
+    assert "*" not in tasks.task_table([one], 0.2).splitlines()[-1]
+    [timing] = tasks.timings([one, timed])
+    assert (timing["task"], timing["backend"]) == ("t", "jax")
+    assert [(case["name"], "runs" in case) for case in timing["timed"]] == [("t-SGD", False), ("t-KFAC", False)]
+
+
+def test_seconds_are_put_into_the_result(runs, monkeypatch):
+    def timings(cases):
+        return [{"name": "all", "timed": [case["name"] for case in cases]}]
+
+    module = types.SimpleNamespace(cases=lambda quick: runs.cases, timings=timings)
+    monkeypatch.setattr(harness, "module_of", lambda name: module)
+    with pytest.raises(ValueError, match="no measured cases"):
+        harness.time_again("some")
+    before = json.loads(harness.run("some").read_text())
+    monkeypatch.setattr(
+        harness,
+        "measured_in_process",
+        lambda name, case, running: {"epoch_seconds": {one: [1.0, 2.0] for one in case["timed"]}},
+    )
+    after = json.loads(harness.time_again("some", ["a", "b"]).read_text())
+    assert [case.pop("epoch_seconds", None) for case in after["cases"]] == [[1.0, 2.0], [1.0, 2.0], None]
+    assert after == before
+
+
+@pytest.mark.slow
+def test_epochs_of_a_task_are_timed_in_turn():
+    cases = [case for case in tasks.cases(False) if case["name"] in ("mlp-SGD", "mlp-EigenAdam-defaults")]
+    cases = [{**case, "epochs": 2, "best": {"momentum": 0.9, "learning_rate": 0.1}} for case in cases]
+    found = trials.epoch_seconds(cases, passes=2)
+    assert set(found) == {case["name"] for case in cases}
+    assert all(len(seconds) == 2 and min(seconds) > 0 for seconds in found.values())
+
+
 @pytest.mark.parametrize("optimizer", ["Adam", "EigenAdam", "SOAP", "KL-Shampoo", "KFAC", "HyLo-KID"])
 def test_optimizers_are_made_of_their_grids(optimizer):
     case = next(case for case in tasks.cases(False) if case["name"] == f"cnn-{optimizer}")
