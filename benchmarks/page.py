@@ -41,6 +41,13 @@ SECTIONS = {
         "brackets the test accuracy (where there are no classes, the test loss) and the share of steps that a clip shortened; "
         "the lowest loss in bold. One seed. Tables are scikit-learn's, as they are and standardized.",
     ),
+    "robustness": (
+        "Learning rates",
+        "The loss of tasks above after the last epoch, with learning rates from a tenth of the default to ten times as much and "
+        "all other arguments at their defaults; one seed. The last column is the quotient of the largest and the smallest rate "
+        "around an optimizer's best whose loss is at most 1.05 times its best, interpolated between rates; losses below the one "
+        "that a task names (0.01) count as that. Where it ends with the rates that were tried it is a lower bound (`>=`).",
+    ),
     "ablations": (
         "The papers' ideas one by one",
         "The digits CNN with each variant to a loss of 0.05, tuned over four learning rates with one seed, then run with five "

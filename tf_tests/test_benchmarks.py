@@ -24,6 +24,7 @@ from benchmarks import (
     peers,
     readme,
     results,
+    robustness,
     task_data,
     tasks,
     texts,
@@ -317,6 +318,26 @@ def test_epochs_of_a_task_are_timed_in_turn():
     assert all(len(seconds) == 2 and min(seconds) > 0 for seconds in found.values())
 
 
+def test_the_width_of_rates_is_that_around_the_best():
+    case = {"task": "mlp", "optimizer": "EigenAdam", "target": None, "default": 1.0, "factors": [0.01, 0.1, 1, 10, 100]}
+    case |= {"rates": [0.01, 0.1, 1.0, 10.0, 100.0], "epochs": 2}
+
+    def width(*losses, **changed):
+        return robustness.width({**case, **changed, "final_loss": losses})
+
+    # Between the second and the third rate the loss passes 1.05 halfway.
+    assert width(3, 1.1, 1, 1.1, 3) == (pytest.approx(10), False)
+    assert width(1.04, 1.01, 1, 1.02, 1e30) == (pytest.approx(1000), True)
+    # What is near the best again, beyond a loss that is not, does not count.
+    assert width(1.01, 3, 1.1, 1, 1.1) == (pytest.approx(10), False)
+    assert width(1e-3, 1e-5, 1e-4, 1e30, 1e30, target=0.01) == (pytest.approx(100), True)
+    payload = {"cases": [{**case, "final_loss": [3, 1.1, 1, 1.1, 1e30]}]}
+    [goal] = robustness.goals(payload)
+    assert goal[:4] == ("EigenAdam's rates within 5% of the best, mlp", ">= 10x", "10.0x", True)
+    assert robustness.table(payload).splitlines()[-1] == "| EigenAdam | 1 | 3 | 1.1 | 1 | 1.1 | diverged | 10.0x |"
+    assert robustness.table({"cases": []}) == ""
+
+
 @pytest.mark.parametrize("optimizer", ["Adam", "EigenAdam", "SOAP", "KL-Shampoo", "KFAC", "HyLo-KID"])
 def test_optimizers_are_made_of_their_grids(optimizer):
     case = next(case for case in tasks.cases(False) if case["name"] == f"cnn-{optimizer}")
@@ -520,7 +541,9 @@ def test_parts_of_an_update_are_differences_of_steps():
     }
 
 
-@pytest.mark.parametrize("benchmark", [costs, tasks, ablations, peers, gpu, kinds], ids=lambda module: module.__name__)
+@pytest.mark.parametrize(
+    "benchmark", [costs, tasks, ablations, peers, gpu, kinds, robustness], ids=lambda module: module.__name__
+)
 @pytest.mark.parametrize("quick", [True, False])
 def test_cases_have_names_of_their_own_and_fit_into_json(benchmark, quick):
     found = benchmark.cases(quick)
