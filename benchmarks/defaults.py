@@ -12,7 +12,7 @@ loss. The loss is that of all training data after the last epoch.
 import math
 import statistics
 
-OPTIMIZERS = ("SGD", "Adam", "EigenAdam", "KFAC", "THOR", "SKFAC", "SNGD", "HyLo")
+OPTIMIZERS = ("SGD", "Adam", "EigenAdam", "KFAC", "EKFAC", "THOR", "SKFAC", "SNGD", "HyLo")
 SECOND_ORDER = OPTIMIZERS[2:]
 NETWORKS = {"cnn": 10, "mlp": 10, "autoencoder": 40, "resnet": 8, "unet": 8, "characters": 3, "files": 8}
 LOSSES = (
@@ -68,6 +68,18 @@ def measure(case):
     return {"found": {name: run(case["kind"], case["problem"], name, case["epochs"]) for name in case["optimizers"]}}
 
 
+def merged(before, case):
+    """A case with what was measured of other optimizers before."""
+    found = {**before["found"], **case["found"]}
+    names = [name for name in OPTIMIZERS if name in found]
+    return {**case, "optimizers": names, "found": {name: found[name] for name in names}}
+
+
+def measured(payload, names):
+    """Those of some optimizers that any problem was measured with."""
+    return [name for name in names if any(name in case["found"] for case in payload["cases"])]
+
+
 def _failed(found):
     return found["loss"] is None
 
@@ -89,14 +101,14 @@ def at_chance(case, name):
 def goals(payload):
     """Goals of defaults: name, what is asked, what is measured, whether it is met, where it fails."""
     found = []
-    for name in ("KFAC", "THOR", "HyLo"):
+    for name in measured(payload, ("KFAC", "EKFAC", "THOR", "HyLo")):
         bad = [c["problem"] for c in payload["cases"] if name in c["found"] and worse_than_sgd(c, name)]
         found.append(
             (f"defaults, {name}: not above SGD's loss", "all", _of(payload, name, bad), not bad, ", ".join(bad))
         )
         lost = [c["problem"] for c in payload["cases"] if name in c["found"] and at_chance(c, name)]
         found.append((f"defaults, {name}: not at chance", "all", _of(payload, name, lost), not lost, ", ".join(lost)))
-    for name in SECOND_ORDER:
+    for name in measured(payload, SECOND_ORDER):
         above = [c["problem"] for c in payload["cases"] if name in c["found"] and behind_adam(c, name)]
         found.append((f"defaults, {name}: below Adam's loss", "most", _of(payload, name, above), True, ""))
     return found
@@ -134,17 +146,17 @@ def table(payload):
         chosen = [case for case in payload["cases"] if case["kind"] == kind]
         if not chosen:
             continue
-        names = [name for name in OPTIMIZERS if name in chosen[0]["found"]]
+        names = measured({"cases": chosen}, OPTIMIZERS)
         lines = [f"| {kind} | {' | '.join(names)} |", "|---" * (len(names) + 1) + "|"]
         for case in chosen:
             best = min(
                 (f["loss"] for f in case["found"].values() if not _failed(f) and not math.isnan(f["loss"])),
                 default=None,
             )
-            cells = [
-                f"**{_cell(case['found'][n])}**" if case["found"][n]["loss"] == best else _cell(case["found"][n])
-                for n in names
-            ]
+            cells = []
+            for found in (case["found"].get(name) for name in names):
+                cell = "-" if found is None else _cell(found)
+                cells.append(f"**{cell}**" if found is not None and found["loss"] == best else cell)
             lines.append(f"| {case['problem']}, {case['epochs']} epochs | {' | '.join(cells)} |")
         parts.append("\n".join(lines))
     return "\n\n".join(parts)

@@ -10,6 +10,7 @@ A benchmark is a module of this package with
     plot(payload, path)   optional: a PNG of the same
     python(case)          optional: the interpreter of that process; where it raises a RuntimeError, the case is left out
     AT_ONCE               optional: how many cases run at once, in place of two
+    merged(before, case)  optional: a measured case of some "optimizers" with what it had of others
     timings(cases)        optional: cases whose "epoch_seconds" are those of measured cases, by their names
 
 Every case that is done is kept in `results/partial/` until all are.
@@ -86,7 +87,7 @@ def found_of(name, cases):
             del os.environ[alone.VARIABLE]
 
 
-def run(name, quick=False, only=None):
+def run(name, quick=False, only=None, optimizers=None):
     """Measures all cases of a benchmark that are not done yet; returns the path of the result.
 
     The result has "minutes", what all cases but those that have to be named took when they were last measured in one run; None
@@ -97,18 +98,28 @@ def run(name, quick=False, only=None):
         quick: whether to take its quick cases; the result is then called `quick/<name>`.
         only: names of the cases to measure anew, or patterns of names (`"text-*"`); the result keeps the others. Default
             None: all but those that have to be named, which it keeps.
+        optimizers: of cases of several "optimizers" those to measure anew; the result keeps what it has of the others. Default
+            None: all.
+
+    Raises:
+        ValueError: for cases or optimizers that there are not.
     """
     module, title = module_of(name), f"quick/{name}" if quick else name
     cases = module.cases(quick)
+    if optimizers is not None:
+        if not hasattr(module, "merged") or not set(optimizers) <= set(cases[0]["optimizers"]):
+            raise ValueError(f"{name} has no cases of the optimizers {optimizers}.")
+        cases = [{**case, "optimizers": [o for o in case["optimizers"] if o in optimizers]} for case in cases]
     names = [case["name"] for case in cases]
     usual = [case["name"] for case in cases if not case.get("by_name")]
     chosen = usual if only is None else [n for n in names if any(fnmatch.fnmatchcase(n, one) for one in only)]
     if only is not None and (unknown := [one for one in only if not fnmatch.filter(names, one)]):
         raise ValueError(f"{name} has no cases {sorted(unknown)}. It has: {names}")
-    kept, minutes, start = {}, None, time.monotonic()
+    kept, older, minutes, start = {}, {}, None, time.monotonic()
     if results.path_of(title).exists():
         before = results.load(title)
-        kept = {entry["name"]: entry for entry in before["cases"] if entry["name"] not in chosen}
+        older = {entry["name"]: entry for entry in before["cases"]}
+        kept = {name: entry for name, entry in older.items() if name not in chosen}
         minutes = before.get("minutes") if only is not None else None
     file = PARTIAL / f"{title}.jsonl"
     file.parent.mkdir(parents=True, exist_ok=True)
@@ -126,7 +137,9 @@ def run(name, quick=False, only=None):
         bar.update()
         bar.set_postfix_str(case["name"])
     bar.close()
-    if [case["name"] for case in todo] == usual:
+    if optimizers is not None:
+        kept |= {n: module.merged(older[n], kept[n]) for n in chosen if n in older and n in kept}
+    elif [case["name"] for case in todo] == usual:
         minutes = (time.monotonic() - start) / 60
     path = results.save(title, {"minutes": minutes, "cases": [kept[n] for n in names if n in kept]})
     file.unlink(missing_ok=True)

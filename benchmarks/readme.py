@@ -39,10 +39,11 @@ def tasks_table(payload):
 
 def defaults_table(payload):
     """In how many problems each method ends below Adam's loss, above SGD's, and not finite, all at defaults."""
-    names = [name for name in defaults.SECOND_ORDER if name in payload["cases"][0]["found"]]
+    names = defaults.measured(payload, defaults.SECOND_ORDER)
     lines = ["| at defaults | loss below Adam's | above SGD's | not finite | median of Adam's loss |", "|---" * 5 + "|"]
     for name in names:
-        cases, count = payload["cases"], len(payload["cases"])
+        cases = [case for case in payload["cases"] if name in case["found"]]
+        count = len(cases)
         behind = sum(defaults.behind_adam(case, name) for case in cases)
         above = sum(defaults.worse_than_sgd(case, name) for case in cases)
         lost = sum(case["found"][name]["loss"] is None for case in cases)

@@ -4,13 +4,14 @@ The tasks are those of `benchmarks.tasks`, with their batches, epochs and schedu
 (`--only='text-*'`). One seed for each rate, that of the trials there.
 
 Of each optimizer the width is the quotient of the largest and the smallest rate around its best that end within a twentieth above
-the loss of its best: the loss is interpolated between rates, along their logarithms. Losses below the one that a task names
-(0.01) count as that: what is below is as good, and its quotients say nothing. Where the width ends with the rates that were
-tried, it is a lower bound, and so it is said to be where the best of an optimizer is the first or the last of its rates.
+the loss of its best; between rates the logarithm of the loss is interpolated along that of the rate. Losses below the one that a
+task names (0.01) count as that: what is below is as good, and its quotients say nothing. Where the width ends with the rates
+that were tried it is a lower bound, as where the best of an optimizer is the first or the last of its rates.
 """
 
 import math
 
+from benchmarks import tasks
 from benchmarks.grids import ARGUMENTS, COLOURS, TASKS
 
 NAMES, OPTIMIZERS = ("mlp", "autoencoder", "cnn", "text"), ("EigenAdam", "Adam", "Muon", "KFAC")
@@ -52,24 +53,18 @@ def measure(case):
     return {"default": default, "rates": [float(f"{rate:.4g}") for rate in rates], "final_loss": ends}
 
 
-def counted(case):
-    """The losses, none below the one that the task names."""
-    least = 0.0 if isinstance(case["target"], str) or case["target"] is None else case["target"]
-    return [max(loss, least) for loss in case["final_loss"]]
-
-
 def width(case):
     """The quotient of the largest and the smallest rate that end near the best, and whether it is a lower bound."""
-    losses, logs = counted(case), [math.log(rate) for rate in case["rates"]]
+    losses, logs = [max(loss, 1e-30) for loss in case["final_loss"]], [math.log(rate) for rate in case["rates"]]
     best = min(range(len(losses)), key=losses.__getitem__)
-    most, ends, bounded = WITHIN * losses[best], [], True
+    most, ends, bounded = WITHIN * max(losses[best], tasks.named_loss(case) or 0.0), [], True
     for step, last in ((-1, 0), (1, len(losses) - 1)):
         i = best
         while i != last and losses[i + step] <= most:
             i += step
         bounded = bounded and i != last
         # The way to the next rate at which the loss is passed.
-        share = 0.0 if i == last else (most - losses[i]) / (losses[i + step] - losses[i])
+        share = 0.0 if i == last else math.log(most / losses[i]) / math.log(losses[i + step] / losses[i])
         ends.append(logs[i] + share * (logs[i + step] - logs[i]) if share else logs[i])
     return math.exp(ends[1] - ends[0]), not bounded
 
@@ -121,11 +116,11 @@ def plot(payload, path):
     """The loss after the last epoch by learning rate; the default rates are marked."""
     from matplotlib.figure import Figure
 
-    tasks = by_task(payload["cases"])
-    if not tasks:
+    found = by_task(payload["cases"])
+    if not found:
         return
-    figure = Figure(figsize=(4 * len(tasks) + 1, 3.6), layout="constrained")
-    for axis, (task, cases) in zip(figure.subplots(1, len(tasks), squeeze=False)[0], tasks.items(), strict=True):
+    figure = Figure(figsize=(4 * len(found) + 1, 3.6), layout="constrained")
+    for axis, (task, cases) in zip(figure.subplots(1, len(found), squeeze=False)[0], found.items(), strict=True):
         lowest = min(min(case["final_loss"]) for case in cases)
         for case in cases:
             colour = COLOURS[case["optimizer"]]
@@ -134,8 +129,8 @@ def plot(payload, path):
             )
             axis.axvline(case["default"], color=colour, linestyle=":", linewidth=0.8)
         axis.set(xscale="log", xlabel="learning rate", ylabel="final loss", title=task)
-        if isinstance(cases[0]["target"], float):
-            axis.axhline(cases[0]["target"], color="black", linestyle=":", linewidth=1)
+        if (named := tasks.named_loss(cases[0])) is not None:
+            axis.axhline(named, color="black", linestyle=":", linewidth=1)
             axis.set(yscale="log", ylim=(max(1e-6, 0.5 * lowest), 5))
         else:
             axis.set_ylim(0.97 * lowest, 2 * lowest)
