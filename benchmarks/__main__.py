@@ -10,6 +10,8 @@
     python -m benchmarks kinds                      # what does not belong to "all" is named
     python -m benchmarks --render                   # plots and the page alone, from the results that are there
 
+On JAX and a CPU, `OPENBLAS_NUM_THREADS=1` before these keeps factorizations from waiting for other work; results name it.
+
 Results are in `benchmarks/results/`, and `docs/benchmarks.md` is made of them.
 """
 

@@ -15,6 +15,11 @@ PACKAGES = ("keras", "tensorflow", "tensorflow-cpu", "jax", "jaxlib", "libtpu", 
 # at random.
 KEEP_MEMORY = {"MALLOC_MMAP_MAX_": "0", "MALLOC_TRIM_THRESHOLD_": str(2**40)}
 
+# The threads of the LAPACK that JAX factorizes matrices with on a CPU. They wait for each other without giving way: beside four
+# busy processes on two cores QR factorizations of two matrices of 257 rows took 1.7 s on two threads, and 2 to 10 ms on one. A
+# result says how many there were, if that was set.
+THREADS = "OPENBLAS_NUM_THREADS"
+
 
 def _processor():
     """`platform.processor()` is empty or a bare architecture on Linux."""
@@ -45,6 +50,7 @@ def environment():
         "system": platform.system(),
         "python": platform.python_version(),
         "versions": {package: version for package, version in versions.items() if version},
+        **({THREADS: os.environ[THREADS]} if THREADS in os.environ else {}),
     }
 
 
@@ -74,4 +80,6 @@ def source(name, payload):
     environment = payload["environment"]
     versions = ", ".join(f"{package} {version}" for package, version in environment["versions"].items())
     machine = f"{environment['processor']}, {environment['cores']} cores, {environment['date']}; {versions}."
+    if THREADS in environment:
+        machine += f" {THREADS}={environment[THREADS]}."
     return f"From `benchmarks/results/{name}.json`: {machine}"

@@ -11,7 +11,7 @@ that were tried it is a lower bound, as where the best of an optimizer is the fi
 
 import math
 
-from benchmarks import tasks
+from benchmarks import results, tasks
 from benchmarks.grids import ARGUMENTS, COLOURS, TASKS
 
 NAMES, OPTIMIZERS = ("mlp", "autoencoder", "cnn", "text"), ("EigenAdam", "Adam", "Muon", "KFAC")
@@ -40,7 +40,8 @@ def cases(quick):
 
 def environment(case):
     """Of the process that measures a case."""
-    return {"KERAS_BACKEND": case["backend"]}
+    # Nothing is timed here, and all cases may run beside other work.
+    return {"KERAS_BACKEND": case["backend"], results.THREADS: "1"}
 
 
 def measure(case):

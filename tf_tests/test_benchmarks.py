@@ -341,6 +341,18 @@ def test_one_optimizer_is_measured_beside_what_there_is_of_others(runs, monkeypa
     assert [goal[0] for goal in defaults.goals({"cases": [a]}) if "THOR" in goal[0]] == []
 
 
+def test_a_result_names_the_threads_that_were_set(runs, monkeypatch):
+    for threads, end in (("1", " OPENBLAS_NUM_THREADS=1."), (None, ".")):
+        if threads is None:
+            monkeypatch.delenv(results.THREADS)
+        else:
+            monkeypatch.setenv(results.THREADS, threads)
+        harness.run("some")
+        source = results.source("some", results.load("some"))
+        assert source.endswith(end)
+        assert (results.THREADS in source) == (threads is not None)
+
+
 @pytest.mark.slow
 def test_epochs_of_a_task_are_timed_in_turn():
     cases = [case for case in tasks.cases(False) if case["name"] in ("mlp-SGD", "mlp-EigenAdam-defaults")]
