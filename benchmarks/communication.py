@@ -18,7 +18,7 @@ from absl import app, flags
 
 from benchmarks import results
 
-METHODS = ("kfac", "kfac-mem-opt", "sp-ngd", "thor", "skfac", "sngd", "hylo-kid", "hylo-kis")
+METHODS = ("kfac", "kfac-mem-opt", "sp-ngd", "thor", "ekfac", "eigen-adam", "skfac", "sngd", "hylo-kid", "hylo-kis")
 STAGES = ("gradients", "statistics", "inverses", "preconditioned")
 BATCH, RANK, SPLIT, UPDATES = 16, 0.25, 16, 2
 
@@ -43,6 +43,9 @@ def make_optimizer(method):
         )
     if method == "thor":
         return keras_ngd.THOR(1e-3, 0.01, **paper, factor_interval=1, inverse_interval=1, split=SPLIT, omega=(0.0, 0.0))
+    if method in ("ekfac", "eigen-adam"):
+        kind = keras_ngd.EKFAC if method == "ekfac" else keras_ngd.EigenAdam
+        return kind(factor_interval=1, inverse_interval=1)
     if method == "skfac":
         return keras_ngd.SKFAC(1e-3, 0.03, **paper, interval=1, batch_size=BATCH)
     if method == "sngd":
@@ -107,7 +110,7 @@ def projected():
     model = keras.applications.ResNet50(weights=None, input_shape=(224, 224, 3))
     shapes = keras_ngd.analysis.layer_shapes(model)
     found = {}
-    for method in ("kfac", "kfac-mem-opt", "sp-ngd", "thor", "skfac", "sngd", "hylo-kid", "hylo-kis"):
+    for method in METHODS:
         found[method] = {}
         for workers in (2, 4, 8, 16, 64, 256, 1024):
             numbers = keras_ngd.analysis.received(method, shapes, workers, 80)

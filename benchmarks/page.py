@@ -65,6 +65,12 @@ SECTIONS = {
         "On a GPU",
         "As step costs above, with JAX on a GPU (`benchmarks/on_gpu.sh` on a machine without a network).",
     ),
+    "eigenvectors": (
+        "Renewing an eigenbasis",
+        "What EKFAC and EigenAdam take to renew the bases of matrices of one size, on a machine that others used, too (its load "
+        "is the last column). A QR factorization would be the plain way to take a step of orthogonal iteration; "
+        "`keras_ngd/linalg/gram_schmidt.py` has the one that is taken.",
+    ),
     "update_cost": (
         "A refresh of ResNet-50's inverses",
         "One refresh of all inverses at the sizes of its layers (224x224, 1000 classes): KFAC's whole factors, THOR's blocks.",

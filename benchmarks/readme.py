@@ -70,6 +70,7 @@ SECTIONS = {"defaults": ("defaults", defaults_table), "costs": ("costs", costs_t
 TPU_SECTIONS = {
     "tpu": ("tpu", tpu.table),
     "tpu-inverses": ("tpu", lambda payload: tpu.refresh_table(payload["inverses"])),
+    "tpu-bases": ("tpu", lambda payload: tpu.refresh_table(payload.get("bases", []), "new bases")),
 }
 PAGES = {"README.md": SECTIONS, "docs/tpu.md": TPU_SECTIONS}
 

@@ -31,7 +31,7 @@ import numpy as np
 import keras_ngd
 
 x, y = np.ones((8, 4), "float32"), np.zeros((8, 3), "float32")
-for method in ("KFAC", "THOR", "SKFAC", "SNGD", "HyLo"):
+for method in ("KFAC", "THOR", "EKFAC", "EigenAdam", "SKFAC", "SNGD", "HyLo"):
     model = keras.Sequential([keras.Input((4,)), keras.layers.Dense(3)])
     optimizer = getattr(keras_ngd, method)()
     report = keras_ngd.capture(model, optimizer, data=x)

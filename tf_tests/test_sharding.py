@@ -56,7 +56,7 @@ def test_arrays_of_checkpoints_are_filled_up_for_their_variables():
     assert sharding.shape_of(variable) == (1, 9, 9)
 
 
-@pytest.mark.parametrize("method", ["KFAC", "THOR", "SKFAC", "SNGD", "HyLo"])
+@pytest.mark.parametrize("method", ["KFAC", "THOR", "EKFAC", "EigenAdam", "SKFAC", "SNGD", "HyLo"])
 def test_sharded_state_needs_several_devices(method):
     with pytest.raises(ValueError, match="no `keras.distribution` of several devices is active"):
         getattr(keras_ngd, method)(shard_state=True)

@@ -10,9 +10,24 @@ from keras_ngd import schedules
 from keras_ngd.capturing import layers_to_capture
 from keras_ngd.layers import Structure, kind_of
 from keras_ngd.linalg.packing import packed_size
+from keras_ngd.optimizers.eigenbasis_method import DEFAULT_SPLIT
 
-METHODS = ("sgd", "kfac", "kfac-mem-opt", "sp-ngd", "thor", "skfac", "sngd", "hylo-kid", "hylo-kis")
+METHODS = (
+    "sgd",
+    "kfac",
+    "kfac-mem-opt",
+    "sp-ngd",
+    "thor",
+    "ekfac",
+    "eigen-adam",
+    "skfac",
+    "sngd",
+    "hylo-kid",
+    "hylo-kis",
+)
 FACTOR_METHODS = ("kfac", "kfac-mem-opt", "sp-ngd")
+BASIS_METHODS = ("ekfac", "eigen-adam")
+BLOCK_METHODS = ("thor", *BASIS_METHODS)
 ROW_METHODS = ("skfac", "sngd", "hylo-kid", "hylo-kis")
 STAGES = ("gradients", "statistics", "inverses", "preconditioned")
 
@@ -116,7 +131,7 @@ class Job:
         packed: whether symmetric matrices are sent as one triangle each. Default True.
         fraction: of KFAC: the share of the workers that hold a layer's inverses; `fraction * workers`, raised to 1, must
             divide `workers`. Default 1.0: all.
-        split: THOR's block size. Default 128.
+        split: THOR's block size. Default 128. Bases have their own, the default of their methods.
         eigen: whether KFAC keeps eigenvectors and the products of the eigenvalues, as KAISA does, instead of inverses.
             Default False.
 
@@ -186,10 +201,15 @@ class Job:
         """Numbers of a symmetric matrix as it is sent."""
         return packed_size(size) if self.packed else size**2
 
-    def blocks(self, size):
-        """The sizes of the blocks on the diagonal of a factor of THOR's."""
-        whole, rest = divmod(size, self.split)
-        return [self.split] * whole + [rest] * bool(rest)
+    def split_of(self, method):
+        """The largest size of a block of a factor."""
+        return DEFAULT_SPLIT if method in BASIS_METHODS else self.split
+
+    def blocks(self, method, size):
+        """The sizes of the blocks on the diagonal of a factor of a method's that has blocks."""
+        split = self.split_of(method)
+        whole, rest = divmod(size, split)
+        return [split] * whole + [rest] * bool(rest)
 
 
 def check_method(name, method):
@@ -228,8 +248,8 @@ def statistics_sizes(method, job):
     """For each layer how many numbers are reduced or gathered at an update."""
     if method in FACTOR_METHODS:
         return tuple(job.matrix(a) + job.matrix(g) for a, g, _ in job.shapes)
-    if method == "thor":
-        return tuple(sum(map(job.matrix, job.blocks(a) + job.blocks(g))) for a, g, _ in job.shapes)
+    if method in BLOCK_METHODS:
+        return tuple(sum(map(job.matrix, job.blocks(method, a) + job.blocks(method, g))) for a, g, _ in job.shapes)
     if method == "sngd":
         return tuple(job.examples * (a + g) for a, g, _ in job.shapes)
     weights = job.workers * job.matrix(job.local_rank) if method == "hylo-kid" else 0
@@ -240,6 +260,11 @@ def inverse_sizes(method, job):
     """For each layer how many numbers its owner sends after it inverted."""
     if method == "kfac" and job.eigen:
         return tuple(a**2 + g**2 + a * g for a, g, _ in job.shapes)
+    if method in BASIS_METHODS:
+        # EKFAC's second moments begin anew with a basis.
+        begun = [a * g if method == "ekfac" else 0 for a, g, _ in job.shapes]
+        bases = [sum(b**2 for size in (a, g) for b in job.blocks(method, size) if b > 1) for a, g, _ in job.shapes]
+        return tuple(map(sum, zip(begun, bases, strict=True)))
     if method in ("kfac", "thor"):
         return statistics_sizes(method, job)
     if method == "skfac":
@@ -304,12 +329,15 @@ def received(
         kfac-mem-opt          2 k W       2 k D                             0                k W
         sp-ngd                k W         k D                               0                k W
         thor                  2 k W       2 k D, of the blocks alone        k D              0
+        ekfac                 2 k W       2 k D, of the blocks alone        k D + k W        0
+        eigen-adam            2 k W       2 k D, of the blocks alone        k D              0
         skfac                 2 k W       k M sum (dA + dG)                 2 k L M^2        0
         sngd                  2 k W       k M sum (dA + dG)                 k L M^2          0
         hylo-kid              2 k W       k (r sum (dA + dG) + L r^2 / P)   k L r^2          0
         hylo-kis              2 k W       k r sum (dA + dG)                 k L r^2          0
 
-    With `eigen` KFAC's inverses are eigenvectors and the products of eigenvalues, `D + W` (not packed) in place of `D`.
+    Blocks are THOR's of `split`, of EKFAC and EigenAdam of their default split; their bases are not packed. With `eigen` KFAC's
+    inverses are eigenvectors and the products of eigenvalues, `D + W` (not packed) in place of `D`.
     Packed, `r^2` and `M^2` are `r (r + 1) / 2` and `M (M + 1) / 2`. Of SKFAC's factors, those with `d <= M` columns take
     `2 k d^2` and `k d^2` (packed, as above) in place of `k M d` and `k M^2`.
 

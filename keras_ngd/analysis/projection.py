@@ -9,6 +9,7 @@ import keras
 
 from keras_ngd import schedules
 from keras_ngd.analysis.exchanges import (
+    BLOCK_METHODS,
     FACTOR_METHODS,
     METHODS,
     ROW_METHODS,
@@ -25,6 +26,9 @@ from keras_ngd.distributed.placement import loads
 WORKERS = tuple(2**i for i in range(11))
 # Operations of a symmetric eigendecomposition with vectors, for each of Cholesky's with the inverse.
 EIGEN_OPERATIONS = 9
+# Of products with matrices of its size what following a basis takes: two for `Q^T F Q`, one for `Q L`, one for Gram-Schmidt; and
+# what rotating gradients takes: there and back, of EigenAdam also of their mean.
+BASIS_PRODUCTS, ROTATIONS = 4, {"ekfac": 2, "eigen-adam": 3}
 
 
 @dataclass(frozen=True)
@@ -132,7 +136,7 @@ def plot_cost_model(result: CostModel, path: str | os.PathLike) -> None:
             times = result.seconds(method, what)
             # Plain SGD has no updates, and zero no logarithm.
             if max(times) > 0:
-                style = {"color": f"C{i}", "marker": "osv^D*XP<"[i % 9], "markersize": 4}
+                style = {"color": f"C{i}", "marker": "osv^D*XP<>h"[i % 11], "markersize": 4}
                 axes.plot(result.workers, times, label=method, **style)
         axes.set_xscale("log", base=2)
         axes.set_yscale("log")
@@ -151,8 +155,10 @@ def statistics_seconds(method, job, rates):
     m = job.batch_size
     if method in FACTOR_METHODS:
         return rates.product(sum(m * t * (a**2 + g**2) for a, g, t in job.shapes))
-    if method == "thor":
-        return rates.product(sum(m * t * sum(b**2 for b in job.blocks(a) + job.blocks(g)) for a, g, t in job.shapes))
+    if method in BLOCK_METHODS:
+        blocks = [job.blocks(method, a) + job.blocks(method, g) for a, g, _ in job.shapes]
+        squares = [sum(b**2 for b in of_layer) for of_layer in blocks]
+        return rates.product(sum(m * t * n for n, (_, _, t) in zip(squares, job.shapes, strict=True)))
     # One row per example, whose kernel matrix KID decomposes; KIS takes the rows' lengths.
     seconds = rates.product(sum(m * t * (a + g) for a, g, t in job.shapes))
     if method == "hylo-kid":
@@ -168,8 +174,11 @@ def inversion_costs(method, job, rates):
     if method in FACTOR_METHODS:
         operations = EIGEN_OPERATIONS if job.eigen else 1
         return [sum(rates.inverse(size, operations=operations) for size in (a, g)) for a, g, _ in job.shapes]
-    if method == "thor":
-        return [rates.inverse(*job.blocks(a), *job.blocks(g)) for a, g, _ in job.shapes]
+    if method in BLOCK_METHODS:
+        blocks = [(*job.blocks(method, a), *job.blocks(method, g)) for a, g, _ in job.shapes]
+        if method == "thor":
+            return [rates.inverse(*sizes) for sizes in blocks]
+        return [rates.product(BASIS_PRODUCTS * sum(b**3 for b in sizes)) + rates.inverse(*sizes) for sizes in blocks]
     if method == "skfac":
         return [sum(_factor_by_rows(job.examples, size, rates) for size in (a, g)) for a, g, _ in job.shapes]
     rows = job.examples if method == "sngd" else job.global_rank
@@ -191,8 +200,9 @@ def preconditioning_costs(method, job, rates):
 def _preconditioning(method, job, a, g):
     if method in FACTOR_METHODS:
         return a * g * (a + g) * (2 if job.eigen else 1)
-    if method == "thor":
-        return a * g * (min(a, job.split) + min(g, job.split))
+    if method in BLOCK_METHODS:
+        split = job.split_of(method)
+        return a * g * (min(a, split) + min(g, split)) * ROTATIONS.get(method, 1)
     rows = {"skfac": job.examples, "sngd": job.examples}.get(method, job.global_rank)
     if method == "skfac":
         sides = ((a, g), (g, a))
@@ -244,18 +254,21 @@ def cost_model(
     """Projects how long steps and updates take with a number of workers, method by method.
 
     Every worker has `batch_size` examples, so the global batch grows with the workers. With `m` a worker's examples, `T` a
-    layer's positions, `M` the global batch, `r` the global rank and `b` THOR's blocks, a worker's operations for each layer:
+    layer's positions, `M` the global batch, `r` the global rank and `b` factors' blocks, a worker's operations for each layer:
 
         method      statistics                      inversion                   preconditioning
         kfac...     m T (dA^2 + dG^2)               dA^3 + dG^3                 dA dG (dA + dG)
         thor        m T sum b^2                     sum b^3                     dA dG (split + split)
+        ekfac       m T sum b^2                     4 sum b^3, sum b^3          2 dA dG (split + split)
+        eigen-adam  m T sum b^2                     4 sum b^3, sum b^3          3 dA dG (split + split)
         skfac       m T (dA + dG)                   M^2 (dA + dG), 2 M^3        4 M dA dG + M^2 (dA + dG)
         sngd        m T (dA + dG)                   M^2 (dA + dG), M^3          2 M dA dG + M^2
         hylo-kid    as sngd, m^2 (dA + dG), m^3     r^2 (dA + dG), r^3          2 r dA dG + r^2
         hylo-kis    as sngd, m (dA + dG)            r^2 (dA + dG), r^3          2 r dA dG + r^2
 
     An owner inverts its layers alone, and its longest load is what all wait for, so a single large layer bounds the time
-    however many workers there are. SKFAC takes each factor that has no more columns than rows as KFAC would. What is
+    however many workers there are. Bases are followed from refresh to refresh, after an eigendecomposition at first that is not
+    counted. SKFAC takes each factor that has no more columns than rows as KFAC would. What is
     exchanged, see `received`; how long that takes, see `Rates`: one operation for each layer, but for the gradients and for
     SP-NGD, which exchange all layers' at once. Nothing is assumed to overlap, and convolutions
     are reduced to one row per example.
@@ -270,7 +283,7 @@ def cost_model(
         model_or_shapes: a built model, as for `layer_shapes`, or a list of `(input_dim, output_dim, positions)`.
         workers: numbers of workers. Default 1, 2, 4, ... 1024.
         methods: of `"sgd"`, `"kfac"` (all workers hold all inverses), `"kfac-mem-opt"` (only the owner does), `"sp-ngd"`,
-            `"thor"`, `"skfac"`, `"sngd"`, `"hylo-kid"` and `"hylo-kis"`. Default: all.
+            `"thor"`, `"ekfac"`, `"eigen-adam"`, `"skfac"`, `"sngd"`, `"hylo-kid"` and `"hylo-kis"`. Default: all.
         batch_size: examples of one worker. Default 32.
         rates: a `Rates`. Default None: `measure_rates()`, this machine's, with a network of 100 Gbit/s.
         factor_interval: steps between updates of factors, and of rows with their inverses. Default 10.

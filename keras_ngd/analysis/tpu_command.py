@@ -11,6 +11,7 @@ import importlib
 import json
 import os
 import pathlib
+from collections.abc import Callable
 
 import keras
 from absl import app, flags
@@ -20,7 +21,7 @@ from keras_ngd.analysis.measuring import application
 from keras_ngd.analysis.tpu_steps import tpu_compile, tpu_devices
 from keras_ngd.analysis.tpu_tables import tpu_table
 
-METHODS = ("kfac", "thor", "skfac", "sngd", "hylo-kid", "hylo-kis", "hylo-switch")
+METHODS = ("kfac", "thor", "ekfac", "eigen-adam", "skfac", "sngd", "hylo-kid", "hylo-kis", "hylo-switch")
 
 FLAGS = flags.FLAGS
 
@@ -56,10 +57,12 @@ def make_optimizer(method, examples):
     """The optimizer of a method and of the flags, for batches of so many examples."""
     if method not in METHODS:
         raise app.UsageError(f"--method must be of {', '.join(METHODS)}. Received: {method}")
-    name, _, mode = method.partition("-")
-    made = {
+    name, _, mode = method.partition("-") if method.startswith("hylo") else (method, "", "")
+    made: dict[str, Callable[..., keras.optimizers.Optimizer]] = {
         "kfac": functools.partial(optimizers.KFAC, inverse=FLAGS.inverse),
         "thor": functools.partial(optimizers.THOR, inverse=FLAGS.inverse, split=FLAGS.split),
+        "ekfac": optimizers.EKFAC,
+        "eigen-adam": optimizers.EigenAdam,
         "skfac": functools.partial(optimizers.SKFAC, batch_size=examples),
         "sngd": functools.partial(optimizers.SNGD, batch_size=examples),
         "hylo": functools.partial(

@@ -23,8 +23,8 @@ from keras_ngd.backend.numerics import (
     filter_gradient,
     itemsize,
     matmul,
-    orthonormalized,
     parts,
+    rows_at,
     triangular_inverse,
     uniform,
 )
@@ -85,7 +85,7 @@ __all__ = [
     "on_accelerator",
     "on_every_device",
     "on_tpu",
-    "orthonormalized",
+    "rows_at",
     "outside_trace",
     "parts",
     "quicker_compiled",

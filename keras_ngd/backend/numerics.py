@@ -48,15 +48,6 @@ def eigh(matrices):
     return _one_by_one_on_cpus(lambda matrix: tuple(jnp.linalg.eigh(matrix)), matrices)
 
 
-def orthonormalized(matrices):
-    """The factor `Q` of `QR`: the columns of square matrices, each without what those before it have in common with it."""
-    if name() == "tensorflow":
-        return ops.qr(matrices)[0]
-    import jax.numpy as jnp
-
-    return _one_by_one_on_cpus(lambda matrix: jnp.linalg.qr(matrix)[0], matrices)
-
-
 def _one_by_one_on_cpus(function, matrices):
     """JAX's `function` of a matrix or of matrices `[k, d, d]`; of one after the other where a CPU computes it.
 
@@ -87,6 +78,16 @@ def triangular_inverse(lower):
 
     # On the CPU JAX calls LAPACK for one matrix but has XLA write out a batch's solution, which takes minutes to compile.
     return inverse(lower) if lower.ndim == 2 else jax.lax.map(inverse, lower)
+
+
+def rows_at(matrices, order):
+    """The rows of `[k, d, n]` that the indices `[k, m]` name, one matrix after the other."""
+    if name() == "tensorflow":
+        import tensorflow as tf
+
+        # `ops.take_along_axis` would look up each entry.
+        return tf.gather(matrices, order, batch_dims=1)
+    return ops.take_along_axis(matrices, ops.expand_dims(order, 2), axis=1)
 
 
 def concatenated(tensors):

@@ -37,6 +37,11 @@ def batched_by_size(function: Callable[..., Sequence[Tensor]], work: Sequence[Se
 _CHUNK_ENTRIES = 2**20
 
 
+def at_once(size: int) -> int:
+    """How many matrices of this size are worked on at a time."""
+    return max(_CHUNK_ENTRIES // size**2, 1)
+
+
 def of_chosen(function: Callable[..., Tensor], chosen: Tensor, given: Sequence[Tensor], old: Tensor) -> Tensor:
     """`function` of the chosen of `k` matrices, and the old values of all others.
 
@@ -49,7 +54,7 @@ def of_chosen(function: Callable[..., Tensor], chosen: Tensor, given: Sequence[T
         old: `[k, d, d]`.
     """
     count, size = old.shape[0], old.shape[-1]
-    chunk = min(count, max(_CHUNK_ENTRIES // size**2, 1))
+    chunk = min(count, at_once(size))
     order = ops.argsort(ops.cast(ops.logical_not(chosen), "int32"))
     order = ops.concatenate([order, ops.broadcast_to(order[-1:], (-count % chunk,))])
     total = ops.sum(ops.cast(chosen, "int32"))

@@ -60,7 +60,8 @@ def _whole_size(size: int) -> int:
     return 640
 
 
-def _split(matrices: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+def split_in_four(matrices: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """The corner, what is below it, and the last quarter of `[k, d, d]`."""
     half = matrices.shape[-1] // 2
     return matrices[:, :half, :half], matrices[:, half:, :half], matrices[:, half:, half:]
 
@@ -78,7 +79,7 @@ def _inverse_root(matrices: Tensor, whole: int) -> Tensor:
     """
     if matrices.shape[-1] <= whole:
         return backend.triangular_inverse(backend.cholesky(matrices))
-    corner, below, last = _split(matrices)
+    corner, below, last = split_in_four(matrices)
     first = _inverse_root(corner, whole)
     below = backend.matmul(below, first, transpose_b=True)
     second = _inverse_root(last - backend.matmul(below, below, transpose_b=True), whole)
@@ -94,7 +95,7 @@ def _gram_of_lower(lower: Tensor, whole: int) -> Tensor:
     """`R^T R` of lower triangular matrices `[k, d, d]`, without most of the products with zeros."""
     if lower.shape[-1] <= whole:
         return backend.matmul(lower, lower, transpose_a=True)
-    first, below, second = _split(lower)
+    first, below, second = split_in_four(lower)
     lower_left = backend.matmul(second, below, transpose_a=True)
     return _join(
         _gram_of_lower(first, whole) + backend.matmul(below, below, transpose_a=True),

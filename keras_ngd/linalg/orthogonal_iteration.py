@@ -6,8 +6,9 @@ import numpy as np
 from keras import ops
 
 from keras_ngd import backend, sharding
+from keras_ngd.linalg import gram_schmidt
 from keras_ngd.linalg.batching import of_chosen
-from keras_ngd.linalg.inverse import all_finite, symmetrize
+from keras_ngd.linalg.inverse import add_diagonal, all_finite, symmetrize
 from keras_ngd.typing import Tensor
 
 DECOMPOSITIONS = ("qr", "eigh")
@@ -32,26 +33,34 @@ def off_diagonal(matrices: Tensor) -> Tensor:
     return matrices * (1 - ops.eye(matrices.shape[-1], dtype=matrices.dtype))
 
 
-def iterated(matrices: Tensor, bases: Tensor) -> Tensor:
-    """Bases after one step of orthogonal iteration, `Q <- qr(F Q)`, each column in its place.
+def iterated(seen: Tensor, bases: Tensor) -> Tensor:
+    """Bases after one step of orthogonal iteration, `Q <- qr(F Q)`, each column in its place; NaN where that fails.
 
     A factorization keeps the direction of the first column, and the iteration pulls towards the largest eigenvalue; so columns
     go into it with the largest of `diag(Q^T F Q)` first. In the order of rising ones each step would ruin the basis.
 
+    With `Q^T F Q = L L^T` the columns of `F Q` are those of `Q L L^T`, and `L^T` is upper triangular, so that Gram-Schmidt makes
+    the same of them as of those of `Q L`, of which fewer are nearly dependent.
+
     Args:
-        matrices: `[k, d, d]`, symmetric and positive semi-definite.
+        seen: `[k, d, d]`, `Q^T F Q` of positive semi-definite matrices.
         bases: `[k, d, d]`, orthonormal columns.
     """
-    product = backend.matmul(matrices, bases)
-    order = ops.argsort(-ops.sum(bases * product, axis=1), axis=1)
-    shift = _SHIFT * float(np.finfo(backend.dtype_name(matrices)).eps) * norms(matrices)
-    product = product + ops.reshape(shift, (-1, 1, 1)) * bases
-    new = backend.orthonormalized(_with_columns(product, order))
-    return _with_columns(new, ops.argsort(order, axis=1))
+    order = ops.argsort(-ops.diagonal(seen, axis1=1, axis2=2), axis=1)
+    # Vectors are rows here: whole rows are quickly put elsewhere.
+    in_order = backend.rows_at(ops.transpose(backend.rows_at(seen, order), (0, 2, 1)), order)
+    vectors = backend.rows_at(ops.transpose(bases, (0, 2, 1)), order)
+    length = norms(seen)
+    shift = _SHIFT * float(np.finfo(backend.dtype_name(seen)).eps) * ops.where(length > 0, length, 1.0)
+    lower = gram_schmidt.lower_factor(add_diagonal(in_order, shift))
+    found, good = gram_schmidt.orthonormalized(gram_schmidt.transposed_product(lower, vectors))
+    found = backend.rows_at(_where(good, found, ops.full_like(found, float("nan"))), ops.argsort(order, axis=1))
+    return ops.transpose(found, (0, 2, 1))
 
 
-def _with_columns(matrices: Tensor, order: Tensor) -> Tensor:
-    return ops.take_along_axis(matrices, ops.expand_dims(order, 1), axis=2)
+def _where(chosen: Tensor, new: Tensor, old: Tensor) -> Tensor:
+    """Matrices by matrix."""
+    return ops.where(ops.reshape(chosen, (-1, 1, 1)), new, old)
 
 
 def eigenvectors(matrices: Tensor) -> Tensor:
@@ -95,12 +104,14 @@ def _renewed(
     # Not the squares of its entries: those of a small matrix would be zero.
     largest = ops.max(ops.abs(matrices), axis=(1, 2))
     matrices = matrices / ops.reshape(ops.where(largest > 0, largest, 1.0), (-1, 1, 1))
-    due = known & (norms(off_diagonal(rotated(matrices, bases))) > tolerance * norms(matrices))
+    seen = rotated(matrices, bases)
+    due = known & (norms(off_diagonal(seen)) > tolerance * norms(matrices))
     identity = ops.eye(matrices.shape[-1], dtype=matrices.dtype)
     first = ops.all(ops.equal(bases, identity), axis=(1, 2)) if decomposition == "qr" else ops.ones_like(due)
     new = bases
     if decomposition == "qr":
-        new = of_chosen(iterated, due & ~first, [matrices], new)
+        new = of_chosen(iterated, due & ~first, [seen], new)
+        first = first | ~all_finite(new)
     new = of_chosen(lambda factors, old: eigenvectors(factors), due & first, [matrices], new)
     good = all_finite(new)
     failed = known & ~(finite & good)

@@ -88,6 +88,28 @@ def test_skfac_gathers_rows_or_reduces_what_is_smaller():
     np.testing.assert_allclose(received("skfac", wide, 8, 8)["statistics"], received("sngd", wide, 8, 8)["statistics"])
 
 
+def test_bases_travel_whole_and_second_moments_with_them():
+    """Of 8 workers; `(1500, 16)`: blocks of 1,024 and of 476 rows."""
+    shapes, k = [(1500, 16, 1), (64, 1, 1)], 7 / 8
+    blocks = (1024, 476, 16, 64)
+    for method, begun in (("eigen-adam", 0), ("ekfac", 1500 * 16 + 64)):
+        counts = received(method, shapes, 8, 4)
+        np.testing.assert_allclose(counts["statistics"], 2 * k * (sum(b * (b + 1) / 2 for b in blocks) + 1))
+        np.testing.assert_allclose(counts["inverses"], k * (sum(b**2 for b in blocks) + begun))
+
+
+def test_bases_are_followed_by_products_and_gradients_rotated_thrice():
+    rates = dataclasses.replace(V100, latency=0.0)
+    eigen, ekfac, adam = (
+        cost_model([(512, 512, 1)], [1], method, rates=rates, eigen=method == "kfac").costs[method, 1]
+        for method in ("kfac", "ekfac", "eigen-adam")
+    )
+    assert ekfac.inversion == adam.inversion < eigen.inversion / 2
+    np.testing.assert_allclose(ekfac.preconditioning, eigen.preconditioning)
+    np.testing.assert_allclose(adam.preconditioning, 1.5 * ekfac.preconditioning)
+    assert adam.statistics == eigen.statistics
+
+
 def test_hylo_gathers_a_tenth_of_kfacs_factors():
     for method in ("hylo-kid", "hylo-kis"):
         assert mebibytes(method, 8, "statistics") < mebibytes("kfac", 8, "statistics") / 10

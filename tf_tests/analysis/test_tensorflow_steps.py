@@ -44,6 +44,18 @@ def test_sizes_are_static_and_no_library_is_called(method):
 
 
 @on_tensorflow
+@pytest.mark.parametrize("kind", [keras_ngd.EKFAC, keras_ngd.EigenAdam])
+def test_bases_are_followed_without_a_routine_but_for_the_first(kind):
+    text = step_of(kind())
+    every, some = hlo.contents(text)
+    # One for each size of a factor: 19 and 4 of the convolution, 145 and 3 of the other.
+    assert every.custom_calls + some.custom_calls == {"Eigh": 4}
+    assert not every.host + some.host
+    sizes = [size for kind, size in hlo._ARRAY.findall(text) if kind in ("f32", "s32", "pred")]
+    assert not [size for size in sizes if "<" in size], "sizes known only while the step runs"
+
+
+@on_tensorflow
 @pytest.mark.slow
 def test_auto_iterates_and_eigenvectors_need_a_routine():
     def loops(inverse):

@@ -13,6 +13,8 @@ TENSORFLOW = keras.backend.backend() == "tensorflow"
 METHODS = {
     "KFAC": lambda: small.kfac(learning_rate=0.01),
     "THOR": lambda: keras_ngd.THOR(0.01, 0.03),
+    "EKFAC": lambda: keras_ngd.EKFAC(0.01, 0.03),
+    "EigenAdam": lambda: keras_ngd.EigenAdam(0.01),
     "SKFAC": lambda: keras_ngd.SKFAC(0.01, 0.03, batch_size=16),
     "SNGD": lambda: keras_ngd.SNGD(0.01, 0.03, batch_size=16),
     "HyLo": lambda: keras_ngd.HyLo(0.01, 0.03, batch_size=16, steps_per_epoch=2),

@@ -127,6 +127,54 @@ def test_directions_whose_eigenvalues_are_lost_in_rounding_stay():
     close(np.abs(np.sum(found * bases, axis=1)), np.ones((1, SIZE)), 0.1)
 
 
+def turned(values, seed=0):
+    """A matrix with these eigenvalues, and its eigenvectors."""
+    turn = np.linalg.qr(np.random.default_rng(seed).normal(size=(len(values), len(values))))[0]
+    return ((turn * values) @ turn.T).astype("float32"), turn
+
+
+@pytest.mark.parametrize("size", [SIZE, 150])
+@pytest.mark.parametrize("rank", ["one", "a third", "full"])
+def test_any_basis_follows_a_badly_conditioned_matrix(size, rank):
+    """From a basis that has nothing to do with it, no step fails, and each is worth one in float64."""
+    count = {"one": 1, "a third": size // 3, "full": size}[rank]
+    values = np.where(np.arange(size) < count, np.logspace(0, -12, size), 0)
+    matrix, _ = turned(values)
+    exact = turned(np.ones(size), seed=1)[1]
+    bases, matrix64 = exact.astype("float32")[None], matrix.astype("float64")
+    for _ in range(8):
+        bases, failures = renewed(matrix[None], bases)
+        exact = exact[:, np.argsort(-np.diag(exact.T @ matrix64 @ exact))]
+        exact = np.linalg.qr(matrix64 @ exact)[0]
+        assert_orthonormal(bases)
+        assert residual(matrix64, bases[0]) < 1.01 * residual(matrix64, exact) + 3e-5
+    assert not failures.any()
+
+
+def test_a_step_from_a_near_basis_is_that_of_float64(float64):
+    """With directions of small eigenvalues, all of which an iteration keeps apart."""
+    size = 40
+    matrix, turn = turned(np.logspace(0, -6, size))
+    near = np.linalg.qr(turn + 1e-3 * np.random.default_rng(1).normal(size=(size, size)))[0]
+    found, failures = renewed(matrix.astype("float64")[None], near[None])
+    order = np.argsort(-np.diag(near.T @ matrix @ near))
+    expected = np.linalg.qr(matrix.astype("float64") @ near[:, order])[0]
+    close(np.abs(np.sum(found[0][:, order] * expected, axis=0)), np.ones(size), 1e-6)
+    assert not failures.any()
+
+
+def test_where_no_step_is_found_there_are_eigenvectors(monkeypatch):
+    bases, _ = renewed(drawn(), identities())
+    failing = lambda seen, bases: ops.full_like(bases, float("nan"))  # noqa: E731
+    monkeypatch.setattr(orthogonal_iteration, "iterated", failing)
+    matrices = drawn(seed=1)
+    found, failures = run(
+        lambda *tensors: orthogonal_iteration.renewed(*tensors, "qr", 0.0), matrices, bases, np.zeros(COUNT, "float32")
+    )
+    assert max(residual(m.astype("float64"), b) for m, b in zip(matrices, found, strict=True)) < 1e-5
+    assert not failures.any()
+
+
 def test_only_what_is_chosen_is_decomposed(monkeypatch):
     """The work is done in a loop over those that are due."""
     matrices = drawn(5)

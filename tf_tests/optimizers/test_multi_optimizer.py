@@ -11,6 +11,8 @@ from tf_tests.small import array, assert_close, compiled, fit, gradients, regres
 METHODS = {
     "kfac": lambda: keras_ngd.KFAC(factor_interval=1, inverse_interval=1),
     "thor": lambda: keras_ngd.THOR(split=2, factor_interval=1, inverse_interval=1),
+    "ekfac": lambda: keras_ngd.EKFAC(factor_interval=1, inverse_interval=1),
+    "eigen-adam": lambda: keras_ngd.EigenAdam(factor_interval=1, inverse_interval=1),
     "skfac": lambda: keras_ngd.SKFAC(batch_size=16, interval=1),
     "sngd": lambda: keras_ngd.SNGD(batch_size=16, interval=1),
     "hylo": lambda: keras_ngd.HyLo(batch_size=16, interval=1, mode="kid"),

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 from keras import layers
 
+import keras_ngd
 from tf_tests import paper, small
 from tf_tests.small import array, assert_same, captured, compiled, kfac, mlp, weights
 
@@ -21,7 +22,18 @@ def data():
     return x, (x[:, 0, :4, 0] > 0).astype("float32")
 
 
-def build():
+RATE = keras.optimizers.schedules.ExponentialDecay(0.05, 4, 0.9)
+SHARED = {"factor_interval": 2, "inverse_interval": 4, "use_ema": True, "weight_decay": 1e-3}
+METHODS = {
+    "kfac": lambda: paper.KFAC(RATE, keras.optimizers.schedules.PolynomialDecay(0.1, 10, 0.01), **SHARED),
+    "ekfac": lambda: keras_ngd.EKFAC(RATE, **SHARED),
+    "ekfac-examples": lambda: keras_ngd.EKFAC(RATE, scale="examples", **SHARED),
+    "eigen-adam": lambda: keras_ngd.EigenAdam(RATE, **SHARED),
+    "soap": lambda: keras_ngd.EigenAdam(RATE, basis="gradient", **SHARED),
+}
+
+
+def build(method="kfac"):
     """A convolutional model under an optimizer whose every kind of state is mid-flight after each epoch of 3 steps."""
     model = keras.Sequential(
         [
@@ -32,15 +44,8 @@ def build():
             layers.Dense(4),
         ]
     )
-    optimizer = paper.KFAC(
-        learning_rate=keras.optimizers.schedules.ExponentialDecay(0.05, 4, 0.9),
-        damping=keras.optimizers.schedules.PolynomialDecay(0.1, 10, 0.01),
-        factor_interval=2,
-        inverse_interval=4,
-        use_ema=True,
-        weight_decay=1e-3,
-    )
-    return captured(model, optimizer)
+    optimizer = METHODS[method]()
+    return compiled(model, optimizer) if method == "soap" else captured(model, optimizer)
 
 
 def everything(model):
@@ -69,12 +74,12 @@ import keras, numpy as np
 from tf_tests.optimizers import test_resume as t
 from tf_tests.small import fit
 
-saved, backup, results = sys.argv[1:]
+saved, backup, results, method = sys.argv[1:]
 keras.utils.set_random_seed(123)
 loaded = keras.models.load_model(saved)
 fit(loaded, *t.data(), epochs={2 * EPOCHS}, initial_epoch={EPOCHS})
 np.savez(results + "/loaded.npz", *t.everything(loaded).values())
-restarted = t.build()
+restarted = t.build(method)
 fit(restarted, *t.data(), epochs={2 * EPOCHS}, callbacks=[keras.callbacks.BackupAndRestore(backup)])
 np.savez(results + "/restarted.npz", *t.everything(restarted).values())
 """
@@ -88,22 +93,24 @@ def in_a_new_process(code, *arguments):
     assert done.returncode == 0, done.stderr[-3000:]
 
 
-def test_resuming_in_a_new_process_is_exact(tmp_path):
+@pytest.mark.parametrize("method", METHODS)
+def test_resuming_in_a_new_process_is_exact(method, tmp_path):
     keras.utils.set_random_seed(0)
-    straight = build()
+    straight = build(method)
     start = straight.get_weights()
     small.fit(straight, *data(), epochs=2 * EPOCHS)
-    assert straight.optimizer.factor_updates == 9
-    assert straight.optimizer.inverse_updates == 5
+    # The others' intervals grow from 1.
+    assert straight.optimizer.factor_updates == (9 if method == "kfac" else 18)
+    assert straight.optimizer.inverse_updates >= 5
     expected = everything(straight)
 
-    model = build()
+    model = build(method)
     model.set_weights(start)
     saver = SaveAt(EPOCHS - 1, tmp_path / "half.keras")
     backup = keras.callbacks.BackupAndRestore(str(tmp_path / "backup"))
     with pytest.raises(KeyboardInterrupt):
         small.fit(model, *data(), epochs=2 * EPOCHS, callbacks=[backup, saver, Interrupt(EPOCHS)])
-    in_a_new_process(RESUME, tmp_path / "half.keras", tmp_path / "backup", tmp_path)
+    in_a_new_process(RESUME, tmp_path / "half.keras", tmp_path / "backup", tmp_path, method)
 
     for kind in ("loaded", "restarted"):
         with np.load(tmp_path / f"{kind}.npz") as found:
