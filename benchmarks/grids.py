@@ -110,7 +110,10 @@ GRIDS = {
         "EigenAdam": ((0.9,), (0.003, 0.005, 0.0075, 0.01, 0.015, 0.02)),
     },
     "text": _TRANSFORMER,
-    "vit": _TRANSFORMER,
+    "vit": {
+        **_TRANSFORMER,
+        "Muon": {"learning_rate": (0.0005, 0.001, 0.002, 0.004), "weight_decay": (0.01, 0.1)},
+    },
     "deep_autoencoder": {
         "SGD": {"momentum": (0.9, 0.95), "learning_rate": (0.5, 1.0, 2.0, 4.0)},
         "Adam": {"momentum": (0.5, 0.9), "learning_rate": (0.0005, 0.001, 0.002, 0.004)},
