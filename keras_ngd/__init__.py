@@ -1,6 +1,6 @@
 """Natural-gradient training for any Keras model, through plain `compile` and `fit`."""
 
-from keras_ngd import analysis, callbacks, distributed, layers, schedules
+from keras_ngd import analysis, callbacks, distributed, fisher, layers, schedules
 from keras_ngd.capture import capture
 from keras_ngd.capturing import release, trainable_weights
 from keras_ngd.optimizers import EKFAC, KFAC, PAPER_SETTINGS, SKFAC, SNGD, THOR, EigenAdam, HyLo
@@ -23,6 +23,7 @@ __all__ = [
     "callbacks",
     "capture",
     "distributed",
+    "fisher",
     "layers",
     "release",
     "schedules",

@@ -141,6 +141,35 @@ def masked_weight(weight, mask, reduction):
     return apply_mask(weight, mask, "float32", reduction)
 
 
+def loss_function(loss):
+    """What a loss that Keras makes of a function calls, and its further arguments: `LossFunctionWrapper.fn`, `_fn_kwargs`.
+
+    None for other losses, and for those with a `call` of their own.
+    """
+    from keras.src.losses.losses import LossFunctionWrapper
+
+    call = getattr(type(loss), "call", None)
+    return (loss.fn, loss._fn_kwargs) if call is LossFunctionWrapper.call else None
+
+
+def logits_behind(probabilities, activation):
+    """The logits that TensorFlow's cross-entropies take in place of probabilities, or None: `_get_logits` of Keras's backend.
+
+    Args:
+        probabilities: what a loss is given.
+        activation: of which operation they may be the result, `"Softmax"` or `"Sigmoid"`.
+    """
+    from keras.src.backend.tensorflow.nn import _get_logits
+
+    found, are_logits = _get_logits(probabilities, False, activation, "")
+    return found if are_logits else None
+
+
+def set_logits(probabilities, logits):
+    """Has TensorFlow's cross-entropies take these logits in place of probabilities: `_keras_logits`."""
+    probabilities._keras_logits = logits
+
+
 def same_rank(values, weight):
     """Loss values and their weights, one of them with an axis of size one more or less: `squeeze_or_expand_to_same_rank`."""
     from keras.src.losses.loss import squeeze_or_expand_to_same_rank

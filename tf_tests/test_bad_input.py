@@ -40,7 +40,7 @@ from tf_tests.small import captured, compiled, fit, kfac, mlp, policy, regressio
         ("rest_learning_rate", [0, -0.1, float("inf"), True, "0.1"], "`rest_learning_rate` must be a positive float"),
         ("weight_sharing", ["sum", None, True], "`weight_sharing` must be one of .*'expand'"),
         ("losses_per_example", [0, -1, float("nan"), True, "3", None], "`losses_per_example` must be a number above 0"),
-        ("statistics_fraction", [0, -0.5, 1.01, True, "1", None], r"`statistics_fraction` must be in \(0, 1\]"),
+        ("statistics_fraction", [0, -0.5, 1.01, True, "1"], r"`statistics_fraction` must be in \(0, 1\]"),
         ("gradient_accumulation_steps", [2, 8], "KFAC does not support `gradient_accumulation_steps`"),
         ("communicator", ["mpi", None, 2], "`communicator` must be 'auto', 'horovod', 'local' or a"),
         (

@@ -217,6 +217,38 @@ def masked_weight():
     assert list(ops.convert_to_numpy(keras_private.masked_weight(weight, mask, "mean"))) == [6, 0]
 
 
+def loss_function():
+    loss = keras.losses.SparseCategoricalCrossentropy(from_logits=True, ignore_class=3)
+    function, arguments = keras_private.loss_function(loss)
+    assert function is keras.losses.sparse_categorical_crossentropy
+    assert arguments["from_logits"] is True
+    assert arguments["ignore_class"] == 3
+
+    class Other(keras.losses.MeanSquaredError):
+        def call(self, y_true, y_pred):
+            return 2 * super().call(y_true, y_pred)
+
+    assert keras_private.loss_function(Other()) is None
+    assert keras_private.loss_function(keras.losses.CosineSimilarity()) is not None
+
+
+def logits_behind():
+    if not TENSORFLOW:
+        return
+    logits = ops.convert_to_tensor([[1.0, 2.0]])
+    assert keras_private.logits_behind(keras.activations.softmax(logits), "Softmax") is logits
+    assert keras_private.logits_behind(ops.softmax(logits) * 1, "Softmax") is None
+
+
+def set_logits():
+    if not TENSORFLOW:
+        return
+    logits, probabilities = ops.convert_to_tensor([[1.0, 2.0]]), ops.convert_to_tensor([[0.5, 0.5]])
+    keras_private.set_logits(probabilities, logits)
+    loss = keras.losses.CategoricalCrossentropy()([[1.0, 0.0]], probabilities)
+    assert float(loss) == pytest.approx(float(np.log1p(np.e)), rel=1e-5)
+
+
 def same_rank():
     values, weight = keras_private.same_rank(ops.ones((2, 3)), ops.ones((2, 3, 1)))
     assert values.shape == weight.shape == (2, 3)

@@ -132,6 +132,8 @@ VALUES = {
     "weight_sharing": "reduce",
     "losses_per_example": 2.0,
     "statistics_fraction": 0.5,
+    "fisher": "sampled",
+    "likelihood": keras_ngd.fisher.Gaussian(curvature=3.0),
     "kl_clip": 0.01,
     "loss_clip": 0.5,
     "length_clip": 0.3,

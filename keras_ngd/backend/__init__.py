@@ -14,7 +14,12 @@ from keras_ngd.backend.devices import (
     on_tpu,
     serves_distributions,
 )
-from keras_ngd.backend.gradients import identity_with_gradient, of_known_shape
+from keras_ngd.backend.gradients import (
+    gradients_of,
+    identities_with_gradient,
+    identity_with_gradient,
+    of_known_shape,
+)
 from keras_ngd.backend.numerics import (
     cholesky,
     concatenated,
@@ -22,6 +27,7 @@ from keras_ngd.backend.numerics import (
     eigh,
     filter_gradient,
     itemsize,
+    looks_behind_probabilities,
     matmul,
     parts,
     rows_at,
@@ -71,13 +77,16 @@ __all__ = [
     "eigh",
     "factorizes_by_column",
     "filter_gradient",
+    "gradients_of",
     "graph",
     "has_strategies",
+    "identities_with_gradient",
     "identity_with_gradient",
     "is_sparse",
     "is_sparse_tensor",
     "itemsize",
     "concatenated",
+    "looks_behind_probabilities",
     "makes_variables",
     "matmul",
     "name",

@@ -42,6 +42,68 @@ def _tensorflow_identity(gradient, s, arguments):
     return result
 
 
+def identities_with_gradient(gradient):
+    """The function `(tensors, *arguments) -> tensors`, of a list of tensors, whose derivative is `gradient`.
+
+    Args:
+        gradient: takes the list of the gradients of all results and `*arguments`, and returns the list of the gradients of the
+            tensors and those of the arguments, None for zeros. As for `identity_with_gradient`, it is not to hold tensors.
+    """
+    if name() == "tensorflow":
+        return lambda tensors, *arguments: _tensorflow_identities(gradient, tensors, arguments)
+    import jax
+
+    @jax.custom_vjp
+    def identities(tensors, *arguments):
+        return tensors
+
+    def backward(arguments, ds):
+        return tuple(gradient(ds, *arguments))
+
+    identities.defvjp(lambda tensors, *arguments: (tensors, arguments), backward)
+    return identities
+
+
+def _tensorflow_identities(gradient, tensors, arguments):
+    import tensorflow as tf
+    from tensorflow.python.eager import record
+
+    count = len(tensors)
+
+    def of_all(ds, arguments):
+        first, *others = gradient(list(ds), *arguments)
+        return [*first, *others]
+
+    tensors, arguments = ([tf.convert_to_tensor(t) for t in those] for those in (tensors, arguments))
+    with record.stop_recording():
+        if tf.executing_eagerly():
+            results = [tf.identity(t) for t in tensors]
+        else:
+            results = tf.identity_n([*tensors, *arguments])[:count]
+            results[0].op._gradient_function = lambda operation, *ds: of_all(ds[:count], operation.inputs[count:])
+    record.record_operation(
+        "IdentitiesWithGradient", results, [*tensors, *arguments], lambda *ds: of_all(ds, arguments)
+    )
+    return results
+
+
+def gradients_of(function, tensors, upstream):
+    """The gradients of `function(*tensors)` with respect to all of these, where that of what it gives is `upstream`: a list.
+
+    What the function computes on the way is computed again where that is needed for them, and nowhere else once it is compiled.
+    """
+    if name() == "tensorflow":
+        import tensorflow as tf
+
+        with tf.GradientTape() as tape:
+            tape.watch(tensors)
+            result = function(*tensors)
+        return tape.gradient(result, tensors, upstream, unconnected_gradients=tf.UnconnectedGradients.ZERO)
+    import jax
+
+    return list(jax.vjp(function, *tensors)[1](upstream))
+
+
 def of_known_shape(gradient, shape):
     """A gradient whose static shape is its variable's; None and sparse ones as they are.
 

@@ -126,6 +126,11 @@ def filter_gradient(inputs, upstream, kernel_size):
     )
 
 
+def looks_behind_probabilities():
+    """Whether a cross-entropy of probabilities takes the logits that these were made of where it sees them, as TensorFlow's."""
+    return name() == "tensorflow"
+
+
 def uniform(shape, seed, dtype):
     """Uniform random numbers in (0, 1), the same whenever they are drawn with the same seed.
 

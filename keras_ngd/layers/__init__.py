@@ -10,6 +10,7 @@ from keras_ngd.layers.depthwise_convolution import DepthwiseConv1D, DepthwiseCon
 from keras_ngd.layers.einsum_dense import EinsumDense
 from keras_ngd.layers.embedding import Embedding, ReversibleEmbedding
 from keras_ngd.layers.geometry import Geometry, MatrixGeometry, Structure
+from keras_ngd.layers.learning import learned, of_lookups
 from keras_ngd.layers.normalization import (
     BatchNormalization,
     GroupNormalization,
@@ -61,6 +62,8 @@ __all__ = [
     "SeparableConv2D",
     "Structure",
     "keeps_call",
+    "learned",
+    "of_lookups",
     "RNN",
     "SimpleRNN",
     "SimpleRNNCell",

@@ -11,6 +11,7 @@ from keras_ngd import keras_private
 from keras_ngd.layers.captured import Captured, Part, register_kind
 from keras_ngd.layers.contract import gives
 from keras_ngd.layers.geometry import CHOSEN_ROWS, MatrixGeometry, gram
+from keras_ngd.layers.learning import learned
 from keras_ngd.layers.probe import probe
 from keras_ngd.linalg import diagonal, patch_blocks, patches
 from keras_ngd.typing import Parts, Shape, Tensor
@@ -156,14 +157,16 @@ class CapturedConvolution(Captured):
     def call(self, inputs: Tensor) -> Tensor:
         if self.statistics is None:
             return super().call(inputs)
-        x = self._convolve(inputs)
-        if self.use_bias:
-            x = add_bias(x, self.bias, self.data_format)
+        x = learned(self._pre_activation, inputs, [self.kernel, self.bias], self.statistics)
         x = probe(x, inputs, self.statistics.geometry, self.statistics)
         return x if self.activation is None else self.activation(x)
 
-    def _convolve(self, inputs: Tensor) -> Tensor:
-        return self.convolution_op(inputs, self.kernel)
+    def _pre_activation(self, inputs: Tensor, kernel: Tensor, *bias: Tensor) -> Tensor:
+        x = self._convolve(inputs, kernel)
+        return add_bias(x, bias[0], self.data_format) if bias else x
+
+    def _convolve(self, inputs: Tensor, kernel: Tensor) -> Tensor:
+        return self.convolution_op(inputs, kernel)
 
 
 @register_kind
@@ -173,12 +176,12 @@ class Conv1D(CapturedConvolution, keras.layers.Conv1D):
 
     plain = keras.layers.Conv1D
 
-    def _convolve(self, inputs: Tensor) -> Tensor:
+    def _convolve(self, inputs: Tensor, kernel: Tensor) -> Tensor:
         if self.padding != "causal":
-            return self.convolution_op(inputs, self.kernel)
+            return self.convolution_op(inputs, kernel)
         return ops.conv(
             ops.pad(inputs, keras_private.causal_padding(self)),
-            self.kernel,
+            kernel,
             strides=list(self.strides),
             padding="valid",
             dilation_rate=self.dilation_rate,

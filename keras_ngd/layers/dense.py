@@ -6,6 +6,7 @@ from keras import ops
 from keras_ngd import keras_private
 from keras_ngd.layers.captured import Captured, Part, register_kind
 from keras_ngd.layers.geometry import MatrixGeometry, by_position
+from keras_ngd.layers.learning import learned
 from keras_ngd.layers.probe import probe
 from keras_ngd.typing import Tensor
 
@@ -24,6 +25,11 @@ class DenseGeometry(MatrixGeometry):
 
     def gradient_rows(self, ds: Tensor) -> Tensor:
         return by_position(ds, self.output_dim)
+
+
+def _affine(x: Tensor, kernel: Tensor, *bias: Tensor) -> Tensor:
+    x = ops.matmul(x, kernel)
+    return ops.add(x, bias[0]) if bias else x
 
 
 @register_kind
@@ -46,8 +52,6 @@ class Dense(Captured, keras.layers.Dense):
     def call(self, inputs: Tensor, training: bool | None = None) -> Tensor:
         if self.statistics is None:
             return super().call(inputs, training=training)
-        x = ops.matmul(inputs, self.kernel)
-        if self.bias is not None:
-            x = ops.add(x, self.bias)
+        x = learned(_affine, inputs, [self.kernel, self.bias], self.statistics)
         x = probe(x, inputs, self.statistics.geometry, self.statistics, keras_private.mask_of(inputs))
         return x if self.activation is None else self.activation(x)

@@ -8,9 +8,10 @@ from keras import ops
 
 from keras_ngd.layers.captured import Captured, Part, register_kind
 from keras_ngd.layers.convolution import ConvolutionGeometry, add_bias
+from keras_ngd.layers.learning import learned
 from keras_ngd.layers.probe import probe
 from keras_ngd.linalg import channel_patches, diagonal, patches
-from keras_ngd.typing import Parts, Tensor, Variable
+from keras_ngd.typing import Parts, Tensor
 
 
 class DepthwiseGeometry(ConvolutionGeometry):
@@ -69,7 +70,7 @@ class DepthwiseGeometry(ConvolutionGeometry):
         return [ops.expand_dims(self.gradient_second_moment(ds), 1)]
 
 
-def depthwise(layer: Any, inputs: Tensor, kernel: Variable) -> Tensor:
+def depthwise(layer: Any, inputs: Tensor, kernel: Tensor) -> Tensor:
     """The depthwise convolution of a layer, with its strides, padding and so on, by this kernel of it."""
     return ops.depthwise_conv(
         inputs,
@@ -93,11 +94,13 @@ class CapturedDepthwise(Captured):
     def call(self, inputs: Tensor) -> Tensor:
         if self.statistics is None:
             return super().call(inputs)
-        x = depthwise(self, inputs, self.kernel)
-        if self.use_bias:
-            x = add_bias(x, self.bias, self.data_format)
+        x = learned(self._pre_activation, inputs, [self.kernel, self.bias], self.statistics)
         x = probe(x, inputs, self.statistics.geometry, self.statistics)
         return x if self.activation is None else self.activation(x)
+
+    def _pre_activation(self, inputs: Tensor, kernel: Tensor, *bias: Tensor) -> Tensor:
+        x = depthwise(self, inputs, kernel)
+        return add_bias(x, bias[0], self.data_format) if bias else x
 
 
 @register_kind

@@ -1,5 +1,6 @@
 """`keras.layers.EinsumDense` with a probe on its pre-activation; attention layers consist of them."""
 
+import functools
 import math
 from typing import Any
 
@@ -9,6 +10,7 @@ from keras import ops
 from keras_ngd import keras_private
 from keras_ngd.layers.captured import Captured, Part, register_kind
 from keras_ngd.layers.geometry import MatrixGeometry
+from keras_ngd.layers.learning import learned
 from keras_ngd.layers.probe import probe
 from keras_ngd.typing import Shape, Tensor
 
@@ -158,6 +160,11 @@ def _axes(letters: str, rank: int) -> dict[str, list[int]]:
     return axes
 
 
+def _affine(equation: str, x: Tensor, kernel: Tensor, *bias: Tensor) -> Tensor:
+    x = ops.einsum(equation, x, kernel)
+    return ops.add(x, bias[0]) if bias else x
+
+
 @register_kind
 @keras.saving.register_keras_serializable("keras_ngd")
 class EinsumDense(Captured, keras.layers.EinsumDense):
@@ -178,9 +185,7 @@ class EinsumDense(Captured, keras.layers.EinsumDense):
     def call(self, inputs: Tensor, training: bool | None = None) -> Tensor:
         if self.statistics is None:
             return super().call(inputs, training=training)
-        x = ops.einsum(self.equation, inputs, self.kernel)
-        if self.bias is not None:
-            x = ops.add(x, self.bias)
+        x = learned(functools.partial(_affine, self.equation), inputs, [self.kernel, self.bias], self.statistics)
         geometry: Any = self.statistics.geometry
         weights = geometry.row_weights(keras_private.mask_of(inputs), len(inputs.shape))
         x = probe(x, inputs, geometry, self.statistics, weights)

@@ -9,6 +9,7 @@ from keras import ops
 from keras_ngd import keras_private
 from keras_ngd.layers.captured import Captured, Part, register_kind
 from keras_ngd.layers.geometry import FactoredGeometry, Structure, by_position, flat, visible
+from keras_ngd.layers.learning import learned, of_lookups
 from keras_ngd.layers.probe import probe
 from keras_ngd.linalg import diagonal
 from keras_ngd.typing import Parts, Tensor
@@ -101,6 +102,7 @@ class Embedding(Captured, keras.layers.Embedding):
         # Numbers that the loss could be differentiated by, which a probe asks of its inputs.
         numbers = ops.cast(inputs, "float32")
         weights = ops.not_equal(inputs, 0) if self.mask_zero else None
+        results = of_lookups(results, self.statistics)
         return probe(results, numbers, self.statistics.geometry, self.statistics, weights)
 
 
@@ -135,8 +137,8 @@ class ReversibleEmbedding(Embedding, keras.layers.ReversibleEmbedding):
         kernel = ops.transpose(self.embeddings) if self.tie_weights else self.reverse_embeddings
         if self.reverse_dtype is not None:
             inputs, kernel = ops.cast(inputs, self.reverse_dtype), ops.cast(kernel, self.reverse_dtype)
-        logits = ops.matmul(inputs, kernel)
         statistics = self.statistics if self.tie_weights else self.reverse_statistics
+        logits = learned(ops.matmul, inputs, [kernel], statistics)
         geometry = ProjectionGeometry(self.input_dim, self.output_dim, transposed=not self.tie_weights)
         logits = probe(logits, inputs, geometry, statistics, keras_private.mask_of(inputs))
         if self.logit_soft_cap is not None:

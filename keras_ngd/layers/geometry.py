@@ -55,6 +55,10 @@ class Geometry(abc.ABC):
         # Not the class's name: one that was corrected, in a notebook, is another.
         return (type(self), *sorted((k, str(v)) for k, v in vars(self).items()))
 
+    def divisible(self, x: Tensor, weights: Tensor | None) -> "tuple[Geometry, Tensor, Tensor | None]":
+        """A geometry, an input and weights of the same batch that may be divided into parts. Default: these themselves."""
+        return self, x, weights
+
     @gives(axes("groups", "input_dim", "output_dim"))
     @abc.abstractmethod
     def to_matrix(self, parameters: Sequence[Tensor]) -> Tensor:

@@ -1,15 +1,17 @@
 """Keras's normalisation layers with a probe on what comes out: the scale and the offset of each feature."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import keras
 from keras import ops
 
+from keras_ngd import keras_private
 from keras_ngd.layers.captured import Captured, Part, register_kind
 from keras_ngd.layers.contract import axes, gives
 from keras_ngd.layers.geometry import Geometry, Structure
+from keras_ngd.layers.learning import learned
 from keras_ngd.layers.probe import probe
 from keras_ngd.typing import Shape, Tensor
 
@@ -88,6 +90,10 @@ class BatchGeometry(ScaleGeometry):
             visible = ops.broadcast_to(ops.expand_dims(ops.not_equal(weights, 0), -1), ops.shape(x))
         centred = x - _mean(x, axes, visible)
         return centred * ops.rsqrt(_mean(ops.square(centred), axes, visible) + self.epsilon)
+
+    def divisible(self, x: Tensor, weights: Tensor | None) -> tuple[Geometry, Tensor, Tensor | None]:
+        x = ops.cast(x, keras.backend.result_type(x.dtype, "float32"))
+        return self.of_normalized(), self.normalized(x, weights), None
 
     def of_normalized(self) -> ScaleGeometry:
         """The same of inputs that are normalized already."""
@@ -209,7 +215,30 @@ class CapturedNormalization(Captured):
     def _probed(self, outputs: Tensor, inputs: Tensor) -> Tensor:
         if self.statistics is None:
             return outputs
+        outputs = self._learned(self._recomputed, outputs, inputs)
         return probe(outputs, inputs, self.statistics.geometry, self.statistics)
+
+    def _learned(
+        self, function: Callable[..., Tensor], outputs: Tensor, inputs: Tensor, constants: Sequence[Tensor] = ()
+    ) -> Tensor:
+        """Outputs that were computed of the inputs and these further tensors, as the method `function` computes them again."""
+        statistics: Any = self.statistics
+        moments = [v for v in keras_private.own_weights(self) if all(v is not p for p in statistics.parameters())]
+        constants = [*map(ops.convert_to_tensor, moments), *constants]
+        return learned(function, inputs, statistics.parameters(), statistics, constants, outputs, self.examples_alone)
+
+    # Whether each example is normalized by itself.
+    examples_alone = True
+
+    def _recomputed(self, inputs: Tensor, *tensors: Tensor, **arguments: Any) -> Tensor:
+        """What the plain layer computes of the inputs, and of tensors in the place of its parameters and its other weights."""
+        statistics: Any = self.statistics
+        parameters = statistics.parameters()
+        others = [v for v in keras_private.own_weights(self) if all(v is not p for p in parameters)]
+        variables = [*parameters, *others]
+        # What is assigned to moving averages in it goes nowhere.
+        with keras.StatelessScope(list(zip(variables, tensors, strict=False))):
+            return self.plain.call(self, inputs, **arguments)
 
 
 @register_kind
@@ -241,11 +270,23 @@ class BatchNormalization(CapturedNormalization, keras.layers.BatchNormalization)
         outputs = super().call(inputs, training=training, mask=mask)
         if self.statistics is None:
             return outputs
+        again = self._in_training if training else self._by_averages
+        outputs = self._learned(again, outputs, inputs, [] if mask is None else [ops.cast(mask, "float32")])
         geometry: Any = self.statistics.geometry
         if training and self.trainable:
             return probe(outputs, inputs, geometry, self.statistics, mask)
         normalized = self._normalized(inputs, self.statistics.averages[0].dtype)
         return probe(outputs, normalized, geometry.of_normalized(), self.statistics)
+
+    examples_alone = False
+
+    def _in_training(self, inputs: Tensor, *tensors: Tensor) -> Tensor:
+        count = len(keras_private.own_weights(self))
+        mask = ops.cast(tensors[count], "bool") if len(tensors) > count else None
+        return self._recomputed(inputs, *tensors[:count], training=True, mask=mask)
+
+    def _by_averages(self, inputs: Tensor, *tensors: Tensor) -> Tensor:
+        return self._recomputed(inputs, *tensors, training=False)
 
     def _normalized(self, inputs: Tensor, dtype: str) -> Tensor:
         """The inputs normalized by the moving averages."""

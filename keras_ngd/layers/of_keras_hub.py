@@ -8,6 +8,7 @@ from keras import ops
 
 from keras_ngd.layers.captured import Captured, Part, keeps_call, register_kind
 from keras_ngd.layers.embedding import LookupGeometry
+from keras_ngd.layers.learning import of_lookups
 from keras_ngd.layers.probe import probe
 from keras_ngd.typing import Tensor
 
@@ -36,4 +37,5 @@ class PositionEmbedding(Captured, keras_hub.layers.PositionEmbedding):
         if positions is None:
             positions = ops.arange(ops.shape(inputs)[-2]) + start_index
         positions = ops.broadcast_to(ops.cast(positions, "float32"), ops.shape(inputs)[:-1])
+        results = of_lookups(results, self.statistics)
         return probe(results, positions, self.statistics.geometry, self.statistics)

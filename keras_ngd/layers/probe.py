@@ -16,6 +16,7 @@ from keras_ngd import backend
 from keras_ngd.backend import surroundings
 from keras_ngd.layers.contract import of_layer
 from keras_ngd.layers.geometry import Geometry
+from keras_ngd.layers.learning import check_learning
 from keras_ngd.typing import Tensor
 
 if TYPE_CHECKING:
@@ -44,15 +45,17 @@ def probe(
         )
     if not statistics.trainable:
         return s
+    check_learning(statistics)
     statistics.called(s if x is None else x)
     call = surroundings.around()
     # TensorFlow vectorizes the probe away, gradient and all.
     statistics.vectorized = _refusal(statistics, "ops.vectorized_map") if surroundings.VECTORIZED in call else None
     inputs = [] if x is None else [ops.stop_gradient(x)]
     observed = inputs if weights is None else [*inputs, ops.cast(weights, s.dtype if x is None else x.dtype)]
-    # The loss arrives elsewhere, and nothing comes from here.
+    # The loss arrives elsewhere, and nothing comes from here; nor does anything for what says whether labels are drawn.
+    without = (statistics.loss, statistics.label_draw)
     others = statistics.read_loss()
-    state = [ops.convert_to_tensor(v) for v in statistics.trainable_variables if v is not statistics.loss]
+    state = [ops.convert_to_tensor(v) for v in statistics.trainable_variables if all(v is not w for w in without)]
     # Graphs and traces keep no model alive.
     reference, arriving = weakref.ref(statistics), x is None
 

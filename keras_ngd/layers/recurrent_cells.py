@@ -146,7 +146,8 @@ class GRUCell(RecurrentCell, keras.layers.GRUCell):
         """The update gate and the candidate's pre-activation, where the state's products are reset."""
         of_inputs, of_state = slots["statistics"].product(x), slots["recurrent_statistics"].product(h)
         if self.use_bias:
-            of_inputs, of_state = ops.add(of_inputs, self.bias[0]), ops.add(of_state, self.bias[1])
+            of_inputs = slots["statistics"].learned(ops.add, of_inputs, self.bias[0])
+            of_state = slots["recurrent_statistics"].learned(ops.add, of_state, self.bias[1])
         (x_z, x_r, x_h), (h_z, h_r, h_h) = ops.split(of_inputs, 3, axis=-1), ops.split(of_state, 3, axis=-1)
         return self.recurrent_activation(x_z + h_z), x_h + self.recurrent_activation(x_r + h_r) * h_h
 

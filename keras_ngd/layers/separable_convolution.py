@@ -6,6 +6,7 @@ from keras import ops
 from keras_ngd.layers.captured import Captured, Part, register_kind
 from keras_ngd.layers.convolution import ConvolutionGeometry, add_bias
 from keras_ngd.layers.depthwise_convolution import DepthwiseGeometry, depthwise
+from keras_ngd.layers.learning import learned
 from keras_ngd.layers.probe import probe
 from keras_ngd.typing import Tensor
 
@@ -33,13 +34,18 @@ class CapturedSeparable(Captured):
     def call(self, inputs: Tensor) -> Tensor:
         if self.statistics is None:
             return super().call(inputs)
-        between = depthwise(self, inputs, self.depthwise_kernel)
+        between = learned(self._depthwise, inputs, [self.depthwise_kernel], self.statistics)
         between = probe(between, inputs, self.statistics.geometry, self.statistics)
-        x = ops.conv(between, self.pointwise_kernel, strides=1, padding="valid", data_format=self.data_format)
-        if self.use_bias:
-            x = add_bias(x, self.bias, self.data_format)
+        x = learned(self._pointwise, between, [self.pointwise_kernel, self.bias], self.pointwise_statistics)
         x = probe(x, between, self.pointwise_statistics.geometry, self.pointwise_statistics)
         return x if self.activation is None else self.activation(x)
+
+    def _depthwise(self, inputs: Tensor, kernel: Tensor) -> Tensor:
+        return depthwise(self, inputs, kernel)
+
+    def _pointwise(self, between: Tensor, kernel: Tensor, *bias: Tensor) -> Tensor:
+        x = ops.conv(between, kernel, strides=1, padding="valid", data_format=self.data_format)
+        return add_bias(x, bias[0], self.data_format) if bias else x
 
 
 @register_kind

@@ -8,13 +8,14 @@ of all rows rather than a sum that the loop takes along from step to step.
 """
 
 import weakref
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
 from keras import ops
 
 from keras_ngd import backend
 from keras_ngd.layers.geometry import MatrixGeometry, by_position, flat
+from keras_ngd.layers.learning import learned, learned_of_rows
 from keras_ngd.layers.probe import probe, second_derivative
 from keras_ngd.typing import Shape, Tensor
 
@@ -92,12 +93,10 @@ class Slots:
         zeros = ops.zeros((*shape, outputs + geometry.groups * geometry.width), dtype=dtype)
         parameters = [ops.cast(ops.convert_to_tensor(v), dtype) for v in statistics.parameters()]
 
-        def gradient(ds: Tensor, *parameters: Tensor) -> tuple[Tensor, ...]:
-            matrix = geometry.gradient_of_matrix(ds[..., outputs:], ds[..., :outputs])
-            return ds, *geometry.from_matrix(matrix)
+        def of_rows(rows: Tensor) -> list[Tensor]:
+            return geometry.from_matrix(geometry.gradient_of_matrix(rows[..., outputs:], rows[..., :outputs]))
 
-        probed = probe(zeros, None, geometry, statistics, mask)
-        slots = backend.identity_with_gradient(gradient)(probed, *parameters)
+        slots = learned_of_rows(of_rows, lambda: probe(zeros, None, geometry, statistics, mask), parameters, statistics)
         # One number depends on the variables as well as all do.
         depends = slots[(slice(0, 1),) * (len(shape) + 1)]
         stacked = [ops.stop_gradient(t) for t in geometry.stacked(parameters)]
@@ -106,6 +105,10 @@ class Slots:
     def at(self, tensor: Tensor) -> "Slots":
         """The same of one step, whose part of the slots this is."""
         return Slots(tensor, self._common)
+
+    def learned(self, function: Callable[..., Tensor], x: Tensor, parameter: Tensor) -> Tensor:
+        """`layers.learning.learned` of a parameter beside the matrix."""
+        return learned(function, x, [parameter], self._common[-1]())
 
     def product(self, inputs: Sequence[Tensor], first: int = 0) -> Tensor:
         """The matrix, its bias included, times the inputs of a step: `[examples, n * output_dim]`.

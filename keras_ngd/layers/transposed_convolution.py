@@ -11,6 +11,7 @@ from keras_ngd.layers.captured import Captured, Part, register_kind
 from keras_ngd.layers.contract import gives
 from keras_ngd.layers.convolution import add_bias
 from keras_ngd.layers.geometry import CHOSEN_ROWS, MatrixGeometry, by_position
+from keras_ngd.layers.learning import learned
 from keras_ngd.layers.probe import probe
 from keras_ngd.linalg import patches
 from keras_ngd.typing import Shape, Tensor
@@ -144,19 +145,25 @@ class CapturedTransposed(Captured):
     def call(self, inputs: Tensor) -> Tensor:
         if self.statistics is None:
             return super().call(inputs)
-        x = ops.conv_transpose(
+        x = learned(self._transposed, inputs, [self.kernel], self.statistics)
+        x = probe(x, inputs, self.statistics.geometry, self.statistics)
+        if self.use_bias:
+            x = learned(self._with_bias, x, [self.bias], self.statistics)
+        return x if self.activation is None else self.activation(x)
+
+    def _transposed(self, inputs: Tensor, kernel: Tensor) -> Tensor:
+        return ops.conv_transpose(
             inputs,
-            self.kernel,
+            kernel,
             strides=list(self.strides),
             padding=self.padding,
             output_padding=self.output_padding,
             dilation_rate=self.dilation_rate,
             data_format=self.data_format,
         )
-        x = probe(x, inputs, self.statistics.geometry, self.statistics)
-        if self.use_bias:
-            x = add_bias(x, self.bias, self.data_format)
-        return x if self.activation is None else self.activation(x)
+
+    def _with_bias(self, x: Tensor, bias: Tensor) -> Tensor:
+        return add_bias(x, bias, self.data_format)
 
 
 @register_kind

@@ -32,7 +32,15 @@ SHARED = {
     "losses_per_example": "number of loss values an example contributes to the mean, such as the positions that a loss is "
     'averaged over. Default `"auto"`: read from the compiled loss, its reduction, masks and weights (attribute `loss_ratio`); 1 '
     "in training without one.",
-    "statistics_fraction": "in (0, 1]: the share of each batch the factors are estimated from. Default 1.",
+    "fisher": "whose gradients the statistics are of. `'empirical'` (default): those of the data's labels; their squares vanish "
+    "as the loss does, and are not its curvature. `'sampled'`: those of labels that are drawn from the model's own predictions, "
+    "whose mean square is the Gauss-Newton matrix, the loss's curvature, so that a damping is in the units of the loss. In steps "
+    "that record, the first examples of the batch have their labels drawn, and captured layers learn from the others.",
+    "likelihood": 'what labels are drawn from with `fisher="sampled"`, where the loss is one of your own: `"categorical"`, '
+    '`"bernoulli"`, `"gaussian"` or a `keras_ngd.fisher.Likelihood`; a dict of these by output, or a list by loss. Default None: '
+    "read from the loss that the model is compiled with.",
+    "statistics_fraction": "in (0, 1]: the share of each batch the statistics are of; with `fisher='sampled'` that whose labels "
+    "are drawn. Methods on rows take it with that alone. Default None: 1, and 0.25 with `fisher='sampled'`.",
     "length_clip": "positive float, or None for none: bound on the squared length of a step in the metric that preconditions it, "
     "over the loss and the square of the largest learning rate so far: `nu = min(1, largest_rate / learning_rate "
     'sqrt(length_clip loss / <P, V>))`, for each layer and for all. Default `"auto"`: 0.4 for KFAC and THOR, None for others '
@@ -46,7 +54,7 @@ SHARED = {
     "fisher_scale": '`"loss"`: the Fisher matrix is divided by the loss (its running average), so that steps do not depend on '
     "the loss's units. The empirical Fisher matrix is a square of gradients: it falls with the square of the residuals, the "
     "loss's curvature does not. Of squared errors the quotient is the Gauss-Newton matrix, up to a constant. None: the empirical "
-    'Fisher matrix itself. Default `"loss"`.',
+    'Fisher matrix itself. Default `"auto"`: `"loss"`, and None with `fisher="sampled"`.',
     "interval_growth": "positive float or None. An interval given as an int is at most this share of the steps so far, and at "
     "least 1: what a network is like changes fastest in its first steps. None: the interval itself from the first step on. "
     "Default 0.1.",
@@ -71,6 +79,7 @@ SHARED = {
     "`keras_ngd.callbacks.GatherStatistics` on all workers.",
     "shard_state": "whether each device of the active `keras.distribution` (JAX) keeps and inverts a part of the statistics and "
     "inverses, in place of all of them. Default False.",
+    "seed": 'int in [0, 2**12), of the labels that are drawn with `fisher="sampled"`. Default 0.',
     "not_captured": "how many kernels (trainable variables of two or more axes) `capture` left out. Written by `capture` and "
     "saved, so that the optimizer of a loaded model knows. Default None.",
     # Of Keras's SGD. What it clips is the preconditioned gradient.

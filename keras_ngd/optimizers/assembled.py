@@ -12,6 +12,7 @@ from keras import ops
 from keras_ngd import schedules, sharding
 from keras_ngd.curvature import Curvature
 from keras_ngd.distributed.communicator import Communicator
+from keras_ngd.fisher import likelihoods
 from keras_ngd.layers.geometry import Geometry
 from keras_ngd.optimizers import checks, coverage
 from keras_ngd.optimizers.approximations import Approximation
@@ -25,6 +26,7 @@ from keras_ngd.optimizers.compiled_metrics import make_outside_of_traces
 from keras_ngd.optimizers.counters import Count, Counters
 from keras_ngd.optimizers.damping_unit import DampingUnit
 from keras_ngd.optimizers.exchange import Exchange
+from keras_ngd.optimizers.label_sampling import LabelSampling, check_fisher
 from keras_ngd.optimizers.loss_ratio import LossRatio
 from keras_ngd.optimizers.loss_value import LossCarrier, MeanLoss
 from keras_ngd.optimizers.method import Method
@@ -67,7 +69,10 @@ class AssembledOptimizer(Method, OverwritingSGD):
         kl_clip: float | None = None,
         loss_clip: float | str | None = "auto",
         length_clip: float | str | None = "auto",
-        fisher_scale: str | None = "loss",
+        fisher: str = "empirical",
+        likelihood: Any = None,
+        statistics_fraction: float | None = None,
+        fisher_scale: str | None = "auto",
         interval_growth: float | None = 0.1,
         rest: str = "adam",
         rest_learning_rate: DampingLike | None = None,
@@ -75,12 +80,15 @@ class AssembledOptimizer(Method, OverwritingSGD):
         gradient_worker_fraction: float = 1.0,
         reduce_scatter: bool = False,
         shard_state: bool = False,
+        seed: int = 0,
         not_captured: Any = None,
         **kwargs: Any,
     ) -> None:
         checks.check_own_arguments(type(self).__name__, factor_decay, kwargs)
         clips = Clips(length_clip, loss_clip, kl_clip).settled(self.default_clip)
         check_fisher_scale(fisher_scale)
+        likelihood, fraction, fisher_scale = check_fisher(fisher, likelihood, statistics_fraction, fisher_scale)
+        seed = schedules.check_seed("seed", seed)
         if interval_growth is not None:
             interval_growth = schedules.check_positive_number("interval_growth", interval_growth)
         rest, rest_learning_rate = checked_rest(rest, rest_learning_rate)
@@ -91,7 +99,8 @@ class AssembledOptimizer(Method, OverwritingSGD):
         super().__init__(learning_rate=learning_rate, momentum=momentum, **kwargs)
         self.damping, self.factor_decay = damping, float(factor_decay)
         self.length_clip, self.loss_clip, self.kl_clip = clips
-        self.fisher_scale = fisher_scale
+        self.fisher, self.likelihood, self.statistics_fraction = fisher, likelihood, fraction
+        self.fisher_scale, self.seed = fisher_scale, seed
         self.factor_interval, self.inverse_interval = factor_interval, inverse_interval
         self.interval_growth = interval_growth
         self.rest, self.rest_learning_rate = rest, rest_learning_rate
@@ -100,6 +109,7 @@ class AssembledOptimizer(Method, OverwritingSGD):
         self.layout = Layout()
         self._model: weakref.ref[keras.Model] | None = None
         self.exchange, self.checkpoint = Exchange(self), StrictCheckpoint(self)
+        self.labels = LabelSampling(self)
         self.loss_carrier, self.ratio = LossCarrier(), LossRatio(self)
         self.state = StateLayout(self.add_variable, shard_state)
         self._notices = Notices(self.name)
@@ -127,15 +137,21 @@ class AssembledOptimizer(Method, OverwritingSGD):
 
     def new_statistics(self, layer: keras.layers.Layer, geometry: Geometry) -> Statistics:
         """What the approximation of a geometry's structure records of a layer, told where it is to lie."""
+        self.labels.check_losses()
         statistics = self.approximation_of(geometry).make_statistics(layer)
-        statistics.shard_state = self.shard_state
+        statistics.shard_state, statistics.sampled_fraction = self.shard_state, self.labels.fraction
         return statistics
 
     def called(self, statistics: Statistics, x: Tensor) -> None:
         """Told that a captured layer is called with `x`, before its statistics' weights are looked at."""
         model = self.captured_model()
+        self.labels.called(statistics, x)
         self.ratio.listen(model)
         make_outside_of_traces(model)
+
+    def labels_are_drawn(self) -> bool:
+        """Whether labels are drawn, where it is time to, for the loss whose derivative is taken here."""
+        return self.labels.drawn()
 
     def approximation_of(self, geometry: Geometry) -> Approximation:
         """How blocks of this geometry are approximated."""
@@ -157,6 +173,11 @@ class AssembledOptimizer(Method, OverwritingSGD):
     def losses_in_statistics(self) -> float:
         """The argument `losses_per_example` of this optimizer's statistics."""
         return 1 if isinstance(self.losses_per_example, str) else self.losses_per_example
+
+    @property
+    def fraction_in_statistics(self) -> float:
+        """The argument `statistics_fraction` of this optimizer's statistics."""
+        return self.statistics_fraction if self.labels.fraction is None else 1.0
 
     def scale_loss(self, loss: Tensor) -> Tensor:
         """The loss that is to be differentiated, as every Keras trainer asks for it; its value travels along.
@@ -210,6 +231,10 @@ class AssembledOptimizer(Method, OverwritingSGD):
         "counters", "How many updates left layers out: the training step had changed what arrived."
     )
     skipped_steps = Count("counters", "How many steps took a zero gradient because some gradient was not finite.")
+    unsampled_updates = Count(
+        "counters",
+        "How many updates of the statistics were of a batch of one, for which no labels are drawn: `fisher='sampled'`.",
+    )
     factor_updates = Count("counters", "How many batches have entered the statistics' averages.")
     inverse_updates = Count("counters", "How often the inverses were refreshed.")
     clipped_steps = Count("bound", "How many steps a clip has shortened.")
@@ -276,6 +301,10 @@ class AssembledOptimizer(Method, OverwritingSGD):
             config[name] = getattr(self, name)
         if self.gradient_worker_fraction != 1:
             config["gradient_worker_fraction"] = self.gradient_worker_fraction
+        if self.fisher != "empirical":
+            config |= {"fisher": self.fisher, "statistics_fraction": self.statistics_fraction, "seed": self.seed}
+        if self.likelihood is not None:
+            config["likelihood"] = likelihoods.serialized(self.likelihood)
         config |= {name: True for name in ("reduce_scatter", "shard_state") if getattr(self, name)}
         if isinstance(self.communicator, str) and self.communicator != "auto":
             config["communicator"] = self.communicator

@@ -46,20 +46,25 @@ class Capacity(Base):
     def capacity(self) -> int:
         """How many examples of a worker there is room for; of a larger batch the leading ones are recorded."""
         if self.batch_size is not None:
-            return self._share(self.batch_size)
-        return self._found_capacity or DEFAULT_CAPACITY
+            return self._room(self._share(self.batch_size))
+        return self._found_capacity or self._room(DEFAULT_CAPACITY)
 
     @property
     def strict(self) -> bool:
         """Whether larger batches are an error."""
         return self.batch_size is not None
 
+    def _room(self, examples: int) -> int:
+        """How many of a batch's examples are recorded."""
+        fraction = self.labels.fraction
+        return examples if fraction is None else max(int(examples * fraction), 1)
+
     def _share(self, batch_size: int) -> int:
         return math.ceil(batch_size * self.exchange.communicator.batch_share - 1e-6)
 
     def start_capacity(self, batch_size: int | None) -> None:
         """Starts with what data or the model say about the size of all workers' batch, or with None."""
-        self._found_capacity = None if batch_size is None else self._share(batch_size)
+        self._found_capacity = None if batch_size is None else self._room(self._share(batch_size))
         self._shrinks, self._seen, self._first = batch_size is None, None, None
 
     def called(self, statistics: Statistics, x: Tensor) -> None:
@@ -76,11 +81,11 @@ class Capacity(Base):
         if backend.makes_variables():
             if replica.context() is not None or getattr(keras_private.call_context(), "training", None) is False:
                 return
-            self._seen = examples
+            self._seen = self._room(examples)
             with backend.outside_trace():
                 self._make_capacity()
         else:
-            self._seen = examples
+            self._seen = self._room(examples)
 
     def _make_capacity(self) -> list[tuple[Variable, Variable]]:
         """Gives all layers room for what was seen. Returns pairs of variables that were and of those in their place."""

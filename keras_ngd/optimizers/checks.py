@@ -91,6 +91,15 @@ def check_blocks(optimizer: "NaturalGradient", blocks: Sequence[Block], variable
                 f"{name} needs {expected}. Call `keras_ngd.capture(model, optimizer)` with this optimizer."
             )
 
+        fraction = block.statistics.sampled_fraction
+        if fraction != optimizer.labels.fraction:
+            drawn = "the labels of no examples" if fraction is None else f"the labels of {fraction} of the examples"
+            raise ValueError(
+                f"Layer {block.layer!r} was captured for another optimizer, with which {drawn} are drawn. It is now given "
+                f"{name}(fisher={optimizer.fisher!r}, statistics_fraction={optimizer.statistics_fraction}). Call "
+                "`keras_ngd.capture(model, optimizer)` with this optimizer."
+            )
+
 
 def check_loss_scale(optimizer: "NaturalGradient") -> None:
     """Called where a LossScaleOptimizer would set a scale, or build this optimizer."""

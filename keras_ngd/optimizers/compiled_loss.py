@@ -4,22 +4,24 @@
 objects, one for each output that has one. Here each is replaced in this list by one that tells, whenever it is called, with what
 coefficients the single loss values enter the total. Nothing else about the loss changes.
 
-This is the only module that knows how `Loss.__call__` reduces values; `tf_tests/optimizers/test_loss_ratio.py` fails where
-that is done otherwise.
+How that is done `loss_coefficients` knows. Where labels are drawn from the model, the same objects put what draws them in front.
 """
 
-import math
 import weakref
 from collections.abc import Iterable
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import keras
 from keras import ops
 
 from keras_ngd import backend, keras_private, replica
+from keras_ngd.fisher import known_losses
+from keras_ngd.fisher.cotangents import sent_back
+from keras_ngd.optimizers import loss_coefficients
 from keras_ngd.typing import Tensor
 
-MEANS = ("sum_over_batch_size", "mean", "mean_with_sample_weight")
+if TYPE_CHECKING:
+    from keras_ngd.optimizers.label_sampling import LabelSampling
 
 
 class Heard:
@@ -31,9 +33,13 @@ class Heard:
         squares     sum of c_j^2
         whole       the sum of the squares of coefficients of losses that are one number for the batch: of each, one `C` is
                     taken for as many values `C / B` as the batch has examples
+
+    Args:
+        sampling: what draws labels from the model for the losses, or None.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, sampling: "LabelSampling | None" = None) -> None:
+        self.sampling = sampling
         # Replicas of a strategy are traced one after the other, each in a thread of its own.
         self._told: dict[Any, list[tuple[Any, Any]]] = {}
 
@@ -81,7 +87,10 @@ def listen(compile_loss: Any, heard: Heard) -> None:
 
 def _replace(compile_loss: Any, listeners: Iterable[Heard]) -> None:
     entries = keras_private.flat_losses(compile_loss)
-    told = [entry._replace(loss=Telling(entry.loss, entry.loss_weights, listeners)) for entry in entries]
+    told = [
+        entry._replace(loss=Telling(entry.loss, entry.loss_weights, listeners, entry.name, number))
+        for number, entry in enumerate(entries)
+    ]
     keras_private.replace_flat_losses(compile_loss, told)
 
 
@@ -92,20 +101,31 @@ class Telling:
         loss: the `keras.losses.Loss`.
         weight: what its value is multiplied with in the total, or None.
         listeners: a set of `Heard`.
+        output: name of the model's output that it is of.
+        number: of the loss among the model's.
     """
 
-    def __init__(self, loss: Any, weight: float | None, listeners: Iterable[Heard]) -> None:
+    def __init__(
+        self, loss: Any, weight: float | None, listeners: Iterable[Heard], output: str = "", number: int = 0
+    ) -> None:
         self._loss, self._weight, self._listeners = loss, weight, listeners
+        self._output, self._number = output, number
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._loss, name)
 
     def __call__(self, y_true: Tensor, y_pred: Tensor, sample_weight: Tensor | None = None) -> Tensor:
         loss, seen, own = self._loss, [], vars(self._loss).get("call")
-        call = loss.call
+        call, slots = loss.call, []
+        sampling = next((h.sampling for h in self._listeners if h.sampling is not None and h.sampling.begun()), None)
+        masks = [m for m in [keras_private.mask_of(y_pred)] if m is not None]
 
-        def seen_call(*args: Any, **kwargs: Any) -> Tensor:
-            values = call(*args, **kwargs)
+        def seen_call(y_true: Tensor, y_pred: Tensor, **kwargs: Any) -> Tensor:
+            if sampling is not None:
+                given = (y_true, y_pred, sample_weight, masks)
+                y_true, y_pred, slot = sampling.in_front(loss, self._output, self._number, self._weight, call, given)
+                slots.append(slot)
+            values = call(y_true, y_pred, **kwargs)
             seen.append(ops.convert_to_tensor(values))
             return values
 
@@ -117,65 +137,17 @@ class Telling:
                 del loss.call
             else:
                 loss.call = own
+        if sampling is not None:
+            if len(slots) != 1:
+                raise ValueError(known_losses.unknown(loss))
+            result = sent_back(result, slots[0])
         # A loss whose `__call__` is its own need not have one `call`: its value is taken for a mean.
         values = seen[0] if len(seen) == 1 else ops.zeros(())
-        masks = [m for m in map(keras_private.mask_of, (y_pred, values)) if m is not None]
-        sums = coefficients(values, sample_weight, masks, getattr(loss, "reduction", None))
+        masks += [m for m in [keras_private.mask_of(values)] if m is not None]
+        sums = loss_coefficients.sums(values, sample_weight, masks, getattr(loss, "reduction", None))
         if self._weight is not None:
             weight = ops.abs(ops.stop_gradient(ops.convert_to_tensor(self._weight, "float32")))
             sums = (sums[0] * weight, sums[1] * weight**2, sums[2] * weight**2)
         for heard in list(self._listeners):
             heard.tell(sums)
         return result
-
-
-def coefficients(values: Tensor, sample_weight: Tensor | None, masks: Any, reduction: str | None) -> Any:
-    """The sums that `Heard` keeps, of one loss without its weight among others.
-
-    The coefficients are those of Keras's `reduce_weighted_values`. Statistics and gradients undo that means are divided by the
-    number of replicas of a strategy, so that is left out here; what is not divided by it counts as many times.
-
-    Args:
-        values: what the loss's `call` returned; only its shape matters.
-        sample_weight: as the loss was given it, or None.
-        masks: list of the masks on the prediction and on the values, which hide where any does.
-        reduction: one of Keras's.
-    """
-    weight = None if sample_weight is None else ops.convert_to_tensor(sample_weight, "float32")
-    if masks:
-        mask = masks[0] if len(masks) == 1 else masks[0] & masks[1]
-        weight = keras_private.masked_weight(weight, ops.cast(mask, "float32"), reduction)
-    if weight is None:
-        absolute = squares = count = _size(values)
-        whole = len(values.shape) == 0
-    else:
-        weight = ops.stop_gradient(weight)
-        ones, weight = keras_private.same_rank(ops.ones_like(values, "float32"), weight)
-        each = ops.abs(ones * weight)
-        absolute, squares, count = ops.sum(each), ops.sum(ops.square(each)), _size(each)
-        whole = len(each.shape) == 0
-    if reduction in MEANS and not whole:
-        divisor = count
-        if reduction == "mean_with_sample_weight" and weight is not None:
-            divisor = ops.abs(ops.sum(weight))
-        absolute, squares = _quotient(absolute, divisor), _quotient(_quotient(squares, divisor), divisor)
-    else:
-        replicas = replica.count()
-        absolute, squares = absolute * replicas, squares * replicas**2
-    if len(values.shape) == 0:
-        return absolute, 0.0, absolute * absolute
-    return absolute, squares, 0.0
-
-
-def _size(tensor: Tensor) -> Tensor:
-    """How many numbers a tensor has: a float, or a scalar tensor where that is not known yet."""
-    shape = ops.shape(tensor)
-    if all(isinstance(size, int) for size in shape):
-        return float(math.prod(shape))
-    return ops.prod(ops.stack([ops.cast(size, "float32") for size in shape]))
-
-
-def _quotient(value: Tensor, divisor: Tensor) -> Tensor:
-    if isinstance(value, float) and isinstance(divisor, float):
-        return value / divisor if divisor else 0.0
-    return ops.divide_no_nan(ops.convert_to_tensor(value, "float32"), ops.convert_to_tensor(divisor, "float32"))

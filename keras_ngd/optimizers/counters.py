@@ -55,6 +55,7 @@ class Counters:
         self.inverse_updates = add((), "zeros", "int", "inverse_updates")
         self.skipped_statistics = add((), "zeros", "int", "skipped_statistics")
         self.skipped_steps = add((), "zeros", "int", "skipped_steps")
+        self.unsampled_updates = add((), "zeros", "int", "unsampled_updates")
         self.changes = add((len(CHANGES),), "zeros", "int", "changed_statistics")
 
     def count(self, name: str, happened: Tensor) -> None:
@@ -82,6 +83,14 @@ class Counters:
     def notices(self, losses_per_example: LossesPerExample) -> list[tuple[str, str]]:
         """Pairs of a key and a message, of what the user should know of."""
         found, name = [], type(self._optimizer).__name__
+        if unsampled := self.read("unsampled_updates"):
+            found.append(
+                (
+                    "unsampled",
+                    f"in {unsampled} of {self.read('factor_updates')} updates of the statistics the batch was a single example, "
+                    "for which no label was drawn, since weights would learn from none. Its statistics are of the data's label.",
+                )
+            )
         counts = {change: self.changed(change) for change in CHANGES}
         if counts["mixed"]:
             found.append(

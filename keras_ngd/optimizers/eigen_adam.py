@@ -106,7 +106,7 @@ class EigenAdam(EigenbasisMethod):
         basis_tolerance: float = 0.01,
         split: int | None = DEFAULT_SPLIT,
         weight_sharing: str = "expand",
-        statistics_fraction: float = 1.0,
+        statistics_fraction: float | None = None,
         rest_learning_rate: DampingLike | None = None,
         name: str = "eigen_adam",
         **kwargs: Any,
@@ -128,7 +128,7 @@ class EigenAdam(EigenbasisMethod):
             basis_tolerance,
             split,
             weight_sharing,
-            statistics_fraction,
+            statistics_fraction=statistics_fraction,
             learning_rate=learning_rate,
             damping=1.0,
             momentum=0.0,
@@ -185,7 +185,14 @@ class EigenAdam(EigenbasisMethod):
         return super().scale_loss(loss)
 
     def _checked_layout(self, variables: Sequence[Variable]) -> Layout:
-        return Layout() if self.basis == "gradient" else super()._checked_layout(variables)
+        if self.basis != "gradient":
+            return super()._checked_layout(variables)
+        if self.fisher != "empirical":
+            raise ValueError(
+                "`basis='gradient'` takes its bases from the gradients that steps are made of, and from no Fisher matrix: leave "
+                f"`fisher` out. Received: fisher={self.fisher!r}"
+            )
+        return Layout()
 
     def build_own_state(self, layout: Layout) -> None:
         if self.basis == "gradient":

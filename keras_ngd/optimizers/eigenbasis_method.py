@@ -42,7 +42,6 @@ class EigenbasisMethod(NaturalGradient):
         basis_tolerance: float,
         split: int | None,
         weight_sharing: str,
-        statistics_fraction: float,
         **kwargs: Any,
     ) -> None:
         for name in NOT_OF_EIGENBASES:
@@ -57,10 +56,10 @@ class EigenbasisMethod(NaturalGradient):
             )
         if not schedules.is_number(basis_tolerance) or not 0 <= basis_tolerance < 1:
             raise ValueError(f"`basis_tolerance` must be in [0, 1). Received: basis_tolerance={basis_tolerance!r}")
-        statistics = SplitStatistics(split, weight_sharing, 1, statistics_fraction)
+        statistics = SplitStatistics(split, weight_sharing)
         super().__init__(**kwargs)
         self.decomposition, self.basis_tolerance, self.split = decomposition, float(basis_tolerance), statistics.split
-        self.weight_sharing, self.statistics_fraction = weight_sharing, statistics.statistics_fraction
+        self.weight_sharing = weight_sharing
 
     @property
     def approximations(self) -> dict[Structure, type[AveragedApproximation]]:
@@ -68,7 +67,7 @@ class EigenbasisMethod(NaturalGradient):
         return {Structure.SCALE: UnitWiseApproximation}
 
     def make_statistics(self, layer: keras.layers.Layer) -> Statistics:
-        return SplitStatistics(self.split, self.weight_sharing, self.losses_in_statistics, self.statistics_fraction)
+        return SplitStatistics(self.split, self.weight_sharing, self.losses_in_statistics, self.fraction_in_statistics)
 
     def basis_arguments(self, group: Group) -> dict[str, Any]:
         """The arguments of a group's `EigenbasisCurvature`."""

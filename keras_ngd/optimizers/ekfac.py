@@ -11,7 +11,7 @@ from keras_ngd import sharding
 from keras_ngd.curvature import Curvature, EKFACCurvature, ExampleEKFACCurvature
 from keras_ngd.layers.geometry import Structure
 from keras_ngd.optimizers import state_layout
-from keras_ngd.optimizers.approximations import AveragedApproximation, KroneckerSettings
+from keras_ngd.optimizers.approximations import AveragedApproximation, KroneckerSettings, LookupApproximation
 from keras_ngd.optimizers.arguments import documented
 from keras_ngd.optimizers.blocks import Block, Group
 from keras_ngd.optimizers.eigenbasis_method import DEFAULT_SPLIT, NOT_OF_EIGENBASES, EigenbasisMethod
@@ -32,7 +32,7 @@ class OfSteps(AveragedApproximation):
     def make_statistics(self, layer: Any) -> Statistics:
         method = self.method
         return SplitStatistics(
-            method.split, method.weight_sharing, method.losses_in_statistics, method.statistics_fraction
+            method.split, method.weight_sharing, method.losses_in_statistics, method.fraction_in_statistics
         )
 
     def make_curvature(self, group: Group) -> Curvature:
@@ -79,7 +79,7 @@ class EKFAC(EigenbasisMethod):
             examples of each batch that is recorded, `S = N sum over examples of (QA^T (sum over positions of a g^T) QG)^2`, which
             is the Fisher matrix's diagonal in that basis; `S` then begins and goes on with the statistics. An example's gradient
             is as large as the layer, so convolutions and sequences take a few examples at a time, and a while. Embeddings stay at
-            `"running"`.
+            `"running"`, and have `keras_ngd.KFAC`'s approximation with `fisher="sampled"`, which needs `"examples"`.
         inverse_interval: int or schedule: steps between refreshes of the bases; see `interval_growth`. Default 100.
         {{shared_arguments}}
 
@@ -109,7 +109,7 @@ class EKFAC(EigenbasisMethod):
         split: int | None = DEFAULT_SPLIT,
         weight_sharing: str = "expand",
         losses_per_example: LossesPerExample = "auto",
-        statistics_fraction: float = 1.0,
+        statistics_fraction: float | None = None,
         name: str = "ekfac",
         **kwargs: Any,
     ) -> None:
@@ -118,13 +118,18 @@ class EKFAC(EigenbasisMethod):
             raise ValueError(f"`damping_mode` must be one of {DAMPING_MODES}. Received: damping_mode={damping_mode!r}")
         if scale not in SCALES:
             raise ValueError(f"`scale` must be one of {SCALES}. Received: scale={scale!r}")
+        if scale == "running" and kwargs.get("fisher", "empirical") == "sampled":
+            raise ValueError(
+                "`scale='running'` is of the gradients that steps are made of, which are those of the data's labels. With "
+                "fisher='sampled' take scale='examples'."
+            )
         losses_per_example = check_losses_per_example(losses_per_example)
         super().__init__(
             decomposition,
             basis_tolerance,
             split,
             weight_sharing,
-            statistics_fraction,
+            statistics_fraction=statistics_fraction,
             learning_rate=learning_rate,
             damping=damping,
             momentum=momentum,
@@ -138,11 +143,15 @@ class EKFAC(EigenbasisMethod):
 
     @property
     def approximations(self) -> dict[Structure, type[AveragedApproximation]]:
-        return super().approximations | ({Structure.LOOKUP: OfSteps} if self.scale == "examples" else {})
+        if self.scale == "running":
+            return super().approximations
+        # The gradients of steps are those of the data's labels.
+        of_lookups = OfSteps if self.fisher == "empirical" else LookupApproximation
+        return super().approximations | {Structure.LOOKUP: of_lookups}
 
     def make_statistics(self, layer: keras.layers.Layer) -> Statistics:
         kind = SecondMomentStatistics if self.scale == "examples" else SplitStatistics
-        return kind(self.split, self.weight_sharing, self.losses_in_statistics, self.statistics_fraction)
+        return kind(self.split, self.weight_sharing, self.losses_in_statistics, self.fraction_in_statistics)
 
     def make_curvature(self, group: Group) -> Curvature:
         kind = ExampleEKFACCurvature if self.scale == "examples" else EKFACCurvature
@@ -187,7 +196,7 @@ class EKFAC(EigenbasisMethod):
 
     def kronecker_settings(self) -> KroneckerSettings:
         mode = "pi" if self.damping_mode == "exact" else self.damping_mode
-        return KroneckerSettings(damping_mode=mode, statistics_fraction=self.statistics_fraction)
+        return KroneckerSettings(damping_mode=mode, statistics_fraction=self.fraction_in_statistics)
 
     def get_config(self) -> Config:
         config = super().get_config()

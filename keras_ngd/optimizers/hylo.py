@@ -117,6 +117,7 @@ class HyLo(SNGD):
             kl_clip,
             damping_mode,
             name,
+            seed=seed,
             **kwargs,
         )
         self.rank = _check_rank(rank, self.batch_size)
@@ -124,7 +125,6 @@ class HyLo(SNGD):
         self.power = schedules.check_positive_number("power", power)
         self.eta = schedules.check_positive_number("eta", eta)
         self.decay_ratio, self.steps_per_epoch = float(decay_ratio), steps_per_epoch
-        self.seed = schedules.check_seed("seed", seed)
 
     def measure(self, model: Any, data: Any, analysis: Any) -> None:
         super().measure(model, data, analysis)

@@ -85,7 +85,7 @@ class KFAC(NaturalGradient):
         damping_mode: str | None = None,
         weight_sharing: str = "expand",
         losses_per_example: LossesPerExample = "auto",
-        statistics_fraction: float = 1.0,
+        statistics_fraction: float | None = None,
         kl_clip: float | None = None,
         name: str = "kfac",
         **kwargs: Any,
@@ -98,7 +98,7 @@ class KFAC(NaturalGradient):
         if damping_mode == "exact" and inverse != "eigen":
             raise ValueError(f"`damping_mode='exact'` needs `inverse='eigen'`. Received: inverse={inverse!r}")
         losses_per_example = check_losses_per_example(losses_per_example)
-        statistics = KroneckerStatistics(weight_sharing, 1, statistics_fraction)
+        statistics = KroneckerStatistics(weight_sharing)
         super().__init__(
             learning_rate=learning_rate,
             damping=damping,
@@ -107,16 +107,16 @@ class KFAC(NaturalGradient):
             factor_interval=factor_interval,
             inverse_interval=inverse_interval,
             kl_clip=kl_clip,
+            statistics_fraction=statistics_fraction,
             name=name,
             **kwargs,
         )
         self.inverse, self.damping_mode = inverse, damping_mode
         self.weight_sharing = statistics.weight_sharing
         self.losses_per_example = losses_per_example
-        self.statistics_fraction = statistics.statistics_fraction
 
     def make_statistics(self, layer: keras.layers.Layer) -> Statistics:
-        return KroneckerStatistics(self.weight_sharing, self.losses_in_statistics, self.statistics_fraction)
+        return KroneckerStatistics(self.weight_sharing, self.losses_in_statistics, self.fraction_in_statistics)
 
     def make_curvature(self, group: Group) -> Curvature:
         return KroneckerCurvature(
@@ -130,7 +130,7 @@ class KFAC(NaturalGradient):
         # Blocks that are diagonal have their eigenvectors already.
         inverse = "auto" if self.inverse == "eigen" else self.inverse
         mode = "pi" if self.damping_mode == "exact" else self.damping_mode
-        return KroneckerSettings(inverse, mode, statistics_fraction=self.statistics_fraction)
+        return KroneckerSettings(inverse, mode, statistics_fraction=self.fraction_in_statistics)
 
     def get_config(self) -> Config:
         config = super().get_config()

@@ -43,6 +43,8 @@ class LossRatio:
     That is 1 for a mean over the examples, `T` for a mean over `T` values of each, `1 / B` for a sum, `1 / w` where all have the
     weight `w`. Both sums are averaged over batches with the weights that the statistics are.
 
+    Where labels are drawn from the model, `fisher="sampled"`, statistics are in the units of the loss and the ratio is 1.
+
     Args:
         optimizer: whose statistics they are: where its `losses_per_example` is not `"auto"`, it is the number that statistics
             take for it, and there is no ratio. Its `fisher_scale` is looked at, too.
@@ -52,7 +54,7 @@ class LossRatio:
         self._optimizer = optimizer
         # Whether a compiled loss was ever heard of.
         self.heard_losses = False
-        self._heard = compiled_loss.Heard()
+        self._heard = compiled_loss.Heard(optimizer.labels if optimizer.fisher == "sampled" else None)
         self._sums: Variable | None = None
         self._blocks: Sequence[Block] = ()
 
@@ -89,8 +91,13 @@ class LossRatio:
         if told is None:
             return ops.ones((1 + len(self._blocks),), "float32")
         self.heard_losses = True
+        # Gradients of labels that are drawn are in these units already. Of a batch of one there are none.
+        sampled = self._optimizer.fisher == "sampled"
         absolute, squares, whole = (ops.cast(ops.convert_to_tensor(t), "float32") for t in told)
-        return ops.concatenate([ops.reshape(absolute, (1,)), examples * squares + whole])
+        of_all, of_blocks = ops.reshape(absolute, (1,)), examples * squares + whole
+        if sampled:
+            of_blocks = ops.where(examples > 1, ops.broadcast_to(of_all, ops.shape(of_blocks)), of_blocks)
+        return ops.concatenate([of_all, of_blocks])
 
     def take_in(self, sums: Tensor | None, recorded: Tensor) -> None:
         """Takes a batch's sums into the averages of the layers that recorded it, `[blocks]` booleans."""

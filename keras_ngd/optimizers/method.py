@@ -3,7 +3,7 @@
 import abc
 from collections.abc import Callable, Mapping, Sequence
 from types import MappingProxyType
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from keras_ngd.layers.geometry import Structure
 from keras_ngd.optimizers.approximations import (
@@ -15,6 +15,10 @@ from keras_ngd.optimizers.approximations import (
 from keras_ngd.optimizers.blocks import Block, Layout
 from keras_ngd.statistics import Statistics
 from keras_ngd.typing import LossesPerExample, Tensor, Variable
+
+if TYPE_CHECKING:
+    from keras_ngd.optimizers.exchange import Exchange
+    from keras_ngd.optimizers.label_sampling import LabelSampling
 
 # What the curvatures of some blocks are refreshed with: function of a list of blocks to a dict from these to lists of tensors.
 Inputs = Callable[[Sequence[Block]], dict[Block, list[Tensor]]]
@@ -37,6 +41,9 @@ class Method(Approximation):
         factor_decay: decay of the running averages.
         damping_mode: in which units the damping is; of `"global"`, see `DampingUnit`.
         default_clip: what bounds a step where no bound is asked for, by the argument's name. Default: `length_clip` 0.4.
+        labels: what draws labels from the model.
+        exchange: what workers do together.
+        layout: the blocks of the model.
         rest_share: what Adam's learning rate for the rest is of the optimizer's, unless `rest_learning_rate` is given.
     """
 
@@ -49,6 +56,9 @@ class Method(Approximation):
     damping_mode: str = "absolute"
     default_clip: Mapping[str, float] = MappingProxyType({"length_clip": 0.4})
     rest_share: float = 0.1
+    labels: "LabelSampling"
+    exchange: "Exchange"
+    layout: Layout
 
     @property
     def approximations(self) -> Mapping[Structure, type[AveragedApproximation]]:
@@ -86,9 +96,12 @@ class Method(Approximation):
     def start_statistics(self, statistics: Statistics, number: int) -> None:
         """Opens the gate of the layer `number` for the first batch."""
         statistics.gate.assign(1.0)
+        self.labels.start(statistics)
 
     def separate_draws(self) -> None:
-        """Makes every worker draw random numbers of its own, if there are any to be drawn in the probes."""
+        """Makes every worker draw random numbers of its own, if there are any to be drawn in the backward pass."""
+        if not self.exchange.communicator.single_program:
+            self.labels.separate([block.statistics for block in self.layout.blocks])
 
     def further_notices(self) -> list[tuple[str, str]]:
         """Pairs of a key and a message, of what the user should know of when training ends."""

@@ -139,6 +139,7 @@ class NaturalGradient(AssembledOptimizer):
         with backend.outside_trace():
             self.checkpoint.check()  # raises again what `build` raised
         checks.check_step(self, signals)
+        self.labels.check_drawn()
         with keras.name_scope(self.name):
             new = self._natural_gradients(signals)
         super().apply(new, variables)
@@ -179,7 +180,8 @@ class NaturalGradient(AssembledOptimizer):
         damping = self.damping_unit.times(damping)
         preconditioned, length = self._precondition(signals, inputs, damping, loss, stepped)
         others = self._others(signals, preconditioned)
-        finite = self._all_finite([signals.grads[i] for i in others], length, stepped.finite)
+        sound = stepped.finite & self.labels.whole(arrived.examples)
+        finite = self._all_finite([signals.grads[i] for i in others], length, sound)
         stepped.assign(finite)
         nu = self.bound.scale(length, loss, finite)
         new = self._bounded(signals, preconditioned, others, nu, finite)
@@ -197,6 +199,8 @@ class NaturalGradient(AssembledOptimizer):
         self.clock.recorded(step, ops.any(arrived.gate_open & ~arrived.absent) & ~non_finite)
         self.arrivals.count(arrived)
         self.counters.count("factor_updates", recorded & ~non_finite)
+        if self.fisher == "sampled":
+            self.counters.count("unsampled_updates", recorded & ~non_finite & (ops.max(arrived.examples) == 1))
         self.counters.count("skipped_statistics", gate_open & non_finite)
         self.counters.count_changes(arrived.changes | {"distorted": ops.any(arrived.distorted)})
         return recorded
@@ -328,7 +332,10 @@ class NaturalGradient(AssembledOptimizer):
         """By position: what the statistics' weights are overwritten with, for the next backward pass."""
         new: dict[int, Tensor] = {}
         due = ops.where(self.clock.records_next(step), self.arrivals.rates(), 0.0)
-        for i, (block, gate) in enumerate(zip(self.layout.blocks, ops.unstack(self.gates(due)), strict=True)):
+        gates = self.gates(due)
+        for variable, value in self.labels.next_values([block.statistics for block in self.layout.blocks], gates):
+            new[signals.index(variable)] = value
+        for i, (block, gate) in enumerate(zip(self.layout.blocks, ops.unstack(gates), strict=True)):
             statistics = block.statistics
             values = [
                 (statistics.gate, gate),

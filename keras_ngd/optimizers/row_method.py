@@ -118,6 +118,12 @@ class RowMethod(Capacity, NaturalGradient):
                 f"{type(self).__name__} holds its small inverses on all workers. Received: "
                 f"gradient_worker_fraction={kwargs['gradient_worker_fraction']!r}"
             )
+        fraction = kwargs.get("statistics_fraction")
+        if fraction is not None and kwargs.get("fisher", "empirical") == "empirical":
+            raise ValueError(
+                f"{type(self).__name__} keeps a row of every example of a batch: `statistics_fraction` is for fisher='sampled'. "
+                f"Received: statistics_fraction={fraction!r}"
+            )
         for name in ("factor_interval", "inverse_interval"):
             if name in kwargs:
                 raise ValueError(
@@ -252,6 +258,7 @@ class RowMethod(Capacity, NaturalGradient):
             statistics.start_draws(self.worker_seed(), number)
 
     def separate_draws(self) -> None:
+        super().separate_draws()
         if self.exchange.communicator.single_program:
             return  # Of replicas the draws are the same, and each draws for itself: see `Draws`.
         for number, block in enumerate(self.layout.blocks):

@@ -8,7 +8,7 @@ from keras_ngd.typing import DampingLike
 # Of methods with Kronecker factors: the damping of each mode that has a default.
 FACTOR_DAMPINGS = {"global": 0.5, "relative": 1.0}
 
-FISHER_SCALES = ("loss", None)
+FISHER_SCALES = ("loss", None, "auto")
 
 # The methods as their papers have them: nothing is relative to the loss, and all variables follow one rule.
 PAPER_SETTINGS: dict[str, Any] = {

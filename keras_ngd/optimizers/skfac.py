@@ -86,7 +86,6 @@ class SKFAC(RowMethod):
             )
         if not schedules.is_number(factor_decay) or not 0 < factor_decay < 1:
             raise ValueError(f"`factor_decay` must be in (0, 1) for SKFAC. Received: factor_decay={factor_decay!r}")
-        seed = schedules.check_seed("seed", seed)
         # Its arguments are checked there, now.
         WoodburyStatistics(1, 1, convolution, positions, history, factor_decay)
         super().__init__(
@@ -98,11 +97,12 @@ class SKFAC(RowMethod):
             momentum=momentum,
             kl_clip=kl_clip,
             factor_decay=factor_decay if history > 1 else 0.0,
+            seed=seed,
             name=name,
             **kwargs,
         )
         self.convolution, self.positions, self.history = convolution, int(positions), int(history)
-        self.history_decay, self.damping_mode, self.seed = float(factor_decay), damping_mode, seed
+        self.history_decay, self.damping_mode = float(factor_decay), damping_mode
 
     def make_statistics(self, layer: keras.layers.Layer) -> Statistics:
         return WoodburyStatistics(

@@ -161,7 +161,7 @@ class THOR(KFAC):
 
     def make_statistics(self, layer: keras.layers.Layer) -> Statistics:
         return SplitStatistics(
-            self.split_of(layer), self.weight_sharing, self.losses_in_statistics, self.statistics_fraction
+            self.split_of(layer), self.weight_sharing, self.losses_in_statistics, self.fraction_in_statistics
         )
 
     def make_curvature(self, group: Group) -> Curvature:

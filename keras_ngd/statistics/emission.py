@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple, Self
 from keras import ops
 
 from keras_ngd import backend
+from keras_ngd.fisher import sampled_rows
 from keras_ngd.typing import Tensor
 
 if TYPE_CHECKING:
@@ -51,8 +52,12 @@ def emission(
     controls: int,
     spreads: Sequence[Any],
     replicas: int,
+    fraction: float | None = None,
 ) -> tuple[Tensor, ...]:
-    """What one call emits: the new value of each weight, of their old `values`, both in the order of `Weights.flat`."""
+    """What one call emits: the new value of each weight, of their old `values`, both in the order of `Weights.flat`.
+
+    Of a batch some of whose labels are drawn, a `fraction`, these examples are observed as if they were all there are.
+    """
     before = Weights.named(values, len(spreads), controls)
 
     def stored(values: Sequence[Tensor]) -> list[Tensor]:
@@ -64,7 +69,9 @@ def emission(
         ]
         # Keras divides the loss of a replica by how many there are; what is kept does not depend on that.
         upstream = ds if replicas == 1 else ds * ops.cast(replicas, ds.dtype)
-        observed, total = observer.observe(geometry, x, upstream, weights, before.controls, old[0].dtype)
+        batch = (x, upstream, weights)
+        seen, batch = (geometry, batch) if fraction is None else _with_drawn_labels(geometry, *batch, fraction)
+        observed, total = observer.observe(seen, *batch, before.controls, old[0].dtype)
         observed = backend.on_every_device(observed)
         if spreads[0] is not None and observer.merges_together:
             observed = [spreads[0].replicated(value) for value in observed]
@@ -90,6 +97,17 @@ def emission(
         # Numbers known to the compiler, which then knows that nothing was done to them on their way, where nothing was.
         sentinel=SENTINEL * ops.ones_like(before.calls),
     ).flat()
+
+
+def _with_drawn_labels(
+    geometry: Any, x: Tensor, ds: Tensor, weights: Tensor | None, fraction: float
+) -> tuple[Any, tuple[Tensor, Tensor, Tensor | None]]:
+    """The examples whose labels are drawn, with gradients of a mean over these, and the geometry that presents them."""
+    # What is normalized over the batch is so before it is divided.
+    geometry, x, weights = geometry.divisible(x, weights)
+    count, ratio = sampled_rows.observed(x, fraction)
+    ds = ds[:count] * ops.cast(ratio, ds.dtype)
+    return geometry, (x[:count], ds, None if weights is None else weights[:count])
 
 
 def mixed(average: Tensor, value: Tensor, gate: Tensor) -> Tensor:

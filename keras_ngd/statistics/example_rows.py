@@ -8,6 +8,7 @@ import numpy as np
 from keras import ops
 
 from keras_ngd import backend, schedules
+from keras_ngd.fisher import sampled_rows
 from keras_ngd.statistics.statistics import Statistics
 from keras_ngd.typing import Config, Store, Tensor, Variable
 
@@ -55,10 +56,13 @@ class RowStatistics(Statistics):
         ]
 
     def check(self, geometry: Any, x: Tensor) -> None:
-        if self.strict and x.shape[0] is not None and x.shape[0] > self.batch_size:
+        if not self.strict or x.shape[0] is None:
+            return
+        count = x.shape[0] if self.sampled_fraction is None else sampled_rows.observed(x, self.sampled_fraction)[0]
+        if count > self.batch_size:
             path = self.owner().path
             raise ValueError(
-                f"Layer {path!r} sees {x.shape[0]} examples in a batch, but was captured for {self.batch_size}. Set the "
+                f"Layer {path!r} sees {count} examples in a batch, but was captured for {self.batch_size}. Set the "
                 "optimizer's `batch_size` to the batch size you train with and capture again, or leave the layer out: "
                 f"`skip=[{path!r}]`."
             )

@@ -38,6 +38,8 @@ class Statistics(keras.layers.Layer, abc.ABC):
         accepted: how many of these calls were observed; fewer than `calls` if some were not finite.
         examples: the length of the batch in the last pass, summed over the calls.
         sentinel: `SENTINEL` for each of the calls, by which the optimizer sees whether what it gets is what was emitted.
+        label_draw: `[3]`, where labels are drawn (`sampled_fraction`): whether they are for the next batch, and the numbers of
+            the draw. Written by the optimizer, the same for all layers; a plain optimizer sets it to 0. None elsewhere.
         loss: `[2]`, of one layer of a model alone, whose `carries_loss` is set: the optimizer has the loss and a 1 arrive as its
             gradient. None elsewhere.
 
@@ -49,6 +51,8 @@ class Statistics(keras.layers.Layer, abc.ABC):
     All weights are marked `overwrite_with_gradient`, so every Keras optimizer overwrites them with what the probe emits.
 
     Args:
+        sampled_fraction: the share of a batch's examples, its first ones, whose labels are drawn from the model; they alone are
+            observed. Default None: labels are the data's, and all examples are given to `observe`.
         shard_state: whether the devices of a `keras.distribution` have a part of the averages each. Default False.
         carries_loss: whether there is a weight as whose gradient the loss arrives. Default False.
         **kwargs: `keras.layers.Layer`'s.
@@ -56,21 +60,30 @@ class Statistics(keras.layers.Layer, abc.ABC):
 
     geometry: Any
     loss: Variable | None
+    label_draw: Variable | None
     gate: Variable
     calls: Variable
     accepted: Variable
     examples: Variable
     sentinel: Variable
     part: str
+    sampled_fraction: Any
     _averages: list[Variable]
     _controls: list[Variable]
 
-    def __init__(self, shard_state: bool = False, carries_loss: bool = False, **kwargs: Any) -> None:
+    def __init__(
+        self,
+        shard_state: bool = False,
+        carries_loss: bool = False,
+        sampled_fraction: float | None = None,
+        **kwargs: Any,
+    ) -> None:
         unattached: Any = None
-        self.shard_state, self.carries_loss = shard_state, carries_loss
+        self.shard_state, self.carries_loss, self.sampled_fraction = shard_state, carries_loss, sampled_fraction
         kwargs.setdefault("name", "statistics")
         super().__init__(**{"dtype": "float32", **kwargs})
         self.geometry, self.loss, self._loss_read = unattached, None, None
+        self.label_draw, self._label_draw_read, self.learns_from_others = None, None, False
         self.reached = False
         self.traced_calls, self._trace = 0, None
         self.looped, self._called_anew = False, False
@@ -104,6 +117,7 @@ class Statistics(keras.layers.Layer, abc.ABC):
         self.accepted = self._add("accepted", (), "ones", "float32")
         self.examples = self._add("examples", (), "zeros", "float32")
         self.sentinel = self._add("sentinel", (), keras.initializers.Constant(SENTINEL), "float32")
+        self.label_draw = self._add("label_draw", (3,), "zeros", "float32") if self.sampled_fraction else None
         self.loss = self._add("loss", (2,), "zeros", "float32") if self.carries_loss else None
         # Keras compiles no step with XLA that has a layer which does not support it; workers cannot meet inside one. (What is
         # for a TPU is compiled all the same.)
@@ -243,7 +257,8 @@ class Statistics(keras.layers.Layer, abc.ABC):
         self.looped = looped or (self.looped and not begins)
         self.check(geometry, x)
         spreads = tuple(sharding.spread_of(v) for v in self._averages)
-        key = (type(self), repr(self.spec), geometry.key, weights is None, replica.surroundings(), spreads)
+        fraction = self.sampled_fraction
+        key = (type(self), repr(self.spec), geometry.key, weights is None, replica.surroundings(), spreads, fraction)
         if key not in _EMISSIONS:
             # Not `self`: a cache that outlives the layer must not keep its weights alive.
             observer = type(self).from_config(self.get_config())
@@ -255,6 +270,7 @@ class Statistics(keras.layers.Layer, abc.ABC):
                     controls=len(self._controls),
                     spreads=spreads,
                     replicas=replica.count(),
+                    fraction=fraction,
                 )
             )
         return _EMISSIONS[key](x, ds, *([] if weights is None else [weights]), values=list(values))
@@ -277,6 +293,24 @@ class Statistics(keras.layers.Layer, abc.ABC):
         """Whether a forward pass has read the loss that `take_loss` would give here."""
         return self._loss_read is not None and backend.usable(self._loss_read)
 
+    def read_label_draw(self) -> Tensor:
+        """The value of `label_draw` in a forward pass."""
+        self._label_draw_read = ops.convert_to_tensor(self.label_draw)
+        return self._label_draw_read
+
+    def last_label_draw(self) -> Tensor | None:
+        """The value of `label_draw` where the loss of a forward pass is computed, or None where none can be had."""
+        read = self._label_draw_read
+        if read is None or self.label_draw is None:
+            return None
+        value = backend.value_read(self.label_draw, read)
+        return value if backend.usable(value) else None
+
+    def labels_are_drawn(self) -> bool:
+        """Whether, in the trace whose derivative is taken here, a loss was given what has labels drawn where it is time to."""
+        watcher = None if self._watcher is None else self._watcher()
+        return self.sampled_fraction is not None and watcher is not None and watcher.labels_are_drawn()
+
     def forget_trace(self) -> None:
         """Lets go of what the last trace left behind."""
         self._trace = None
@@ -285,12 +319,13 @@ class Statistics(keras.layers.Layer, abc.ABC):
     def spec(self) -> tuple[str, Config]:
         """What distinguishes these statistics from others: its class and arguments, without its name."""
         config = self.get_config()
-        left_out = ("name", "dtype", "trainable", "shard_state", "carries_loss")
+        left_out = ("name", "dtype", "trainable", "shard_state", "carries_loss", "sampled_fraction")
         return (type(self).__name__, {k: v for k, v in config.items() if k not in left_out})
 
     def get_config(self) -> Config:
         config = super().get_config()
-        return config | {name: True for name in ("shard_state", "carries_loss") if getattr(self, name)}
+        names = ("shard_state", "carries_loss", "sampled_fraction")
+        return config | {name: getattr(self, name) for name in names if getattr(self, name)}
 
     # Called before the weights are saved; raises an error if they must not be.
     before_saving: Callable[[], None] | None = None
