@@ -245,7 +245,7 @@ def set_logits():
         return
     logits, probabilities = ops.convert_to_tensor([[1.0, 2.0]]), ops.convert_to_tensor([[0.5, 0.5]])
     keras_private.set_logits(probabilities, logits)
-    loss = keras.losses.CategoricalCrossentropy()([[1.0, 0.0]], probabilities)
+    loss = keras.losses.CategoricalCrossentropy()(ops.convert_to_tensor([[1.0, 0.0]]), probabilities)
     assert float(loss) == pytest.approx(float(np.log1p(np.e)), rel=1e-5)
 
 

@@ -63,7 +63,7 @@ class _Pass:
 
     def __init__(self, graph: Any) -> None:
         self.graph, self.told = graph, False
-        self.called: list[tuple[Callable[[], Statistics | None], int | None]] = []
+        self.called: list[tuple[Callable[[], Statistics | None], int | None, Any]] = []
         self.examples: Tensor | None = None
 
 
@@ -99,12 +99,22 @@ class LabelSampling:
         if self.fraction is None:
             return
         found, graph = self._passes.get(replica.number()), backend.graph()
-        if found is None or not backend.within(found.graph) or (found.told and graph is None):
+        of, trace = weakref.ref(statistics), statistics.label_draw_read()
+        # Where there are no graphs to tell passes apart, a layer shows that one is over without a loss.
+        again = (
+            graph is None
+            and found is not None
+            and any(
+                other is of and (examples != x.shape[0] or before is not trace)
+                for other, examples, before in found.called
+            )
+        )
+        if found is None or not backend.within(found.graph) or (found.told and graph is None) or again:
             found = self._passes[replica.number()] = _Pass(graph)
         elif found.told:
             # The next of several steps in one graph, or a layer that is called once more in a backward pass.
             found.called = []
-        found.called.append((weakref.ref(statistics), x.shape[0]))
+        found.called.append((of, x.shape[0], trace))
 
     def begun(self) -> bool:
         """Whether a layer was called in what is traced or run here, so that labels are to be drawn for the loss that follows."""
@@ -196,7 +206,7 @@ class LabelSampling:
 
     def _label_draw(self) -> Tensor | None:
         """The weight `label_draw` of a layer that was called in this pass; all are the same."""
-        for reference, _ in self._passes[replica.number()].called:
+        for reference, *_ in self._passes[replica.number()].called:
             statistics = reference()
             value = None if statistics is None else statistics.last_label_draw()
             if value is not None:
@@ -204,7 +214,7 @@ class LabelSampling:
         return None
 
     def _check_examples(self, found: _Pass, y_pred: Tensor) -> None:
-        for reference, examples in found.called:
+        for reference, examples, _ in found.called:
             statistics = reference()
             if statistics is not None and examples != y_pred.shape[0]:
                 raise ValueError(_other_examples(statistics.owner().path, examples, y_pred.shape[0]))

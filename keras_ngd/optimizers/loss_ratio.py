@@ -73,7 +73,7 @@ class LossRatio:
 
     def listen(self, model: keras.Model | None) -> None:
         """Has the losses that a model (or None) is compiled with tell what they make of each loss value, in this trace."""
-        if self._optimizer.losses_per_example != "auto":
+        if self._optimizer.losses_per_example != "auto" and self._optimizer.fisher == "empirical":
             return
         self._heard.forget()
         for loss in compiled_loss.compiled_losses(model):

@@ -298,6 +298,10 @@ class Statistics(keras.layers.Layer, abc.ABC):
         self._label_draw_read = ops.convert_to_tensor(self.label_draw)
         return self._label_draw_read
 
+    def label_draw_read(self) -> Any:
+        """An object that is the same for all calls of the layer in a trace, and differs between traces."""
+        return None if self._label_draw_read is None else replica.trace_of(self._label_draw_read)[0]
+
     def last_label_draw(self) -> Tensor | None:
         """The value of `label_draw` where the loss of a forward pass is computed, or None where none can be had."""
         read = self._label_draw_read
