@@ -1,5 +1,6 @@
 """What the tests run in each of several processes."""
 
+import contextlib
 import hashlib
 import os
 
@@ -8,6 +9,7 @@ import numpy as np
 from keras import layers
 
 import keras_ngd
+from keras_ngd.fisher import cotangents
 from tf_tests import paper
 from tf_tests.small import array, relative_distance, weights
 
@@ -93,6 +95,8 @@ METHODS = {
     # A damping in float32's reach of the kernel matrices' largest eigenvalues, some thousands.
     "tokens-sngd": lambda size: paper.SNGD(0.05, 10.0, interval=2, batch_size=BATCH // size),
 }
+DRAWN = {"fisher": "sampled", "losses_per_example": "auto"}
+
 # And what does not, since each worker compresses or samples its own batch, or is not tried here:
 COMPRESSING = {
     "hylo-switch": lambda size: _rows(paper.HyLo, size, rank=0.5, steps_per_epoch=7, eta=0.1),
@@ -108,6 +112,11 @@ COMPRESSING = {
     ),
     # Without captured layers. A gradient of fewer columns than rows leaves bases to rounding, in which it has no entries.
     "tokens-soap": lambda size: keras_ngd.EigenAdam(0.1, epsilon=1.0, basis="gradient", inverse_interval=3),
+    # Each worker draws labels of its own.
+    "kfac-drawn": lambda size: _kfac(size, **DRAWN),
+    "sp-ngd-drawn": lambda size: _kfac(size, gradient_worker_fraction=0, reduce_scatter=True, **DRAWN),
+    "thor-drawn": lambda size: _thor(size, **DRAWN),
+    "sngd-drawn": lambda size: _rows(paper.SNGD, size, **DRAWN),
     "skfac-subsample": lambda size: _rows(paper.SKFAC, size, convolution="subsample", history=2),
 }
 
@@ -168,6 +177,30 @@ def methods(names, steps=200):
         fit(model, x, y, rank, size, epochs=steps // STEPS - 1)
         found[name]["digests"].append(digest(model))
         found[name]["finite"] = bool(all(np.isfinite(v).all() for v in weights(model).values()))
+    return found
+
+
+@contextlib.contextmanager
+def same_noise():
+    """A context in which all examples' labels are drawn with the same noise, by whichever worker."""
+    noise = cotangents.noise
+    cotangents.noise = lambda shape, draw, loss: keras.ops.broadcast_to([0.3, 0.6, 0.2, 0.5], shape)
+    try:
+        yield
+    finally:
+        cotangents.noise = noise
+
+
+def drawn(names):
+    """Of each method: the weights after 20 steps, where all workers draw the labels that one with all examples would."""
+    import horovod.tensorflow as hvd
+
+    found = {}
+    for name in names:
+        with same_noise():
+            model = prepared(name, hvd.size())
+            fit(model, *data(), hvd.rank(), hvd.size())
+        found[name] = weights(model)
     return found
 
 

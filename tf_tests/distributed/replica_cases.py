@@ -53,6 +53,21 @@ def methods(strategy, names):
     return found
 
 
+def drawn(strategy, names, parts):
+    """Of each method: weights after 5 steps where replicas draw the labels that one would; and whether bits are equal with their own."""
+    found = {}
+    for name in names:
+        with cases.same_noise():
+            model = prepared(strategy, name)
+            # Each replica's first examples are among the first of all.
+            x, y = (a.reshape(-1, cases.BATCH // parts, parts, *a.shape[1:]) for a in cases.data(5 * cases.BATCH))
+            fit(model, *(np.swapaxes(a, 1, 2).reshape(-1, *a.shape[3:]) for a in (x, y)))
+        own = prepared(strategy, name)
+        fit(own, *cases.data(5 * cases.BATCH))
+        found[name] = {"weights": weights(model), "same": same_bits(strategy, own)}
+    return found
+
+
 def weighted(strategy, names):
     """Of each method: weights after 5 steps with weights of examples, and the ratio that these make."""
     found = {}

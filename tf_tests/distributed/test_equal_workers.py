@@ -13,7 +13,16 @@ pytestmark = [*horovod, pytest.mark.slow]
 STEPS = int(os.environ.get("DISTRIBUTED_STEPS", "40"))
 # On two, a half is one worker.
 ON_TWO = [name for name in cases.METHODS if name != "kfac-mem-opt"]
-COMPRESSING = ["kfac-bfloat16", "sp-ngd-bfloat16", "hylo-switch", "hylo-random", "skfac-subsample", "tokens-soap"]
+DRAWN = ["kfac-drawn", "sp-ngd-drawn", "thor-drawn", "sngd-drawn"]
+COMPRESSING = [
+    "kfac-bfloat16",
+    "sp-ngd-bfloat16",
+    "hylo-switch",
+    "hylo-random",
+    "skfac-subsample",
+    "tokens-soap",
+    *DRAWN,
+]
 ON_FOUR = ["kfac", "sp-ngd", "kfac-half", "thor-half", "skfac", "hylo-kid"]
 # Alone, fractions of one worker are all the same; and HyLo with all rows is SNGD, by another computation.
 SAME_ALONE = {
@@ -88,3 +97,13 @@ def test_fewer_bits_on_the_wire_train_nearly_as_well(two, method, stage):
         assert short["received"][stage] * 2 == exact["received"][stage] > 0
         assert short["received"]["gradients"] == exact["received"]["gradients"]
         assert 0 < relative_distance(short["weights"], exact["weights"]) < 0.02
+
+
+def test_workers_that_draw_the_labels_that_one_would_equal_it(tmp_path):
+    workers = launch("drawn", 2, tmp_path, names=DRAWN)
+    for name in DRAWN:
+        with cases.same_noise():
+            model = cases.prepared(name)
+            cases.fit(model, *cases.data())
+        for worker in workers:
+            assert relative_distance(worker[name], weights(model)) < 1e-5

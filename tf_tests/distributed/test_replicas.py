@@ -161,3 +161,14 @@ def test_what_cannot_be_trained_is_an_error(tmp_path):
     found = replicas.mirrored("refused", 2, tmp_path, kinds=list(REFUSED))
     for kind, message in REFUSED.items():
         assert re.search(message, found[kind], re.DOTALL), (kind, found[kind])
+
+
+def test_replicas_that_draw_the_labels_that_one_would_equal_it(tmp_path):
+    names = ["kfac-drawn", "thor-drawn"]
+    found = replicas.mirrored("drawn", 2, tmp_path, names=names, parts=2)
+    for name in names:
+        with cases.same_noise():
+            model = cases.prepared(name)
+            cases.fit(model, *cases.data(5 * cases.BATCH))
+        assert relative_distance(found[name]["weights"], weights(model)) < 1e-5
+        assert found[name]["same"]

@@ -57,8 +57,8 @@ def test_every_method_trains(name):
     assert optimizer.unsampled_updates == 0
     assert optimizer.loss_ratio == 1
     if hasattr(optimizer, "capacity"):
-        # Room for a quarter of a batch.
-        assert optimizer.capacity == 2
+        # Room for a quarter of a batch, or of 128 where TensorFlow does not know its size.
+        assert optimizer.capacity == (2 if small.JIT or name == "SNGD" else 32)
 
 
 def test_draws_count_the_steps_in_which_there_are_some():
