@@ -4,14 +4,17 @@ import importlib
 from typing import Any
 
 _MODULES = {
+    "LayerFisher": "fisher_factors",
     "Rates": "rates",
     "TpuReport": "tpu_steps",
     "cost_model": "projection",
+    "fisher": "fisher_factors",
     "gradient_error": "gradient_errors",
     "kernel_rank": "kernel_ranks",
     "layer_shapes": "exchanges",
     "measure_rates": "rates",
     "plot_cost_model": "projection",
+    "plot_fisher": "fisher_factors",
     "plot_kernel_ranks": "kernel_ranks",
     "received": "exchanges",
     "split_dimension": "split_choice",

@@ -54,7 +54,7 @@ def methods(strategy, names):
 
 
 def drawn(strategy, names, parts):
-    """Of each method: weights after 5 steps where replicas draw the labels that one would; and whether bits are equal with their own."""
+    """Of each method: weights after 5 steps where replicas draw as one device would; with their own draws, if bits are equal."""
     found = {}
     for name in names:
         with cases.same_noise():
