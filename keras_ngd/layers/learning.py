@@ -41,7 +41,8 @@ def learned(
         divisible: whether what it gives of an example depends on that alone.
     """
     given = [ops.convert_to_tensor(p) for p in parameters if p is not None]
-    if not _splits(statistics):
+    # What is sparse is refused by the probe.
+    if not _splits(statistics) or backend.is_sparse_tensor(x):
         return function(x, *given, *constants) if result is None else result
     draw, fraction, count = statistics.read_label_draw(), statistics.sampled_fraction, len(given)
     called, reference = _weak(function), weakref.ref(statistics)
@@ -51,15 +52,15 @@ def learned(
     def gradient(ds: Tensor, x: Tensor, *arguments: Tensor) -> tuple[Tensor | None, ...]:
         function, statistics = called(), reference()
         given, constants, draw = arguments[:count], arguments[count:-1], arguments[-1]
-        if function is None or statistics is None:
-            # A graph outlived them: the layer was released.
+        if function is None:
+            # A graph outlived the layer.
             return (None, None, *(None for _ in arguments))
         [of_x] = backend.gradients_of(lambda x: function(x, *given, *constants), [x], ds)
 
         def of_parameters(x: Tensor, ds: Tensor) -> list[Tensor]:
             return backend.gradients_of(lambda *given: function(x, *given, *constants), list(given), ds)
 
-        if not statistics.labels_are_drawn():
+        if statistics is None or not statistics.labels_are_drawn():
             found = of_parameters(x, ds)
         elif divisible:
             found = of_others(of_parameters, [x, ds], draw, fraction)

@@ -232,7 +232,8 @@ class LabelSampling:
             raise ValueError(
                 f"{type(self._optimizer).__name__}(fisher='sampled') draws labels from the model for the loss that it is "
                 "compiled with, and this training step has not used that after it called the model: compute the loss by "
-                "`model.compute_loss`, or use fisher='empirical'."
+                "`model.compute_loss`, or use fisher='empirical'. (Of a clone of a captured model: call "
+                "`keras_ngd.capture(model, optimizer)` on it.)"
             )
 
     def whole(self, examples: Tensor) -> Tensor:
