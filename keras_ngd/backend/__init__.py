@@ -21,6 +21,7 @@ from keras_ngd.backend.gradients import (
     of_known_shape,
 )
 from keras_ngd.backend.numerics import (
+    add_to_diagonal,
     cholesky,
     concatenated,
     dtype_name,
@@ -31,6 +32,7 @@ from keras_ngd.backend.numerics import (
     matmul,
     parts,
     rows_at,
+    trace,
     triangular_inverse,
     uniform,
 )
@@ -62,6 +64,7 @@ from keras_ngd.backend.xla import compiled, factorizes_by_column, quicker_compil
 __all__ = [
     "BACKENDS",
     "WrongShape",
+    "add_to_diagonal",
     "agrees",
     "check_at_most",
     "check_served",
@@ -109,6 +112,7 @@ __all__ = [
     "sparse",
     "sparse_zero_unless",
     "static_shape",
+    "trace",
     "trace_of",
     "traced_once",
     "triangular_inverse",

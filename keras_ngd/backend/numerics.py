@@ -61,6 +61,29 @@ def _one_by_one_on_cpus(function, matrices):
     return jax.lax.platform_dependent(matrices, cpu=lambda batch: jax.lax.map(function, batch), default=function)
 
 
+def trace(matrices):
+    """The sums of the diagonals of `[..., d, d]`. (`keras.ops.trace` walks through all entries on TensorFlow.)"""
+    if name() == "tensorflow":
+        import tensorflow as tf
+
+        return tf.linalg.trace(matrices)
+    import jax.numpy as jnp
+
+    return jnp.trace(matrices, axis1=-2, axis2=-1)
+
+
+def add_to_diagonal(matrices, values):
+    """`matrices + diag(values)`, of `[..., d, d]` and what broadcasts to `[..., d]`."""
+    if name() == "tensorflow":
+        import tensorflow as tf
+
+        # Without a matrix of ones and zeros, of which TensorFlow makes a constant for every size.
+        return tf.linalg.set_diag(matrices, tf.linalg.diag_part(matrices) + values)
+    import jax.numpy as jnp
+
+    return matrices + jnp.eye(matrices.shape[-1], dtype=matrices.dtype) * jnp.expand_dims(values, -1)
+
+
 def triangular_inverse(lower):
     """Inverses of the lower triangular matrices `[k, d, d]`."""
     if name() == "tensorflow":

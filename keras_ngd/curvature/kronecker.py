@@ -18,7 +18,7 @@ DAMPING_MODES = ("global", "relative", "pi", "sqrt", "factor", "exact")
 
 def mean_eigenvalues(factors: Tensor) -> Tensor:
     """`tr(X) / d` of each matrix of `[k, d, d]`."""
-    return ops.trace(factors, axis1=1, axis2=2) / factors.shape[-1]
+    return backend.trace(factors) / factors.shape[-1]
 
 
 def factor_dampings(mean_a: Tensor, mean_g: Tensor, damping: Tensor, mode: str) -> tuple[Tensor, Tensor]:
@@ -132,7 +132,7 @@ class KroneckerCurvature(TracedCurvature):
         return self.input_dim * self.output_dim
 
     def trace(self, inputs: Sequence[Tensor]) -> Tensor:
-        return ops.trace(inputs[0], axis1=1, axis2=2) * ops.trace(inputs[1], axis1=1, axis2=2)
+        return backend.trace(inputs[0]) * backend.trace(inputs[1])
 
     @classmethod
     def refresh_all(

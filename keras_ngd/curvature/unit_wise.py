@@ -5,6 +5,7 @@ from typing import Self
 
 from keras import ops
 
+from keras_ngd import backend
 from keras_ngd.curvature.curvature import Slot, TracedCurvature, where_chosen
 from keras_ngd.linalg.diagonal import identities
 from keras_ngd.typing import Tensor
@@ -58,7 +59,7 @@ class UnitWiseCurvature(TracedCurvature):
         return self.features * self.parameters
 
     def trace(self, inputs: Sequence[Tensor]) -> Tensor:
-        return ops.sum(ops.trace(inputs[0], axis1=2, axis2=3), axis=1)
+        return ops.sum(backend.trace(inputs[0]), axis=1)
 
     def _damping(self, blocks: Tensor, damping: Tensor) -> Tensor:
         """`d`, `[k]`."""
@@ -100,7 +101,7 @@ def _inverses(blocks: Tensor) -> Tensor:
     if blocks.shape[-1] == 1:
         return ops.where((blocks > 0) & ops.isfinite(blocks), 1 / blocks, float("nan"))
     # Products of the entries themselves may be larger or smaller than any number of their dtype.
-    trace = ops.trace(blocks, axis1=-2, axis2=-1)
+    trace = backend.trace(blocks)
     blocks = blocks / trace[..., None, None]
     p, q, w = blocks[..., 0, 0], blocks[..., 0, 1], blocks[..., 1, 1]
     determinant = p * w - q * q

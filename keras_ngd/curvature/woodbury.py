@@ -53,7 +53,7 @@ class WoodburyCurvature(TracedCurvature):
     def _traces(self, inputs: Sequence[Tensor]) -> list[Tensor]:
         """The traces of `A` and of `G`, each `[k]`."""
         return [
-            ops.trace(side, axis1=1, axis2=2) if rows == size else ops.sum(side * side, axis=(1, 2))
+            backend.trace(side) if rows == size else ops.sum(side * side, axis=(1, 2))
             for side, (rows, size) in zip(inputs, self.sides, strict=True)
         ]
 

@@ -9,7 +9,6 @@ from collections.abc import Callable
 from keras import ops
 
 from keras_ngd import backend
-from keras_ngd.linalg import inverse
 from keras_ngd.typing import Tensor
 
 # Pivots below this share of the largest diagonal entry count as zero: the rank is exhausted.
@@ -102,7 +101,7 @@ def interpolative_decomposition(matrices: Tensor, rank: int) -> tuple[Tensor, Te
     at = ops.one_hot(chosen, matrices.shape[-1], dtype=lower.dtype)
     corner = backend.matmul(at, lower)
     diagonal = ops.diagonal(corner, axis1=1, axis2=2)
-    corner = inverse.add_diagonal_entries(corner, ops.cast(diagonal == 0, corner.dtype))
+    corner = backend.add_to_diagonal(corner, ops.cast(diagonal == 0, corner.dtype))
     combinations = backend.matmul(lower, backend.triangular_inverse(corner))
     is_chosen = ops.expand_dims(ops.max(at, axis=1), 2) > 0
     combinations = ops.where(is_chosen, ops.transpose(at, (0, 2, 1)), combinations)

@@ -27,12 +27,7 @@ def symmetrize(matrices: Tensor) -> Tensor:
 
 def add_diagonal(matrices: Tensor, values: Tensor) -> Tensor:
     """`matrices[i] + values[i] I`."""
-    return matrices + ops.eye(matrices.shape[-1], dtype=matrices.dtype) * ops.reshape(values, (-1, 1, 1))
-
-
-def add_diagonal_entries(matrices: Tensor, values: Tensor) -> Tensor:
-    """`matrices[i] + diag(values[i])`."""
-    return matrices + ops.eye(matrices.shape[-1], dtype=matrices.dtype) * ops.expand_dims(values, 1)
+    return backend.add_to_diagonal(matrices, ops.expand_dims(values, -1))
 
 
 def all_finite(matrices: Tensor) -> Tensor:

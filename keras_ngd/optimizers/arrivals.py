@@ -25,12 +25,12 @@ SAME, WHOLE = 1e-4, 1e-3
 
 @dataclasses.dataclass
 class Arrived:
-    """What came of the statistics of all blocks: `averages` and `calls` by block, the others `[blocks]`.
+    """What came of the statistics of all blocks: `averages` by block, the others `[blocks]`.
 
     Attributes:
         averages: for each block those that its statistics go on with: what arrived, divided by the calls that arrived with
             it, or the old ones.
-        calls: for each block how often its layer was called; where it was not, how often it was the last time.
+        calls: how often each layer was called; where it was not, how often it was the last time.
         gate_open: whose gate was open.
         non_finite: of these, who saw something that is not finite.
         absent: of these, whose layer was not called.
@@ -41,7 +41,7 @@ class Arrived:
     """
 
     averages: dict[Block, list[Tensor]]
-    calls: dict[Block, Tensor]
+    calls: Tensor
     gate_open: Tensor
     non_finite: Tensor
     absent: Tensor
@@ -115,13 +115,13 @@ class Arrivals:
         calls, accepted, examples = arrived("calls"), arrived("accepted"), arrived("examples")
         sentinel = arrived("sentinel")
         traced = ops.convert_to_tensor([float(max(block.statistics.traced_calls, 1)) for block in blocks], calls.dtype)
-        gate_open = ops.stack([ops.convert_to_tensor(block.statistics.gate) > 0 for block in blocks])
+        gate_open = ops.stack([block.statistics.gate.value for block in blocks]) > 0
         present, absent = calls > 0, calls == 0
         number = numbers_of_calls(calls, traced)
         divisor = ops.where(present, calls, 1.0)
         intact = present & (ops.abs(sentinel / divisor / SENTINEL - 1) <= SAME)
         not_finite = ~ops.isfinite(calls) | (intact & (accepted / divisor < 1 - WHOLE))
-        mixed = self._mixed_passes(ops.where(intact, number, 1.0))
+        mixed = self._mixed_passes(ops.where(intact, number, 1.0), traced)
         examples = ops.where(present, examples / divisor, 0.0)
         taken = gate_open & intact & ~mixed & ~not_finite
         emitted = [signals.of(v) for block in blocks for v in block.statistics.averages]
@@ -130,21 +130,20 @@ class Arrivals:
             return [ops.convert_to_tensor(v) for block in blocks for v in block.statistics.averages]
 
         def divided() -> list[Tensor]:
-            flat, before = iter(emitted), iter(old())
-            return [
-                ops.where(taken[i], t / ops.cast(divisor[i], t.dtype), next(before))
-                for i, block in enumerate(blocks)
-                for t in (next(flat) for _ in block.statistics.averages)
-            ]
+            flat, before, found = iter(emitted), iter(old()), []
+            for block, took, parts in zip(blocks, ops.unstack(taken), ops.unstack(divisor), strict=True):
+                for t in (next(flat) for _ in block.statistics.averages):
+                    found.append(ops.where(took, t / ops.cast(parts, t.dtype), next(before)))
+            return found
 
         # In most steps nothing is to be done, and nothing of the averages' size is touched.
         untouched = ops.all((calls == 1) & (sentinel == SENTINEL)) & ~ops.any(mixed)
 
         flat = iter(ops.cond(untouched, lambda: list(emitted), lambda: ops.cond(ops.any(taken), divided, old)))
-        last = [ops.convert_to_tensor(block.statistics.calls) for block in blocks]
+        last = ops.stack([block.statistics.calls.value for block in blocks])
         return Arrived(
             averages={b: laid_out(b, [next(flat) for _ in b.statistics.averages]) for b in blocks},
-            calls={b: ops.where(present[i], number[i], last[i]) for i, b in enumerate(blocks)},
+            calls=ops.where(present, number, last),
             gate_open=gate_open,
             non_finite=gate_open & not_finite,
             absent=gate_open & absent,
@@ -154,18 +153,19 @@ class Arrivals:
             changes=self._changes_of(calls, number, traced, intact, gate_open) | {"mixed": ops.any(gate_open & mixed)},
         )
 
-    def _mixed_passes(self, number: Tensor) -> Tensor:
-        """`[blocks]`: in whose statistics those of several passes were added that cannot be put together."""
-        mixed = []
-        for i, block in enumerate(self._blocks):
-            statistics = block.statistics
-            if statistics.adds_up or statistics.looped:
-                mixed.append(ops.zeros((), "bool"))
-                continue
-            limit = float(max(statistics.traced_calls, 1)) if statistics.several_calls else 1.0
-            backend.check_at_most(number[i], limit, checks.several_calls_message(self._optimizer, block))
-            mixed.append(number[i] > limit)
-        return ops.stack(mixed)
+    def _mixed_passes(self, number: Tensor, traced: Tensor) -> Tensor:
+        """`[blocks]`: in whose statistics those of several passes were added that cannot be put together.
+
+        Args:
+            number: `[blocks]`, how often each layer was called.
+            traced: `[blocks]`, how often it is called in one pass.
+        """
+        apart = [not (block.statistics.adds_up or block.statistics.looped) for block in self._blocks]
+        several = [block.statistics.several_calls for block in self._blocks]
+        limits = ops.where(ops.convert_to_tensor(several, "bool"), traced, 1.0)
+        for i in (i for i, one_by_one in enumerate(apart) if one_by_one):
+            backend.check_at_most(number[i], limits[i], checks.several_calls_message(self._optimizer, self._blocks[i]))
+        return (number > limits) & ops.convert_to_tensor(apart, "bool")
 
     def _changes_of(
         self, calls: Tensor, number: Tensor, traced: Tensor, intact: Tensor, gate_open: Tensor
@@ -186,24 +186,27 @@ class Arrivals:
         decay = ops.convert_to_tensor([self._optimizer.decay_of(block) for block in self._blocks], "float32")
         return average_weight(decay, ops.convert_to_tensor(self.updates))
 
-    def next_values(self, number: int, arrived: "Arrived") -> list[tuple[Variable, Tensor]]:
-        """Pairs of a weight of the block `number`'s statistics, neither an average nor the gate, and its next value."""
-        block = self._blocks[number]
-        statistics, present = block.statistics, arrived.examples[number] > 0
-        calls = arrived.calls[block]
-        examples = ops.where(present, arrived.examples[number] * calls, ops.convert_to_tensor(statistics.examples))
-        values = [
-            (statistics.calls, calls),
-            (statistics.accepted, calls),
-            (statistics.examples, examples),
-            (statistics.sentinel, SENTINEL * calls),
-        ]
-        # Not what arrives, which rounding would spoil where it was multiplied and divided.
-        controls = [ops.convert_to_tensor(control) for control in statistics.controls]
-        drawn = arrived.gate_open[number] & ~arrived.absent[number]
-        for control, old, new in zip(statistics.controls, controls, statistics.next_controls(controls), strict=True):
-            values.append((control, ops.where(drawn, new, old)))
-        return values
+    def next_values(self, arrived: "Arrived") -> list[list[tuple[Variable, Tensor]]]:
+        """For each block pairs of a weight of its statistics, neither an average nor the gate, and its next value."""
+        statistics = [block.statistics for block in self._blocks]
+        present, last = arrived.examples > 0, ops.stack([s.examples.value for s in statistics])
+        examples = ops.unstack(ops.where(present, arrived.examples * arrived.calls, last))
+        calls, sentinels = ops.unstack(arrived.calls), ops.unstack(SENTINEL * arrived.calls)
+        drawn = ops.unstack(arrived.gate_open & ~arrived.absent)
+        found = []
+        for i, of_block in enumerate(statistics):
+            values = [
+                (of_block.calls, calls[i]),
+                (of_block.accepted, calls[i]),
+                (of_block.examples, examples[i]),
+                (of_block.sentinel, sentinels[i]),
+            ]
+            # Not what arrives, which rounding would spoil where it was multiplied and divided.
+            controls = [ops.convert_to_tensor(control) for control in of_block.controls]
+            for control, old, new in zip(of_block.controls, controls, of_block.next_controls(controls), strict=True):
+                values.append((control, ops.where(drawn[i], new, old)))
+            found.append(values)
+        return found
 
     def where_known(
         self, groups: Sequence[Group], new: Sequence[Sequence[Tensor]], old: Sequence[Sequence[Tensor]]

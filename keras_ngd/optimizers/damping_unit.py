@@ -1,11 +1,11 @@
 """The unit of a damping that is relative to the curvature of a model."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
 
 from keras import ops
 
-from keras_ngd.optimizers.method import Inputs
+from keras_ngd.optimizers.blocks import Group
 from keras_ngd.typing import AddVariable, Tensor, Variable
 
 if TYPE_CHECKING:
@@ -39,13 +39,13 @@ class DampingUnit:
             damping = damping * ops.convert_to_tensor(unit)
         return damping
 
-    def measured(self, inputs: Inputs) -> list[Tensor]:
-        """New values of `variables`, from what curvatures are refreshed with."""
+    def measured(self, stacked: Callable[[Group], Sequence[Tensor]]) -> list[Tensor]:
+        """New values of `variables`, from what curvatures are refreshed with, a function of their group."""
         if not self.variables:
             return []
         exchange, sums = self._optimizer.exchange, []
         for group in exchange.measured_layout.groups:
-            trace = group.curvature.trace(group.stacked(inputs(group.blocks)))
+            trace = group.curvature.trace(stacked(group))
             trace = ops.cast(ops.where(ops.isfinite(trace), trace, 0.0), "float32")
             parameters = group.curvature.size * ops.sum(ops.cast(trace > 0, "float32"))
             sums.append(ops.stack([ops.sum(trace), parameters]))

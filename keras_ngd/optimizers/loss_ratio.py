@@ -104,7 +104,7 @@ class LossRatio:
         if sums is None:
             return
         new = ops.stack([ops.broadcast_to(sums[:1], (len(self._blocks),)), sums[1:]])
-        gates = ops.stack([ops.minimum(block.statistics.gate, 1.0) for block in self._blocks])
+        gates = ops.minimum(ops.stack([block.statistics.gate.value for block in self._blocks]), 1.0)
         # A batch whose weights are all zero says nothing.
         recorded = recorded & ops.all(ops.isfinite(new) & (new > 0), axis=0)
         state = ops.convert_to_tensor(self._sums)

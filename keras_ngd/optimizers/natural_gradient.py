@@ -162,14 +162,15 @@ class NaturalGradient(AssembledOptimizer):
         self.ratio.take_in(sums, arrived.recorded)
         recorded = self._count(arrived, step, loss)
         # Rows are shared in the units of the loss, which these averages make.
-        averages, combined = self.share_statistics(arrived.averages, arrived.calls, share, arrived.kept)
+        calls = dict(zip(self.layout.blocks, ops.unstack(arrived.calls), strict=True))
+        averages, combined = self.share_statistics(arrived.averages, calls, share, arrived.kept)
         damping = schedules.value_at(self.damping, step)
 
         def inputs(blocks: Sequence[Block]) -> dict[Block, list[Tensor]]:
             return {
                 b: combined.get(b)
                 or self.approximation_of(b.geometry).curvature_input(
-                    b.statistics, state_layout.gathered_averages(b, averages), arrived.calls[b]
+                    b.statistics, state_layout.gathered_averages(b, averages), calls[b]
                 )
                 for b in blocks
             }
@@ -230,16 +231,26 @@ class NaturalGradient(AssembledOptimizer):
         groups, values = self.local_layout.groups, iter(old)
         kept = [group.curvature.refreshed_variables for group in groups]
         states = [state_layout.gathered_state(variables, [next(values) for _ in variables]) for variables in kept]
-        unit = self.damping_unit.measured(inputs)
+        measured: dict[int, list[Tensor]] = {}
+
+        def stacked(group: Group) -> list[Tensor]:
+            return measured.get(id(group)) or group.stacked(inputs(group.blocks))
+
+        def kept_stacked(group: Group) -> list[Tensor]:
+            measured[id(group)] = stacked(group)
+            return measured[id(group)]
+
+        # What is measured of all blocks is not made once more, where these are also what is refreshed.
+        unit = self.damping_unit.measured(kept_stacked)
         damping = self.damping_unit.times(damping, unit)
         decided, update = self.decide(inputs, damping, list(values)[len(unit) :])
 
         def renew(layout: Layout, states: Sequence[Sequence[Tensor]]) -> list[list[Tensor]]:
-            tensors, chosen = inputs(layout.blocks), None
+            chosen = None
             if update is not None:
                 chosen = [group.of_each(update) for group in layout.groups]
             curvatures = [group.curvature for group in layout.groups]
-            return refreshed(curvatures, [group.stacked(tensors) for group in layout.groups], damping, states, chosen)
+            return refreshed(curvatures, [stacked(group) for group in layout.groups], damping, states, chosen)
 
         with self.state.refreshing([group.curvature for group in self.layout.groups]):
             new = self.exchange.refreshed_states(renew, states, update)
@@ -306,10 +317,9 @@ class NaturalGradient(AssembledOptimizer):
 
     def _all_finite(self, gradients: Sequence[Tensor], length: Tensor, finite: Tensor) -> Tensor:
         """Whether these gradients and a length are finite, and what else was; steps in which they are not are counted."""
-        finite = ops.isfinite(length) & finite
-        for gradient in gradients:
-            values = gradient.values if backend.is_sparse(gradient) else gradient
-            finite = finite & ops.isfinite(ops.sum(ops.cast(values, "float32")))
+        values = [gradient.values if backend.is_sparse(gradient) else gradient for gradient in gradients]
+        sums = [ops.cast(length, "float32"), *(ops.sum(ops.cast(of_one, "float32")) for of_one in values)]
+        finite = finite & ops.all(ops.isfinite(ops.stack(sums)))
         self.counters.count("skipped_steps", ~finite)
         return finite
 
@@ -332,14 +342,14 @@ class NaturalGradient(AssembledOptimizer):
         """By position: what the statistics' weights are overwritten with, for the next backward pass."""
         new: dict[int, Tensor] = {}
         due = ops.where(self.clock.records_next(step), self.arrivals.rates(), 0.0)
-        gates = self.gates(due)
+        gates, following = self.gates(due), self.arrivals.next_values(arrived)
         for variable, value in self.labels.next_values([block.statistics for block in self.layout.blocks], gates):
             new[signals.index(variable)] = value
-        for i, (block, gate) in enumerate(zip(self.layout.blocks, ops.unstack(gates), strict=True)):
+        for block, gate, values in zip(self.layout.blocks, ops.unstack(gates), following, strict=True):
             statistics = block.statistics
             values = [
                 (statistics.gate, gate),
-                *self.arrivals.next_values(i, arrived),
+                *values,
                 *zip(statistics.averages, averages[block], strict=True),
                 *self.control_values(block, step),
             ]

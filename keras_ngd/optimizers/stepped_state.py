@@ -25,8 +25,8 @@ class SteppedState:
 
     def __init__(self, optimizer: "NaturalGradient", arrived: "Arrived") -> None:
         self._optimizer = optimizer
-        self._called = {block: arrived.examples_of_all[i] > 0 for i, block in enumerate(optimizer.layout.blocks)}
-        self._examples = {block: arrived.examples_of_all[i] for i, block in enumerate(optimizer.layout.blocks)}
+        self._examples = arrived.examples_of_all
+        self._positions = {block: i for i, block in enumerate(optimizer.layout.blocks)}
         self._new: list[tuple[Variable, Tensor, Tensor]] = []
         self.finite = ops.ones((), "bool")
 
@@ -48,16 +48,18 @@ class SteppedState:
 
     def called(self, group: Group) -> Tensor:
         """`[k]`, whether a group's blocks belong to layers that were called on any worker."""
-        return group.of_each(self._called)
+        return group.repeated(self._examples_of(group) > 0)
+
+    def _examples_of(self, group: Group) -> Tensor:
+        """`[blocks]` of a group, how many examples they saw."""
+        return ops.take(self._examples, [self._positions[block] for block in group.blocks])
 
     def _scale(self, group: Group) -> Tensor:
         """`[k]`, see `Curvature.stepped`."""
         optimizer = self._optimizer
-        found = {
-            block: self._examples[block] * optimizer.losses_in_statistics * optimizer.ratio_of(block.statistics)
-            for block in group.blocks
-        }
-        return ops.cast(group.of_each(found), group.curvature.dtype)
+        ratios = ops.stack([optimizer.ratio_of(block.statistics) for block in group.blocks])
+        scales = group.repeated(self._examples_of(group) * optimizer.losses_in_statistics * ratios)
+        return ops.cast(scales, group.curvature.dtype)
 
     def assign(self, taken: Tensor) -> None:
         """Replaces the state, if the step is `taken`."""

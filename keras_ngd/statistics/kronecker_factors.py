@@ -77,7 +77,7 @@ class KroneckerStatistics(Statistics):
             a = [t / ops.cast(ops.shape(means)[1], dtype) for t in a]
         observed = [*a, *(t * divisor for t in g)]
         # An entry that is not finite makes a diagonal entry of its row not finite, since these are sums of squares.
-        return observed, sum(ops.sum(ops.trace(t, axis1=-2, axis2=-1)) for t in observed)
+        return observed, sum(ops.sum(backend.trace(t)) for t in observed)
 
     def leading(
         self, x: Tensor, ds: Tensor, weights: Tensor | None, dtype: str
