@@ -55,7 +55,9 @@ class Counters:
         self.inverse_updates = add((), "zeros", "int", "inverse_updates")
         self.skipped_statistics = add((), "zeros", "int", "skipped_statistics")
         self.skipped_steps = add((), "zeros", "int", "skipped_steps")
-        self.unsampled_updates = add((), "zeros", "int", "unsampled_updates")
+        # Not where no labels are drawn, as in checkpoints from before they could be.
+        sampled = optimizer.fisher == "sampled"
+        self.unsampled_updates = add((), "zeros", "int", "unsampled_updates") if sampled else None
         self.changes = add((len(CHANGES),), "zeros", "int", "changed_statistics")
 
     def count(self, name: str, happened: Tensor) -> None:
@@ -70,11 +72,12 @@ class Counters:
         self._optimizer.assign_add(self.changes, ops.cast(found, self.changes.dtype))
 
     def read(self, name: str) -> int:
-        """A counter as an int; `"distorted_statistics"` is one of the changes."""
+        """A counter as an int, 0 where there is none; `"distorted_statistics"` is one of the changes."""
         if name == "distorted_statistics":
             return self.changed("distorted")
+        counter = getattr(self, name)
         # Not `int` of the variable: a strategy's has none.
-        return int(ops.convert_to_numpy(getattr(self, name)))
+        return 0 if counter is None else int(ops.convert_to_numpy(counter))
 
     def changed(self, name: str) -> int:
         """How often one of `CHANGES` was counted, an int."""
