@@ -82,8 +82,8 @@ class UnitWiseCurvature(TracedCurvature):
         """As `Curvature.refresh_all`; inputs are the blocks, `[k, features, n, n]`."""
         new = []
         for curvature, (blocks,), (old,) in zip(curvatures, inputs, states, strict=True):
-            added = ops.reshape(curvature._damping(blocks, damping), (-1, 1, 1, 1))
-            inverses = _inverses(blocks + added * ops.eye(curvature.parameters, dtype=curvature.dtype))
+            added = ops.reshape(curvature._damping(blocks, damping), (-1, 1, 1))
+            inverses = _inverses(backend.add_to_diagonal(blocks, added))
             finite = ops.all(ops.isfinite(inverses), axis=(2, 3), keepdims=True)
             new.append([ops.where(finite, inverses, old)])
         return where_chosen(chosen, new, states)

@@ -13,7 +13,7 @@ from keras_ngd.layers.contract import axes, gives
 from keras_ngd.layers.geometry import Geometry, Structure
 from keras_ngd.layers.learning import learned
 from keras_ngd.layers.probe import probe
-from keras_ngd.typing import Shape, Tensor
+from keras_ngd.typing import Shape, Tensor, Variable
 
 
 class ScaleGeometry(Geometry):
@@ -223,18 +223,22 @@ class CapturedNormalization(Captured):
     ) -> Tensor:
         """Outputs that were computed of the inputs and these further tensors, as the method `function` computes them again."""
         statistics: Any = self.statistics
-        moments = [v for v in keras_private.own_weights(self) if all(v is not p for p in statistics.parameters())]
-        constants = [*map(ops.convert_to_tensor, moments), *constants]
-        return learned(function, inputs, statistics.parameters(), statistics, constants, outputs, self.examples_alone)
+        parameters, others = self._own_variables()
+        constants = [*map(ops.convert_to_tensor, others), *constants]
+        return learned(function, inputs, parameters, statistics, constants, outputs, self.examples_alone)
+
+    def _own_variables(self) -> tuple[list[Variable], list[Variable]]:
+        """The layer's parameters, and its other weights, such as moving averages."""
+        statistics: Any = self.statistics
+        parameters = statistics.parameters()
+        return parameters, [v for v in keras_private.own_weights(self) if all(v is not p for p in parameters)]
 
     # Whether each example is normalized by itself.
     examples_alone = True
 
     def _recomputed(self, inputs: Tensor, *tensors: Tensor, **arguments: Any) -> Tensor:
         """What the plain layer computes of the inputs, and of tensors in the place of its parameters and its other weights."""
-        statistics: Any = self.statistics
-        parameters = statistics.parameters()
-        others = [v for v in keras_private.own_weights(self) if all(v is not p for p in parameters)]
+        parameters, others = self._own_variables()
         variables = [*parameters, *others]
         # What is assigned to moving averages in it goes nowhere.
         with keras.StatelessScope(list(zip(variables, tensors, strict=False))):

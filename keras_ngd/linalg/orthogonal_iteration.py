@@ -100,7 +100,7 @@ def _renewed(
     bases, failures = state
     # TensorFlow's decompositions stop the program where a matrix is not finite.
     finite = all_finite(matrices)
-    matrices = ops.where(ops.reshape(finite, (-1, 1, 1)), symmetrize(matrices), ops.zeros_like(matrices))
+    matrices = _where(finite, symmetrize(matrices), ops.zeros_like(matrices))
     # Not the squares of its entries: those of a small matrix would be zero.
     largest = ops.max(ops.abs(matrices), axis=(1, 2))
     matrices = matrices / ops.reshape(ops.where(largest > 0, largest, 1.0), (-1, 1, 1))
@@ -115,5 +115,5 @@ def _renewed(
     new = of_chosen(lambda factors, old: eigenvectors(factors), due & first, [matrices], new)
     good = all_finite(new)
     failed = known & ~(finite & good)
-    new = ops.where(ops.reshape(good, (-1, 1, 1)), new, bases)
+    new = _where(good, new, bases)
     return [new, failures + ops.cast(failed, failures.dtype)]

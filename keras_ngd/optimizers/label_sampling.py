@@ -191,11 +191,9 @@ class LabelSampling:
         given = self._optimizer.likelihood
         if isinstance(given, dict):
             return given.get(name)
-        return (
-            given[number]
-            if isinstance(given, list) and number < len(given)
-            else (None if isinstance(given, list) else given)
-        )
+        if isinstance(given, list):
+            return given[number] if number < len(given) else None
+        return given
 
     def _known(self, loss: Any, name: str, number: int) -> Known:
         own = self._likelihood(name, number)

@@ -231,14 +231,13 @@ class NaturalGradient(AssembledOptimizer):
         groups, values = self.local_layout.groups, iter(old)
         kept = [group.curvature.refreshed_variables for group in groups]
         states = [state_layout.gathered_state(variables, [next(values) for _ in variables]) for variables in kept]
-        measured: dict[int, list[Tensor]] = {}
+        measured: dict[tuple[Block, ...], list[Tensor]] = {}
 
         def stacked(group: Group) -> list[Tensor]:
-            return measured.get(id(group)) or group.stacked(inputs(group.blocks))
+            return measured.get(tuple(group.blocks)) or group.stacked(inputs(group.blocks))
 
         def kept_stacked(group: Group) -> list[Tensor]:
-            measured[id(group)] = stacked(group)
-            return measured[id(group)]
+            return measured.setdefault(tuple(group.blocks), group.stacked(inputs(group.blocks)))
 
         # What is measured of all blocks is not made once more, where these are also what is refreshed.
         unit = self.damping_unit.measured(kept_stacked)
