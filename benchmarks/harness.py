@@ -32,7 +32,10 @@ from tqdm import tqdm
 from benchmarks import alone, results
 
 # What runs without being named, and what runs where it is.
-USUAL, NAMED = ("costs", "tasks", "ablations", "peers"), ("defaults", "robustness", "kinds", "eigenvectors", "gpu")
+USUAL, NAMED = (
+    ("costs", "tasks", "ablations", "peers"),
+    ("fisher", "defaults", "robustness", "kinds", "eigenvectors", "gpu"),
+)
 PARTIAL = results.DIRECTORY / "partial"
 AT_ONCE = 2
 
