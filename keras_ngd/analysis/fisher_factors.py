@@ -110,7 +110,7 @@ def _is_matrix(block: Any) -> bool:
 
 def _factors(optimizer: KFAC, block: Any) -> list[np.ndarray]:
     averages = [ops.convert_to_tensor(v) for v in block.statistics.averages]
-    calls = ops.convert_to_tensor(block.statistics.calls)
+    calls = block.statistics.tallied("calls")
     return [
         ops.convert_to_numpy(t).astype("float64") for t in optimizer.curvature_input(block.statistics, averages, calls)
     ]

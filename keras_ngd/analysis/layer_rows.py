@@ -116,8 +116,8 @@ class RowProbe:
 
     def _rows(self, block, examples):
         statistics = block.statistics
-        calls = ops.convert_to_tensor(statistics.calls)
-        if float(statistics.accepted) < float(calls):
+        calls = statistics.tallied("calls")
+        if float(statistics.tallied("accepted")) < float(calls):
             raise ValueError(f"Layer {block.layer!r} sees inputs or gradients that are not finite.")
         # A plain optimizer leaves the sums over a layer's calls; the optimizer's own would have divided them.
         emitted = [v / ops.cast(calls, v.dtype) for v in statistics.averages]

@@ -10,6 +10,7 @@ from keras_ngd.curvature.curvature import Slot, TracedCurvature, where_chosen
 from keras_ngd.linalg import inverse
 from keras_ngd.linalg.batching import batched_by_size
 from keras_ngd.linalg.diagonal import identities
+from keras_ngd.linalg.many_sizes import damped_inverses
 from keras_ngd.typing import Tensor
 
 INVERSES = ("auto", "cholesky", "newton-schulz", "eigen")
@@ -144,7 +145,7 @@ class KroneckerCurvature(TracedCurvature):
         chosen: Sequence[Tensor] | None = None,
     ) -> list[list[Tensor]]:
         """As `Curvature.refresh_all`; inputs are the factors `A` and `G`, `[k, d, d]`, of both of which one batch is made."""
-        method, sides = inversion_method(curvatures[0].inverse_method), []
+        method, sides, found = inversion_method(curvatures[0].inverse_method), [], []
         for curvature, (a, g), state in zip(curvatures, inputs, states, strict=True):
             if method == "eigen":
                 sides += [[a, *state[:2]], [g, *state[2:]]]
@@ -152,14 +153,14 @@ class KroneckerCurvature(TracedCurvature):
                 dampings = factor_dampings(mean_eigenvalues(a), mean_eigenvalues(g), damping, curvature.damping_mode)
                 sides += [list(side) for side in zip((a, g), dampings, state, strict=True)]
 
-        def renewed(factors: Tensor, *rest: Tensor) -> list[Tensor]:
-            if method == "eigen":
-                return sharding.divided(_decomposed, list(rest), factors)
-            dampings, previous = rest
-            return [inverse.damped_inverse(factors, dampings, previous, method)]
+        def decomposed(factors: Tensor, *state: Tensor) -> list[Tensor]:
+            return sharding.divided(_decomposed, list(state), factors)
 
-        found = iter(batched_by_size(renewed, sides))
-        new = [[*next(found), *next(found)] for _ in curvatures]
+        if method == "eigen":
+            found = batched_by_size(decomposed, sides)
+        else:
+            found = [[matrices] for matrices in damped_inverses(sides, method)]
+        new = [[*of_a, *of_g] for of_a, of_g in zip(found[::2], found[1::2], strict=True)]
         return where_chosen(chosen, new, states)
 
     def precondition(

@@ -8,8 +8,8 @@ from keras import ops
 from keras_ngd.curvature.curvature import Slot
 from keras_ngd.curvature.kronecker import factor_dampings, inversion_method
 from keras_ngd.curvature.parts import PartsCurvature
-from keras_ngd.linalg import diagonal, inverse
-from keras_ngd.linalg.batching import batched_by_size
+from keras_ngd.linalg import diagonal
+from keras_ngd.linalg.many_sizes import damped_inverses
 from keras_ngd.typing import Parts, Tensor
 
 
@@ -87,12 +87,9 @@ class SplitCurvature(PartsCurvature):
                 matrices = [ops.reshape(t, (-1, size, size)) for t in (block, old)]
                 work.append([matrices[0], ops.repeat(side_damping, count), matrices[1], ops.repeat(renewed, count)])
 
-        def inverses(factors: Tensor, dampings: Tensor, previous: Tensor, chosen: Tensor) -> list[Tensor]:
-            return [inverse.damped_inverse_of(factors, dampings, previous, chosen, method)]
-
-        found = iter(batched_by_size(inverses, work))
+        found = iter(damped_inverses(work, method))
         return [
-            [ops.reshape(next(found)[0], (-1, count, size, size)) for count, size in curvature.parts]
+            [ops.reshape(next(found), (-1, count, size, size)) for count, size in curvature.parts]
             for curvature in curvatures
         ]
 

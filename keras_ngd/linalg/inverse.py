@@ -26,8 +26,8 @@ def symmetrize(matrices: Tensor) -> Tensor:
 
 
 def add_diagonal(matrices: Tensor, values: Tensor) -> Tensor:
-    """`matrices[i] + values[i] I`."""
-    return backend.add_to_diagonal(matrices, ops.expand_dims(values, -1))
+    """`matrices[i] + values[i] I`, or with `[k, d]` values `matrices[i] + diag(values[i])`."""
+    return backend.add_to_diagonal(matrices, ops.expand_dims(values, -1) if values.ndim == 1 else values)
 
 
 def all_finite(matrices: Tensor) -> Tensor:
@@ -147,7 +147,7 @@ def damped_inverse(
 
     Args:
         factors: `[k, d, d]`, symmetric positive semi-definite.
-        damping: `[k]`, positive.
+        damping: `[k]`, positive; or `[k, d]`, another for each row.
         previous: `[k, d, d]`, the inverses in use: the starting point of `"newton-schulz"`, which needs one, and what is
             kept on failure. Default None.
         method: `"cholesky"` (default) or `"newton-schulz"`.

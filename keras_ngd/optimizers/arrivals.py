@@ -12,7 +12,7 @@ from keras_ngd.optimizers import checks
 from keras_ngd.optimizers.blocks import Block, Group, Signals
 from keras_ngd.optimizers.loss_value import average_weight
 from keras_ngd.optimizers.state_layout import laid_out
-from keras_ngd.statistics.emission import SENTINEL
+from keras_ngd.statistics.emission import SENTINEL, TALLIED
 from keras_ngd.typing import AddVariable, Tensor, Variable
 
 if TYPE_CHECKING:
@@ -31,6 +31,7 @@ class Arrived:
         averages: for each block those that its statistics go on with: what arrived, divided by the calls that arrived with
             it, or the old ones.
         calls: how often each layer was called; where it was not, how often it was the last time.
+        last: `[blocks, 4]`, the statistics' tallies as they were before.
         gate_open: whose gate was open.
         non_finite: of these, who saw something that is not finite.
         absent: of these, whose layer was not called.
@@ -42,6 +43,7 @@ class Arrived:
 
     averages: dict[Block, list[Tensor]]
     calls: Tensor
+    last: Tensor
     gate_open: Tensor
     non_finite: Tensor
     absent: Tensor
@@ -109,11 +111,9 @@ class Arrivals:
         """
         blocks = self._blocks
 
-        def arrived(name: str) -> Tensor:
-            return ops.stack([signals.of(getattr(block.statistics, name)) for block in blocks])
-
-        calls, accepted, examples = arrived("calls"), arrived("accepted"), arrived("examples")
-        sentinel = arrived("sentinel")
+        # One by one: XLA sees through slices of each that its numbers are known, not through those of all.
+        tallies = [ops.unstack(signals.of(block.statistics.tally), num=len(TALLIED)) for block in blocks]
+        calls, accepted, examples, sentinel = map(ops.stack, zip(*tallies, strict=True))
         traced = ops.convert_to_tensor([float(max(block.statistics.traced_calls, 1)) for block in blocks], calls.dtype)
         gate_open = ops.stack([block.statistics.gate.value for block in blocks]) > 0
         present, absent = calls > 0, calls == 0
@@ -126,24 +126,23 @@ class Arrivals:
         taken = gate_open & intact & ~mixed & ~not_finite
         emitted = [signals.of(v) for block in blocks for v in block.statistics.averages]
 
-        def old() -> list[Tensor]:
-            return [ops.convert_to_tensor(v) for block in blocks for v in block.statistics.averages]
-
         def divided() -> list[Tensor]:
-            flat, before, found = iter(emitted), iter(old()), []
+            flat, found = iter(emitted), []
             for block, took, parts in zip(blocks, ops.unstack(taken), ops.unstack(divisor), strict=True):
-                for t in (next(flat) for _ in block.statistics.averages):
-                    found.append(ops.where(took, t / ops.cast(parts, t.dtype), next(before)))
+                for old in block.statistics.averages:
+                    t = next(flat)
+                    found.append(ops.where(took, t / ops.cast(parts, t.dtype), ops.convert_to_tensor(old)))
             return found
 
         # In most steps nothing is to be done, and nothing of the averages' size is touched.
         untouched = ops.all((calls == 1) & (sentinel == SENTINEL)) & ~ops.any(mixed)
 
-        flat = iter(ops.cond(untouched, lambda: list(emitted), lambda: ops.cond(ops.any(taken), divided, old)))
-        last = ops.stack([block.statistics.calls.value for block in blocks])
+        flat = iter(ops.cond(untouched, lambda: list(emitted), divided))
+        last = ops.stack([block.statistics.tally.value for block in blocks])
         return Arrived(
             averages={b: laid_out(b, [next(flat) for _ in b.statistics.averages]) for b in blocks},
-            calls=ops.where(present, number, last),
+            calls=ops.where(present, number, last[:, TALLIED.index("calls")]),
+            last=last,
             gate_open=gate_open,
             non_finite=gate_open & not_finite,
             absent=gate_open & absent,
@@ -189,19 +188,14 @@ class Arrivals:
     def next_values(self, arrived: "Arrived") -> list[list[tuple[Variable, Tensor]]]:
         """For each block pairs of a weight of its statistics, neither an average nor the gate, and its next value."""
         statistics = [block.statistics for block in self._blocks]
-        present, last = arrived.examples > 0, ops.stack([s.examples.value for s in statistics])
-        examples = ops.unstack(ops.where(present, arrived.examples * arrived.calls, last))
-        calls, sentinels = ops.unstack(arrived.calls), ops.unstack(SENTINEL * arrived.calls)
+        last, calls = arrived.last[:, TALLIED.index("examples")], arrived.calls
+        examples = ops.where(arrived.examples > 0, arrived.examples * calls, last)
+        # Not what arrives, which rounding would spoil where it was multiplied and divided.
+        tallies = ops.unstack(ops.stack([calls, calls, examples, SENTINEL * calls], axis=1))
         drawn = ops.unstack(arrived.gate_open & ~arrived.absent)
         found = []
         for i, of_block in enumerate(statistics):
-            values = [
-                (of_block.calls, calls[i]),
-                (of_block.accepted, calls[i]),
-                (of_block.examples, examples[i]),
-                (of_block.sentinel, sentinels[i]),
-            ]
-            # Not what arrives, which rounding would spoil where it was multiplied and divided.
+            values = [(of_block.tally, tallies[i])]
             controls = [ops.convert_to_tensor(control) for control in of_block.controls]
             for control, old, new in zip(of_block.controls, controls, of_block.next_controls(controls), strict=True):
                 values.append((control, ops.where(drawn[i], new, old)))

@@ -142,7 +142,8 @@ class NaturalGradient(AssembledOptimizer):
         self.labels.check_drawn()
         with keras.name_scope(self.name):
             new = self._natural_gradients(signals)
-        super().apply(new, variables)
+        with self.rest_rule.one_step():
+            super().apply(new, variables)
 
     def stateless_apply(
         self, optimizer_variables: Sequence[Tensor], grads: Sequence[Tensor], trainable_variables: Sequence[Variable]

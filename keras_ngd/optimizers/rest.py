@@ -1,11 +1,12 @@
 """The update rule of the variables that no curvature describes."""
 
-from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Any
+import contextlib
+from collections.abc import Callable, Iterator, Sequence
+from typing import TYPE_CHECKING
 
-import keras
+from keras import ops
 
-from keras_ngd import schedules
+from keras_ngd import backend, schedules
 from keras_ngd.typing import DampingLike, Tensor, Variable
 
 if TYPE_CHECKING:
@@ -24,18 +25,8 @@ def checked_rest(rest: str, rest_learning_rate: DampingLike | None) -> tuple[str
     return rest, rest_learning_rate
 
 
-class _Adam:
-    """What `keras.optimizers.Adam.update_step` asks of an optimizer: Adam's constants and moments, all else from `optimizer`."""
-
-    beta_1, beta_2, epsilon, amsgrad = 0.9, 0.999, 1e-7, False
-
-    def __init__(
-        self, optimizer: "NaturalGradient", momentums: Sequence[Variable | None], velocities: Sequence[Variable | None]
-    ) -> None:
-        self._optimizer, self._momentums, self._velocities = optimizer, momentums, velocities
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self._optimizer, name)
+# Keras's defaults of Adam.
+_BETA_1, _BETA_2, _EPSILON = 0.9, 0.999, 1e-7
 
 
 class RestRule:
@@ -52,7 +43,7 @@ class RestRule:
 
     def __init__(self, optimizer: "NaturalGradient", variables: Sequence[Variable], captured: Sequence[bool]) -> None:
         self._optimizer, self._captured = optimizer, captured
-        self._adam = None
+        self._shared: dict[str, Tensor] = {}
         if optimizer.rest != "adam":
             return
 
@@ -63,12 +54,22 @@ class RestRule:
             ]
 
         # Where there are momenta, those of the rest are free to be Adam's first moments.
-        first = optimizer.momentums if optimizer.momentum else moments("rest_momentum")
-        self._adam = _Adam(optimizer, first, moments("rest_velocity"))
+        self._momentums = optimizer.momentums if optimizer.momentum else moments("rest_momentum")
+        self._velocities = moments("rest_velocity")
 
     def follows(self, index: int) -> bool:
         """Whether the variable of this index does."""
         return not self._captured[index]
+
+    @contextlib.contextmanager
+    def one_step(self) -> Iterator[None]:
+        """Within it `update_step` is called for the variables of one step, all with one learning rate."""
+        self._shared.clear()
+        try:
+            yield
+        finally:
+            # No tensor of a trace outlives it.
+            self._shared.clear()
 
     def update_step(
         self,
@@ -78,12 +79,29 @@ class RestRule:
         otherwise: Callable[[Tensor, Variable, Tensor], None],
     ) -> None:
         """Updates a variable that follows the rule, by `otherwise(gradient, variable, learning_rate)` if that is the blocks'."""
+        if self._optimizer.rest == "adam":
+            self._adam(gradient, variable, learning_rate)
+        else:
+            otherwise(gradient, variable, self._rate(learning_rate))
+
+    def _rate(self, learning_rate: Tensor) -> Tensor:
+        """The rate of the rest where that of the blocks is `learning_rate`."""
         optimizer = self._optimizer
         if optimizer.rest_learning_rate is not None:
-            learning_rate = schedules.value_at(optimizer.rest_learning_rate, optimizer.iterations)
-        elif optimizer.rest == "adam":
-            learning_rate = optimizer.rest_share * learning_rate
-        if self._adam is None:
-            otherwise(gradient, variable, learning_rate)
-        else:
-            keras.optimizers.Adam.update_step(self._adam, gradient, variable, learning_rate)
+            return schedules.value_at(optimizer.rest_learning_rate, optimizer.iterations)
+        return optimizer.rest_share * learning_rate if optimizer.rest == "adam" else learning_rate
+
+    def _adam(self, gradient: Tensor, variable: Variable, learning_rate: Tensor) -> None:
+        """`keras.optimizers.Adam.update_step`, whose rate with its bias correction is computed once a step, for all variables."""
+        optimizer, dtype = self._optimizer, backend.dtype_name(variable)
+        if dtype not in self._shared:
+            rate, step = (ops.cast(value, dtype) for value in (self._rate(learning_rate), optimizer.iterations + 1))
+            unseen_1, unseen_2 = (1 - ops.power(ops.cast(beta, dtype), step) for beta in (_BETA_1, _BETA_2))
+            self._shared[dtype] = rate * ops.sqrt(unseen_2) / unseen_1
+        index, gradient = optimizer._get_variable_index(variable), ops.cast(gradient, dtype)
+        m, v = self._momentums[index], self._velocities[index]
+        # As Keras writes it: of a sparse gradient only ops of Keras's make a sparse one.
+        optimizer.assign_add(m, ops.multiply(ops.subtract(gradient, m), 1 - _BETA_1))
+        optimizer.assign_add(v, ops.multiply(ops.subtract(ops.square(gradient), v), 1 - _BETA_2))
+        length = ops.add(ops.sqrt(v), _EPSILON)
+        optimizer.assign_sub(variable, ops.divide(ops.multiply(m, self._shared[dtype]), length))

@@ -12,6 +12,9 @@ from keras_ngd.typing import Tensor
 if TYPE_CHECKING:
     from keras_ngd.statistics.statistics import Statistics
 
+# What `Statistics.tally` counts, in its order.
+TALLIED = ("calls", "accepted", "examples", "sentinel")
+
 # What a call emits as `sentinel`: more than gradients are usually clipped to one by one, so that this shows, but no more than
 # the length of a batch, which is in the norm of all of them too.
 SENTINEL = 64.0
@@ -26,10 +29,7 @@ class Weights(NamedTuple):
     averages: Sequence[Any]
     controls: Sequence[Any]
     gate: Any
-    calls: Any
-    accepted: Any
-    examples: Any
-    sentinel: Any
+    tally: Any
 
     @classmethod
     def named(cls, values: Sequence[Any], averages: int, controls: int) -> Self:
@@ -38,7 +38,7 @@ class Weights(NamedTuple):
 
     def flat(self) -> tuple[Any, ...]:
         """All of them, the averages first."""
-        return (*self.averages, *self.controls, self.gate, self.calls, self.accepted, self.examples, self.sentinel)
+        return (*self.averages, *self.controls, self.gate, self.tally)
 
 
 def emission(
@@ -90,12 +90,9 @@ def emission(
         controls=new[len(spreads) :],
         # Each call emits its share of the gate, so that over all calls it sums to what it was: emitting nothing would close
         # every gate after one step under an optimizer that only overwrites.
-        gate=before.gate / ops.maximum(before.calls, 1.0),
-        calls=ops.ones_like(before.calls),
-        accepted=accepted,
-        examples=ops.cast(ops.shape(x)[0], "float32"),
-        # Numbers known to the compiler, which then knows that nothing was done to them on their way, where nothing was.
-        sentinel=SENTINEL * ops.ones_like(before.calls),
+        gate=before.gate / ops.maximum(before.tally[0], 1.0),
+        # Some are numbers known to the compiler, which then knows that nothing was done to them on their way, where nothing was.
+        tally=ops.stack([1.0, accepted, ops.cast(ops.shape(x)[0], "float32"), SENTINEL]),
     ).flat()
 
 

@@ -12,7 +12,7 @@ import numpy as np
 from keras import ops
 
 from keras_ngd import backend, keras_private, replica, sharding
-from keras_ngd.statistics.emission import SENTINEL, emission, mixed
+from keras_ngd.statistics.emission import SENTINEL, TALLIED, emission, mixed
 from keras_ngd.typing import Config, Initializer, Shape, Store, Tensor, Variable
 
 # Functions of a geometry and a kind of statistics, shared by all layers that have both.
@@ -31,13 +31,14 @@ class Statistics(keras.layers.Layer, abc.ABC):
     so a mean over calls or workers of what the probe emits is the average of the means. Statistics that are not running
     averages override `merge`.
 
-    Scalar weights:
+    Further weights:
         gate: the weight with which the next batch enters the averages, in (0, 1]; 0 closes the probe. Written by
             the optimizer; a plain optimizer leaves it at 1.
-        calls: how often the layer was called in the last pass.
-        accepted: how many of these calls were observed; fewer than `calls` if some were not finite.
-        examples: the length of the batch in the last pass, summed over the calls.
-        sentinel: `SENTINEL` for each of the calls, by which the optimizer sees whether what it gets is what was emitted.
+        tally: `[4]`, of the last pass:
+            calls, how often the layer was called;
+            accepted, how many of these calls were observed, fewer if some were not finite;
+            examples, the length of the batch, summed over the calls;
+            sentinel, `SENTINEL` for each of the calls, by which the optimizer sees whether what it gets is what was emitted.
         label_draw: `[3]`, where labels are drawn (`sampled_fraction`): whether they are for the next batch, and the numbers of
             the draw. Written by the optimizer, the same for all layers; a plain optimizer sets it to 0. None elsewhere.
         loss: `[2]`, of one layer of a model alone, whose `carries_loss` is set: the optimizer has the loss and a 1 arrive as its
@@ -62,10 +63,7 @@ class Statistics(keras.layers.Layer, abc.ABC):
     loss: Variable | None
     label_draw: Variable | None
     gate: Variable
-    calls: Variable
-    accepted: Variable
-    examples: Variable
-    sentinel: Variable
+    tally: Variable
     part: str
     sampled_fraction: Any
     _averages: list[Variable]
@@ -113,10 +111,9 @@ class Statistics(keras.layers.Layer, abc.ABC):
         self._averages = self.create(geometry, dtype)
         self._controls = self.create_controls()
         self.gate = self._add("gate", (), "ones", "float32")
-        self.calls = self._add("calls", (), "ones", "float32")
-        self.accepted = self._add("accepted", (), "ones", "float32")
-        self.examples = self._add("examples", (), "zeros", "float32")
-        self.sentinel = self._add("sentinel", (), keras.initializers.Constant(SENTINEL), "float32")
+        self.tally = self._add(
+            "tally", (len(TALLIED),), keras.initializers.Constant([1.0, 1.0, 0.0, SENTINEL]), "float32"
+        )
         self.label_draw = self._add("label_draw", (3,), "zeros", "float32") if self.sampled_fraction else None
         self.loss = self._add("loss", (2,), "zeros", "float32") if self.carries_loss else None
         # Keras compiles no step with XLA that has a layer which does not support it; workers cannot meet inside one. (What is
@@ -179,6 +176,10 @@ class Statistics(keras.layers.Layer, abc.ABC):
     def controls(self) -> list[Variable]:
         """The controlling weights, in the order of `create_controls`."""
         return list(self._controls)
+
+    def tallied(self, name: str) -> Tensor:
+        """One of the numbers of `tally`: "calls", "accepted", "examples" or "sentinel"."""
+        return ops.convert_to_tensor(self.tally)[TALLIED.index(name)]
 
     # Whether what several calls of a layer in one step emit can be averaged.
     several_calls = True
@@ -348,14 +349,24 @@ class Statistics(keras.layers.Layer, abc.ABC):
         # A plain model's checkpoint has no statistics: they start afresh, as after capture.
         if store.keys():
             weights = {str(i): weight for i, weight in enumerate(self._saved_weights())}
+            stored = self._as_tally({key: np.asarray(store[key]) for key in store.keys()}, len(weights))
             values = {
-                key: sharding.from_numpy(weights[key], store[key]) if key in weights else store[key]
-                for key in store.keys()
+                key: sharding.from_numpy(weights[key], value) if key in weights else value
+                for key, value in stored.items()
             }
             if self.loss is not None:
                 # It is the last; Keras counts all weights.
                 values[str(len(weights))] = np.zeros((2,), "float32")
             super().load_own_variables(values)
+
+    def _as_tally(self, store: dict[str, Any], expected: int) -> dict[str, Any]:
+        """What a file has of these statistics, where the numbers of the tally were weights of their own in it: as one."""
+        first = len(self._averages) + len(self._controls) + 1
+        if len(store) != expected + len(TALLIED) - 1:
+            return store
+        values = [store[str(i)] for i in range(len(store))]
+        tally = np.stack(values[first : first + len(TALLIED)])
+        return {str(i): value for i, value in enumerate([*values[:first], tally, *values[first + len(TALLIED) :]])}
 
 
 def reader_of_the_loss() -> Statistics | None:

@@ -100,7 +100,7 @@ def test_layer_called_twice():
     first, second = x, np.tanh(x @ kernel)
     expected = (first.T @ first + second.T @ second) / (2 * len(x))
     np.testing.assert_allclose(array(shared.statistics.input_factor)[0], expected, rtol=1e-4, atol=1e-6)
-    assert float(array(shared.statistics.calls)) == 2
+    assert float(array(shared.statistics.tallied("calls"))) == 2
     for _ in range(3):
         model.train_on_batch(x, y)
     assert model.optimizer.factor_updates == 4
@@ -113,7 +113,7 @@ def test_model_called_twice_in_a_model():
     model = captured(keras.Model(x, layers.Dense(4)(inner(inner(x)))))
     fit(model, *regression())
     assert model.optimizer.factor_updates == STEPS
-    assert float(array(inner.layers[1].statistics.calls)) == 2
+    assert float(array(inner.layers[1].statistics.tallied("calls"))) == 2
 
 
 @keras.saving.register_keras_serializable("keras_ngd_tests")

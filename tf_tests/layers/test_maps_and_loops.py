@@ -83,7 +83,7 @@ def test_a_loop_over_time_counts_like_positions():
     w1, b1, w2, b2 = (array(v).astype("float64") for v in keras_ngd.trainable_weights(model))
     upstream = (2 * ((x @ w1 + b1) @ w2 + b2 - y) / y.size) @ w2.T
     a, ghat = rows.append_ones(rows.dense_rows(x.astype("float64"))), rows.dense_rows(upstream)
-    calls = keras.ops.convert_to_tensor(layer.statistics.calls)
+    calls = layer.statistics.tallied("calls")
     assert float(calls) == TIME
     averages = [keras.ops.convert_to_tensor(v) for v in layer.statistics.averages]
     found = model.optimizer.curvature_input(layer.statistics, averages, calls)

@@ -90,7 +90,7 @@ def test_a_cell_that_another_layer_calls_takes_the_same_steps(kind):
     cell = getattr(layers, f"{kind}Cell")(3)
     first, second = sequential(Looping(cell)), sequential(getattr(layers, kind)(3))
     assert_same_training(first, second)
-    assert float(array(cell.statistics.calls)) == 3
+    assert float(array(cell.statistics.tallied("calls"))) == 3
 
 
 @pytest.mark.parametrize("masked", [False, True])
@@ -167,8 +167,8 @@ def test_a_model_distributed_over_time():
     inner = keras.Sequential([layers.Conv1D(2, 2, activation="tanh", name="inner"), layers.Flatten()])
     model = sequential(layers.TimeDistributed(inner), shape=(3, 4, 2))
     trained(model, normal(EXAMPLES, 3, 4, 2))
-    assert float(array(inner.layers[0].statistics.calls)) == 3
-    assert float(array(inner.layers[0].statistics.examples)) == 3 * EXAMPLES
+    assert float(array(inner.layers[0].statistics.tallied("calls"))) == 3
+    assert float(array(inner.layers[0].statistics.tallied("examples"))) == 3 * EXAMPLES
 
 
 # What is left alone, and what is not

@@ -19,7 +19,7 @@ def prepared(optimizer, **arguments):
 
 
 def curvature_input(optimizer, statistics):
-    return optimizer.curvature_input(statistics, averages(statistics.owner()), array(statistics.calls))
+    return optimizer.curvature_input(statistics, averages(statistics.owner()), array(statistics.tallied("calls")))
 
 
 @pytest.mark.parametrize("method", ["kfac", "thor"])
@@ -78,4 +78,4 @@ def test_averaged_gradients_have_the_factors_of_the_whole_batch():
     for layer, sides in zip(model.layers[1:], factors(model, x, y), strict=True):
         for found, side in zip(averages(layer), sides, strict=True):
             close(found, side, 1e-5)
-    assert float(array(model.layers[1].statistics.calls)) == 1
+    assert float(array(model.layers[1].statistics.tallied("calls"))) == 1

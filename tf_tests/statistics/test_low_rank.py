@@ -153,7 +153,7 @@ def test_a_closed_gate_keeps_everything(observed):
         statistics = layer.statistics
         np.testing.assert_array_equal(np.asarray(statistics.draw), [3 + number, 1])
         assert float(statistics.damping) == DAMPING
-        assert float(statistics.gate) == float(statistics.accepted) == 0.0
+        assert float(statistics.gate) == float(statistics.tallied("accepted")) == 0.0
 
 
 @pytest.mark.parametrize("gate", [KIS, KID])
@@ -180,7 +180,7 @@ def test_a_batch_that_is_not_finite_leaves_what_is_there(observed):
             for found, old in zip(observed.step(gate), before, strict=True):
                 for value, expected in zip(found, old, strict=True):
                     np.testing.assert_array_equal(value, expected)
-            assert all(float(layer.statistics.accepted) == 0 for layer in observed.layers)
+            assert all(float(layer.statistics.tallied("accepted")) == 0 for layer in observed.layers)
     finally:
         observed.x = x
 

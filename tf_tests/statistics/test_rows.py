@@ -96,8 +96,8 @@ def test_calls_of_a_layer_count_like_positions():
         model.train_on_batch(x, y)
         statistics = layer.statistics
         averages = [keras.ops.convert_to_tensor(v) for v in statistics.averages]
-        found = optimizer.curvature_input(statistics, averages, keras.ops.convert_to_tensor(statistics.calls))
-        assert float(statistics.calls) == float(statistics.accepted) == 2
+        found = optimizer.curvature_input(statistics, averages, statistics.tallied("calls"))
+        assert float(statistics.tallied("calls")) == float(statistics.tallied("accepted")) == 2
         for rows, side in zip(found, expected, strict=True):
             close(rows, side, 1e-5)
 
@@ -111,7 +111,7 @@ def test_the_last_batch_alone_counts_and_a_closed_gate_none():
     model.train_on_batch(other, y)
     for rows, old in zip(layers[0].statistics.averages, before[0], strict=True):
         np.testing.assert_array_equal(np.asarray(rows), old)
-    assert float(layers[0].statistics.accepted) == 0.0
+    assert float(layers[0].statistics.tallied("accepted")) == 0.0
     check_rows(layers[1], *squared_error_gradient(layers[1], other[1], y[1]))
 
 
