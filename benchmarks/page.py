@@ -16,6 +16,12 @@ SECTIONS = {
         "EKFAC and EigenAdam all bases (`inverses`); `captured` is SGD on a model captured for KFAC that never records. "
         "EigenAdam's preconditioning is what its step has beyond Adam's.",
     ),
+    "startup": (
+        "The first step",
+        "What the first step takes in plain `fit`, in seconds of the processor, each in a process of its own: tracing, what the "
+        "backend makes of the program, and a step on which everything is due. Nodes are those of TensorFlow's graph with its "
+        "functions, or operations of JAX's StableHLO; beside them those of each package of `keras_ngd`.",
+    ),
     "kinds": (
         "A language model's step by kind of layer",
         "What the layers of each kind add to a step of the language model above when they alone are captured, in one run, turn "

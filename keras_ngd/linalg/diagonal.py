@@ -81,10 +81,18 @@ def multiply(blocks: Sequence[Tensor | None], x: Tensor, parts: Parts, transpose
 
 
 def multiply_right(x: Tensor, blocks: Sequence[Tensor], parts: Parts) -> Tensor:
-    """`x`, `[k, m, d]`, times the block-diagonal matrices, which are symmetric."""
-    if len(parts) == 1 and parts[0][0] == 1:
-        return backend.matmul(x, blocks[0][:, 0])
-    return ops.transpose(multiply(blocks, ops.transpose(x, (0, 2, 1)), parts), (0, 2, 1))
+    """`x`, `[k, m, d]`, times the block-diagonal matrices."""
+    products = []
+    for block, (start, stop, count, size) in zip(blocks, _spans(parts), strict=True):
+        piece = x if len(parts) == 1 else x[:, :, start:stop]
+        if count == 1:
+            products.append(backend.matmul(piece, block[:, 0]))
+            continue
+        # Rows of a block stay in one piece where they are moved: transposing `x` to multiply from the left would take longer.
+        piece = ops.transpose(ops.reshape(piece, (x.shape[0], -1, count, size)), (0, 2, 1, 3))
+        product = ops.transpose(backend.matmul(piece, block), (0, 2, 1, 3))
+        products.append(ops.reshape(product, (x.shape[0], -1, count * size)))
+    return products[0] if len(products) == 1 else ops.concatenate(products, axis=2)
 
 
 def identities(shape: Shape, dtype: str | None = None) -> Tensor:
