@@ -127,3 +127,26 @@ def test_released_without_ours_keeps_its_optimizer():
     model.compile(optimizer="adam", loss="mse")
     keras_ngd.release(model)
     assert type(model.optimizer) is keras.optimizers.Adam
+
+
+@pytest.mark.parametrize("method", ["kfac", "hylo"])
+def test_files_with_weights_for_each_number_of_a_tally(method):
+    make, (x, y) = METHODS[method], regression()
+    model = captured(mlp(), make())
+    fit(model, x, y, epochs=2)
+    for layer in model.layers[1:]:
+        statistics, store = layer.statistics, {}
+        statistics.save_own_variables(store)
+        capacity = {name: store.pop(name) for name in list(store) if not name.isdigit()}
+        tally = array(statistics.tally)
+        [number] = [i for i, v in store.items() if np.shape(v) == (4,) and np.array_equal(v, tally)]
+        values = [store[str(i)] for i in range(len(store))]
+        older = [*values[: int(number)], *tally, *values[int(number) + 1 :]]
+        before = {str(i): array(v) for i, v in enumerate(statistics.weights)}
+        for variable in statistics.weights:
+            variable.assign(array(variable) + 1)
+        statistics.load_own_variables(capacity | {str(i): value for i, value in enumerate(older)})
+        # The loss, which one of them carries, is not saved.
+        assert_same({i: array(statistics.weights[int(i)]) for i in store}, {i: before[i] for i in store})
+        with pytest.raises(ValueError, match="expected"):
+            statistics.load_own_variables(capacity | {str(i): value for i, value in enumerate(older[:-1])})

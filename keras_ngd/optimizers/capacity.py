@@ -78,14 +78,13 @@ class Capacity(Base):
         first = self._first
         if first is None or first() is not statistics or not isinstance(examples, int) or not examples:
             return
-        if backend.makes_variables():
-            if replica.context() is not None or getattr(keras_private.call_context(), "training", None) is False:
-                return
-            self._seen = self._room(examples)
+        makes, training = backend.makes_variables(), getattr(keras_private.call_context(), "training", None)
+        if makes and (replica.context() is not None or training is False):
+            return
+        self._seen = self._room(examples)
+        if makes:
             with backend.outside_trace():
                 self._make_capacity()
-        else:
-            self._seen = self._room(examples)
 
     def _make_capacity(self) -> list[tuple[Variable, Variable]]:
         """Gives all layers room for what was seen. Returns pairs of variables that were and of those in their place."""

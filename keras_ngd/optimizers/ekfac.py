@@ -17,7 +17,7 @@ from keras_ngd.optimizers.blocks import Block, Group
 from keras_ngd.optimizers.eigenbasis_method import DEFAULT_SPLIT, NOT_OF_EIGENBASES, EigenbasisMethod
 from keras_ngd.optimizers.loss_ratio import check_losses_per_example
 from keras_ngd.optimizers.settings import settled_damping
-from keras_ngd.statistics import SecondMomentStatistics, SplitStatistics, Statistics
+from keras_ngd.statistics import SecondMomentStatistics, Statistics
 from keras_ngd.typing import Config, DampingLike, IntervalLike, LossesPerExample, RateLike, Tensor, Variable
 
 DAMPING_MODES = ("global", "relative", "exact")
@@ -30,10 +30,8 @@ class OfSteps(AveragedApproximation):
     method: "EKFAC"
 
     def make_statistics(self, layer: Any) -> Statistics:
-        method = self.method
-        return SplitStatistics(
-            method.split, method.weight_sharing, method.losses_in_statistics, method.fraction_in_statistics
-        )
+        # As of all other methods with bases, also where the rest of EKFAC's are of examples.
+        return EigenbasisMethod.make_statistics(self.method, layer)
 
     def make_curvature(self, group: Group) -> Curvature:
         method = self.method
@@ -150,8 +148,11 @@ class EKFAC(EigenbasisMethod):
         return super().approximations | {Structure.LOOKUP: of_lookups}
 
     def make_statistics(self, layer: keras.layers.Layer) -> Statistics:
-        kind = SecondMomentStatistics if self.scale == "examples" else SplitStatistics
-        return kind(self.split, self.weight_sharing, self.losses_in_statistics, self.fraction_in_statistics)
+        if self.scale != "examples":
+            return super().make_statistics(layer)
+        return SecondMomentStatistics(
+            self.split, self.weight_sharing, self.losses_in_statistics, self.fraction_in_statistics
+        )
 
     def make_curvature(self, group: Group) -> Curvature:
         kind = ExampleEKFACCurvature if self.scale == "examples" else EKFACCurvature
