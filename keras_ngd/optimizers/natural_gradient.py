@@ -180,13 +180,13 @@ class NaturalGradient(AssembledOptimizer):
         averages = self.after_refresh(averages)
         stepped = SteppedState(self, arrived)
         damping = self.damping_unit.times(damping)
-        preconditioned, length = self._precondition(signals, inputs, damping, loss, stepped)
+        preconditioned, shares, length = self._precondition(signals, inputs, damping, loss, stepped)
         others = self._others(signals, preconditioned)
         sound = stepped.finite & self.labels.whole(arrived.examples)
         finite = self._all_finite([signals.grads[i] for i in others], length, sound)
         stepped.assign(finite)
         nu = self.bound.scale(length, loss, finite)
-        new = self._bounded(signals, preconditioned, others, nu, finite)
+        new = self._bounded(signals, preconditioned, shares, others, nu, finite)
         self.observe_gradients({block: signals.of_block(block) for block in self.layout.blocks}, finite, step)
         new |= self._next_statistics(signals, arrived, averages, step)
         return [new.get(i, gradient) for i, gradient in enumerate(signals.grads)]
@@ -260,10 +260,14 @@ class NaturalGradient(AssembledOptimizer):
 
     def _precondition(
         self, signals: Signals, inputs: Inputs, damping: Tensor, loss: Tensor, stepped: SteppedState
-    ) -> tuple[dict[int, Tensor], Tensor]:
-        """Preconditioned gradients of all blocks' variables by position, and the sum of all `<P, V>`."""
+    ) -> tuple[dict[int, Tensor], dict[int, Tensor], Tensor]:
+        """Preconditioned gradients of all blocks' variables by position, shares of them to be taken, and the sum of all `<P, V>`.
+
+        The shares bound the steps of single blocks; they are left to what multiplies all of them anyway.
+        """
         gradients: dict[Block, Tensor] = {}
         found: dict[Block, Tensor] = {}
+        bounded: dict[Block, Tensor] = {}
         lengths = []
         for block in self.local_layout.blocks:
             gradients[block] = ops.cast(block.geometry.to_matrix(signals.of_block(block)), block.shape[2])
@@ -272,20 +276,26 @@ class NaturalGradient(AssembledOptimizer):
             v = state_layout.on_all_devices(group, v)
             p = self._directions(group, v, damping, inputs, stepped)
             p = state_layout.on_all_devices(group, p)
+            of_each = group.of_blocks(ops.cast(ops.sum(p * v, axis=(1, 2)), "float32"))
             if self.bound.is_of_blocks:
-                of_each = group.of_blocks(ops.cast(ops.sum(p * v, axis=(1, 2)), "float32"))
-                shares = self.bound.of_blocks(of_each, loss)
-                lengths.append(ops.sum(of_each * shares))
-                p = p * ops.reshape(ops.cast(group.repeated(shares), p.dtype), (-1, 1, 1))
-            else:
-                lengths.append(ops.cast(ops.sum(p * v), "float32"))
+                of_blocks = self.bound.of_blocks(of_each, loss)
+                of_each = of_each * of_blocks
+                if self.local_layout is self.layout:
+                    bounded |= dict(zip(group.blocks, ops.unstack(of_blocks), strict=True))
+                else:
+                    # Others get them as they are to be.
+                    p = p * ops.reshape(ops.cast(group.repeated(of_blocks), p.dtype), (-1, 1, 1))
+            lengths.append(ops.sum(of_each))
             found |= dict(group.parts(p))
         found, length = self.exchange.all_preconditioned(found, sum(lengths, ops.zeros((), "float32")))
-        preconditioned = {}
+        preconditioned, shares = {}, {}
         for block in self.layout.blocks:
             for variable, part in zip(block.variables, block.geometry.from_matrix(found[block]), strict=True):
-                preconditioned[signals.index(variable)] = part
-        return preconditioned, length
+                position = signals.index(variable)
+                preconditioned[position] = part
+                if block in bounded:
+                    shares[position] = bounded[block]
+        return preconditioned, shares, length
 
     def _directions(
         self,
@@ -324,14 +334,26 @@ class NaturalGradient(AssembledOptimizer):
         return finite
 
     def _bounded(
-        self, signals: Signals, preconditioned: dict[int, Tensor], others: Sequence[int], nu: Tensor, finite: Tensor
+        self,
+        signals: Signals,
+        preconditioned: dict[int, Tensor],
+        shares: dict[int, Tensor],
+        others: Sequence[int],
+        nu: Tensor,
+        finite: Tensor,
     ) -> dict[int, Tensor]:
-        """By position: `nu P` of all blocks, and the gradients of the variables `others`; zeros unless `finite`."""
+        """By position: `nu P` of all blocks, of some shares of it, and the gradients of the variables `others`.
+
+        All of them are zeros unless `finite`.
+        """
         plain = [i for i in others if not backend.is_sparse(signals.grads[i])]
-        steps = backend.zero_unless(
-            finite,
-            lambda: [p * ops.cast(nu, p.dtype) for p in preconditioned.values()] + [signals.grads[i] for i in plain],
-        )
+
+        def found() -> list[Tensor]:
+            lengths = {i: nu * shares[i] if i in shares else nu for i in preconditioned}
+            steps = [p * ops.cast(lengths[i], p.dtype) for i, p in preconditioned.items()]
+            return [*steps, *(signals.grads[i] for i in plain)]
+
+        steps = backend.zero_unless(finite, found)
         new = dict(zip([*preconditioned, *plain], steps, strict=True))
         sparse = [i for i in others if backend.is_sparse(signals.grads[i])]
         return new | {i: backend.sparse_zero_unless(finite, signals.grads[i]) for i in sparse}
