@@ -5,6 +5,8 @@ import numpy as np
 from keras import layers, ops
 
 from examples.networks import (
+    Positions,
+    attention_block,
     cnn_3c1f,
     digits_cnn,
     digits_mlp,
@@ -51,29 +53,6 @@ def deep_autoencoder():
     return keras.Sequential([keras.Input((784,)), *hidden, layers.Dense(784, name="logits")])
 
 
-class Positions(layers.Layer):
-    """Adds a vector of its own to each position of a sequence."""
-
-    def __init__(self, length, width, **kwargs):
-        super().__init__(**kwargs)
-        self.length, self.vectors = length, layers.Embedding(length, width)
-
-    def build(self, shape):
-        self.vectors.build((self.length,))
-        super().build(shape)
-
-    def call(self, x):
-        return x + self.vectors(ops.arange(self.length))
-
-
-def attention_block(x, width, heads, **attention):
-    """A Transformer's block, normalized before each part; `attention` goes to the call of its attention."""
-    normal = layers.LayerNormalization()(x)
-    x = x + layers.MultiHeadAttention(heads, width // heads)(normal, normal, **attention)
-    normal = layers.LayerNormalization()(x)
-    return x + layers.Dense(width)(layers.Dense(4 * width, activation="gelu")(normal))
-
-
 def language_model(vocabulary, length=64, width=64, heads=4, depth=2):
     """The next token after each of a sequence: logits `[length, vocabulary]`."""
     inputs = keras.Input((length,), dtype="int32")
@@ -81,17 +60,6 @@ def language_model(vocabulary, length=64, width=64, heads=4, depth=2):
     for _ in range(depth):
         x = attention_block(x, width, heads, use_causal_mask=True)
     return keras.Model(inputs, layers.Dense(vocabulary, name="logits")(layers.LayerNormalization()(x)))
-
-
-def vision_transformer(shape=(28, 28, 1), patch=4, width=64, heads=4, depth=2, classes=10):
-    """A ViT (Dosovitskiy et al., 2021) with the mean of its tokens in place of one for the class, ending in logits."""
-    inputs = keras.Input(shape)
-    x = layers.Reshape((-1, width))(layers.Conv2D(width, patch, patch)(inputs))
-    x = Positions(x.shape[1], width)(x)
-    for _ in range(depth):
-        x = attention_block(x, width, heads)
-    pooled = layers.GlobalAveragePooling1D()(layers.LayerNormalization()(x))
-    return keras.Model(inputs, layers.Dense(classes, name="logits")(pooled))
 
 
 # A loss that is a mean over pixels or positions has as many values for each example.

@@ -8,7 +8,7 @@ from keras import layers
 
 import keras_ngd
 from benchmarks import task_data, tasks, texts
-from benchmarks.networks import Positions, attention_block
+from examples.networks import Positions, attention_block
 
 SEED = 1
 # How the outputs of a loss's network look, and its targets.

@@ -9,8 +9,8 @@ import keras
 import numpy as np
 
 from benchmarks import texts
-from benchmarks.networks import autoencoder, deep_autoencoder, language_model, vision_transformer
-from examples.networks import digits_cnn, digits_mlp, residual_network, unet
+from benchmarks.networks import autoencoder, deep_autoencoder, language_model
+from examples.networks import digits_cnn, digits_mlp, residual_network, unet, vision_transformer
 
 # The first million characters of the standard library are for training, what follows is for validation.
 TRAINING_CHARACTERS, CONTEXT, WINDOWS = 1_000_000, 64, 460 * 64

@@ -1,7 +1,7 @@
 """Networks that more than one script trains."""
 
 import keras
-from keras import layers
+from keras import layers, ops
 
 
 def normalized(x):
@@ -108,8 +108,51 @@ def cnn_3c1f(shape=(28, 28, 1), classes=10, width=16):
     for stage in range(3):
         x = layers.Conv2D(width * 2**stage, 3, padding="same", activation="relu")(x)
         x = layers.MaxPooling2D()(x)
-    outputs = layers.Dense(classes)(layers.Flatten()(x))
+    outputs = layers.Dense(classes, name="logits")(layers.Flatten()(x))
     return keras.Model(inputs, outputs, name="3c1f")
+
+
+class Positions(layers.Layer):
+    """Adds a vector of its own to each position of a sequence."""
+
+    def __init__(self, length, width, **kwargs):
+        super().__init__(**kwargs)
+        self.length, self.vectors = length, layers.Embedding(length, width)
+
+    def build(self, shape):
+        self.vectors.build((self.length,))
+        super().build(shape)
+
+    def call(self, x):
+        return x + self.vectors(ops.arange(self.length))
+
+
+def attention_block(x, width, heads, **attention):
+    """A Transformer's block, normalized before each part; `attention` goes to the call of its attention."""
+    normal = layers.LayerNormalization()(x)
+    x = x + layers.MultiHeadAttention(heads, width // heads)(normal, normal, **attention)
+    normal = layers.LayerNormalization()(x)
+    return x + layers.Dense(width)(layers.Dense(4 * width, activation="gelu")(normal))
+
+
+def vision_transformer(shape=(28, 28, 1), patch=4, width=64, heads=4, depth=2, classes=10):
+    """A ViT (Dosovitskiy et al., 2021) with the mean of its tokens in place of one for the class, ending in logits.
+
+    Args:
+        shape: of the images.
+        patch: height and width of the squares that are tokens.
+        width: of the tokens, which `heads` divides.
+        heads: of the attention in each block.
+        depth: blocks.
+        classes: outputs.
+    """
+    inputs = keras.Input(shape)
+    x = layers.Reshape((-1, width))(layers.Conv2D(width, patch, patch)(inputs))
+    x = Positions(x.shape[1], width)(x)
+    for _ in range(depth):
+        x = attention_block(x, width, heads)
+    pooled = layers.GlobalAveragePooling1D()(layers.LayerNormalization()(x))
+    return keras.Model(inputs, layers.Dense(classes, name="logits")(pooled))
 
 
 def unet(size=64, channels_in=3, width=16, depth=3):

@@ -186,5 +186,5 @@ def test_a_language_model_sees_the_past_alone():
 
 
 def test_networks_of_images_end_in_logits():
-    assert networks.vision_transformer().output_shape == (None, 10)
+    assert task_data.MODELS["vit"]().output_shape == (None, 10)
     assert [layer.units for layer in networks.deep_autoencoder().layers] == [400, 200, 100, 25, 100, 200, 400, 784]
