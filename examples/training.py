@@ -103,14 +103,20 @@ class Clock(keras.callbacks.Callback):
 
 
 class Progress(keras.callbacks.Callback):
-    """Moves a bar by one at each epoch's end, with the epoch's figures beside it."""
+    """Moves a bar by one at each epoch's end, with figures of the epoch beside it.
 
-    def __init__(self, bar):
+    Args:
+        bar: a `tqdm`.
+        shown: names of the figures. Default None: all.
+    """
+
+    def __init__(self, bar, shown=None):
         super().__init__()
-        self.bar = bar
+        self.bar, self.shown = bar, shown
 
     def on_epoch_end(self, epoch, logs=None):
-        self.bar.set_postfix({key: f"{value:.4f}" for key, value in logs.items()}, refresh=False)
+        shown = logs if self.shown is None else self.shown
+        self.bar.set_postfix({key: f"{logs[key]:.4f}" for key in shown}, refresh=False)
         self.bar.update()
 
 

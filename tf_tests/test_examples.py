@@ -1,9 +1,11 @@
 """The examples' data, and the examples themselves where nothing else runs them."""
 
 import gzip
+import importlib
 import json
 import os
 import pathlib
+import re
 import subprocess
 import sys
 
@@ -165,21 +167,62 @@ def test_unet_has_a_logit_for_every_pixel():
         networks.unet(size=12, depth=3)
 
 
+@pytest.fixture(scope="module")
+def quickstart():
+    """The script, which finds its neighbours as it does where it is run."""
+    with pytest.MonkeyPatch.context() as patch:
+        for name in ("datasets", "networks", "training"):
+            patch.setitem(sys.modules, name, importlib.import_module(f"examples.{name}"))
+        return importlib.import_module("examples.quickstart")
+
+
+def test_quickstarts_target_is_where_the_better_rival_ends(quickstart):
+    losses = {"Adam": [1.0, 0.5, 0.4], "Muon": [2.0, 0.3, 0.45], "EigenAdam": [0.9, 0.4, 0.1]}
+    runs = {name: {"loss": loss, "seconds": [1.0, 2.5, 4.0]} for name, loss in losses.items()}
+    assert quickstart.target_of(runs) == ("Adam", 0.4)
+    assert quickstart.needs(runs["Adam"], 0.4) == ("3", "4.0")
+    assert quickstart.needs(runs["EigenAdam"], 0.4) == ("2", "2.5")
+    assert quickstart.needs(runs["EigenAdam"], 0.05) == ("-", "-")
+    runs["Adam"]["loss"][-1] = float("nan")
+    assert quickstart.target_of(runs) == ("Muon", 0.45)
+
+
 def run_example(name, data_dir, tmp_path, *arguments):
-    """What an example prints; its plot must be there in the end."""
+    """The process of an example, which has ended well; its plot must be there."""
     plot = tmp_path / "plot.png"
     command = [sys.executable, EXAMPLES / name, f"--data_dir={data_dir}", f"--output={plot}", *arguments]
     done = subprocess.run(command, capture_output=True, text=True, timeout=600)
     assert done.returncode == 0, done.stderr[-3000:]
     assert plot.stat().st_size > 10_000
-    return done.stdout
+    return done
+
+
+@pytest.mark.skipif(keras.backend.backend() == "jax", reason="one backend shows that it runs")
+@pytest.mark.slow
+def test_quickstart_runs(data_dir, tmp_path):
+    small = ["--network=CNN", "--method=KFAC", "--epochs=2", "--batch_size=1000"]
+    done = run_example("quickstart.py", data_dir, tmp_path, *small)
+    rows = re.findall(r"^(Adam|Muon|KFAC) +(\S+), (best|default) +(.*)", done.stdout, re.MULTILINE)
+    rows = {name: [rate, how, *figures.split()] for name, rate, how, figures in rows}
+    assert rows["KFAC"][:2] == ["0.02", "default"]
+    assert {rows[rival][0] for rival in ("Adam", "Muon")} <= {"0.003", "0.01", "0.03"}
+    # Chance is 0.1. By definition the rival that sets the target needs all epochs for it.
+    assert all(float(row[3]) > 0.4 for row in rows.values())
+    rival = re.search(r"a training loss of \S+, (\w+)'s at the end", done.stdout)[1]
+    assert rows[rival][4] == "2"
+    assert "4000 images for training, 1000 for testing" in done.stdout
+    # Nothing but the bar: no greetings, no warnings.
+    lines = [line for line in re.split(r"[\r\n]+", done.stderr) if line.strip()]
+    assert all(re.search(r"\d+/14 \[", line) for line in lines), done.stderr
 
 
 @pytest.mark.skipif(keras.backend.backend() == "jax", reason="one backend shows that it runs")
 @pytest.mark.slow
 def test_cifar_resnet_runs(data_dir, tmp_path):
     small = ["--width=2", "--epochs=1", "--batch_size=512", "--first_interval=2", "--split=9"]
-    printed = run_example("cifar_resnet.py", data_dir, tmp_path, *small, "--method=momentum", "--method=thor_stop")
+    printed = run_example(
+        "cifar_resnet.py", data_dir, tmp_path, *small, "--method=momentum", "--method=thor_stop"
+    ).stdout
     assert "thor_stop: 21 layers captured" in printed
     assert "test accuracy" in printed
 
@@ -189,7 +232,7 @@ def test_cifar_resnet_runs(data_dir, tmp_path):
 def test_fashion_3c1f_runs(data_dir, tmp_path):
     history = tmp_path / "history.json"
     small = ["--width=2", "--epochs=2", "--batch_size=512", "--interval=3", f"--history={history}"]
-    printed = run_example("fashion_3c1f.py", data_dir, tmp_path, *small)
+    printed = run_example("fashion_3c1f.py", data_dir, tmp_path, *small).stdout
     for method in ("kfac", "skfac", "hylo"):
         assert f"{method}: 4 layers captured" in printed
     assert "test accuracy" in printed
@@ -203,7 +246,7 @@ def test_fashion_3c1f_runs(data_dir, tmp_path):
 def test_unet_segmentation_runs(data_dir, tmp_path):
     small = ["--size=16", "--width=2", "--depth=1", "--epochs=1", "--batch_size=128", "--interval=2"]
     methods = ["--method=adam", "--method=skfac", "--method=hylo"]
-    printed = run_example("unet_segmentation.py", data_dir, tmp_path, *small, *methods)
+    printed = run_example("unet_segmentation.py", data_dir, tmp_path, *small, *methods).stdout
     assert "skfac: 8 layers captured" in printed
     assert "hylo: 8 layers captured" in printed
     assert "test dice" in printed
