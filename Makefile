@@ -20,7 +20,7 @@ BENCHMARKS := benchmark-update-cost benchmark-row-cost benchmark-thor-convergenc
 .PHONY: $(BENCHMARKS) benchmark
 
 help:
-	@echo "make demo                   train a small network with SGD and with KFAC, offline"
+	@echo "make demo                   EigenAdam beside Adam and Muon on images of MNIST, offline"
 	@echo "make test                   lint, then all tests on the TensorFlow and on the JAX backend"
 	@echo "make nightly                all networks of keras.applications: trained, saved, loaded, released; takes long"
 	@echo "make lint                   ruff: rules and format; mypy: types"

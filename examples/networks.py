@@ -96,6 +96,29 @@ def digits_mlp():
     )
 
 
+def lenet5(shape=(28, 28, 1), classes=10):
+    """The LeNet-5 of LeCun et al. (1998) with ReLU and maxima for pooling, ending in logits.
+
+    Args:
+        shape: of the images.
+        classes: outputs.
+    """
+    return keras.Sequential(
+        [
+            keras.Input(shape),
+            layers.Conv2D(6, 5, padding="same", activation="relu"),
+            layers.MaxPooling2D(),
+            layers.Conv2D(16, 5, activation="relu"),
+            layers.MaxPooling2D(),
+            layers.Flatten(),
+            layers.Dense(120, activation="relu"),
+            layers.Dense(84, activation="relu"),
+            layers.Dense(classes, name="logits"),
+        ],
+        name="LeNet-5",
+    )
+
+
 def cnn_3c1f(shape=(28, 28, 1), classes=10, width=16):
     """Three convolutional layers, each with pooling, and one fully connected layer: the 3C1F of the HyLo paper.
 
@@ -108,7 +131,7 @@ def cnn_3c1f(shape=(28, 28, 1), classes=10, width=16):
     for stage in range(3):
         x = layers.Conv2D(width * 2**stage, 3, padding="same", activation="relu")(x)
         x = layers.MaxPooling2D()(x)
-    outputs = layers.Dense(classes, name="logits")(layers.Flatten()(x))
+    outputs = layers.Dense(classes)(layers.Flatten()(x))
     return keras.Model(inputs, outputs, name="3c1f")
 
 
