@@ -3,7 +3,7 @@
     python examples/quickstart.py                               # less than a minute on two cores
     python examples/quickstart.py --method=EigenAdam --method=KFAC
     python examples/quickstart.py --dataset=fashion_mnist       # 5,000 of its images, from Debian's package or a download
-    KERAS_BACKEND=jax python examples/quickstart.py
+    KERAS_BACKEND=jax python examples/quickstart.py             # minutes, most of them of tracing
 
 LeNet-5 and a small Transformer are trained, all optimizers from the same weights for as many epochs, while their
 learning rates fall to zero along half a cosine. The rivals, Keras's own, are trained once for each rate of a grid, and the run
