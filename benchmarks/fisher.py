@@ -1,8 +1,9 @@
 """Whether statistics of labels that the model draws train better than those of the data's own gradients (`fisher=`).
 
 The trainings are those of `benchmarks.tasks`, with its grids, trials and seeds, and `fisher="sampled"`; they are compared with
-that benchmark's result. On `vit` and `deep_autoencoder` the defaults alone run: a grid takes an hour there. What takes long
-runs where it is named (`--only='text-*'`).
+that benchmark's result. Of the two Transformers the positions, which no example has for itself, are not captured then. On
+`vit` and `deep_autoencoder` the defaults alone run: a grid takes an hour there. What takes long runs where it is named
+(`--only='text-*'`).
 """
 
 from benchmarks import results, tasks
@@ -18,8 +19,19 @@ def cases(quick):
         tuned = not case["optimizer"].endswith(tasks.AT_DEFAULTS)
         chosen = case["optimizer"].removesuffix(tasks.AT_DEFAULTS) in OPTIMIZERS
         if chosen and not (tuned and case["task"] in AT_DEFAULTS_ALONE):
-            found.append({**case, "arguments": {**case.get("arguments", {}), "fisher": "sampled"}})
+            found.append(with_drawn_labels(case))
     return [tasks.shortened(case) for case in found if case["name"] == "mlp-KFAC"] if quick else found
+
+
+def with_drawn_labels(case):
+    """A case of `benchmarks.tasks`, with labels that the model draws."""
+    arguments = {**case.get("arguments", {}), "fisher": "sampled"}
+    if "intervals" in case and case["optimizer"] != "EigenAdam":
+        # The loss tells how many values there are for each example.
+        arguments["losses_per_example"] = "auto"
+    # Positions are the same for all examples of a batch.
+    skipped = {"skip": "positions"} if case["task"] in ("text", "vit") else {}
+    return {**case, "arguments": arguments, **skipped}
 
 
 def environment(case):

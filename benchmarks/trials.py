@@ -16,6 +16,7 @@ import keras_ngd
 from benchmarks.alone import alone
 from benchmarks.kl_shampoo import KLShampoo
 from benchmarks.tasks import AT_DEFAULTS, FIRST_ORDER, epochs_to, named_loss
+from keras_ngd.capturing.walk import path_of
 
 TRIAL_SEED, FIRST_SEED = 1000, 101
 # Of the times of epochs: passes over the whole training at most, and when no other is begun.
@@ -96,7 +97,9 @@ class Training:
         # Bases of gradients need no captured layers.
         bases = getattr(self.optimizer, "basis", None)
         if isinstance(self.optimizer, keras_ngd.optimizers.NaturalGradient) and bases != "gradient":
-            keras_ngd.capture(self.model, self.optimizer)
+            skipped = case.get("skip")
+            skip = None if skipped is None else lambda layer: path_of(layer).startswith(skipped)
+            keras_ngd.capture(self.model, self.optimizer, skip=skip)
         self.model.compile(
             optimizer=self.optimizer,
             loss=problem.loss,

@@ -48,7 +48,7 @@ class ConvolutionGeometry(MatrixGeometry):
 
     def input_second_moment(self, x: Tensor, weights: Tensor | None = None) -> Tensor:
         x, sums = self._channels_last(x), None
-        if self.groups == 1 and patches.prefers_displacements(x, self.kernel, self.strides, self.dilation):
+        if self.groups == 1 and patches.prefers_displacements(x, *self._window):
             products = ops.expand_dims(patches.patch_gram(x, self.kernel, self.padding), 0)
             if self.use_bias:
                 total = ops.sum(x, axis=0, keepdims=True)
@@ -74,7 +74,7 @@ class ConvolutionGeometry(MatrixGeometry):
                 total = ops.sum(ops.square(x), axis=0, keepdims=True)
                 sums, outputs = patches.patch_sums(total, *self._window)
                 return [ops.reshape(sums, (1, -1, 1, 1))], ops.cast(ops.shape(x)[0] * outputs, x.dtype)
-            if patches.prefers_displacements(x, self.kernel, self.strides, self.dilation):
+            if patches.prefers_displacements(x, *self._window):
                 return patch_blocks.patch_gram_blocks(x, self.kernel, self.padding, parts), self._row_count(x)
         rows = self._unfolded(x)
         return diagonal.gram_blocks(rows, parts), ops.cast(ops.shape(rows)[1], rows.dtype)

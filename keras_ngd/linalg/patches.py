@@ -131,11 +131,30 @@ def patches_at(
     return ops.take(ops.reshape(x, (-1, x.shape[-1])), index, axis=0)
 
 
-def prefers_displacements(x: Tensor, kernel: Sequence[int], strides: Sequence[int], dilation: Sequence[int]) -> bool:
-    """Whether `patch_gram` applies: stride 1, no dilation, one or two axes, and a map no smaller than the kernel."""
+# Patches no longer than this are stored where the corners of a map are more than so many, or a map is no larger than so many
+# kernels: what displacements count too much takes longer there than the patches, and far longer to compile. All patches of an
+# example have no more than so many entries then.
+_NARROW, _CORNERS, _KERNELS, _ENTRIES = 256, 16, 4, 2**17
+
+
+def prefers_displacements(
+    x: Tensor, kernel: Sequence[int], strides: Sequence[int], dilation: Sequence[int], padding: str
+) -> bool:
+    """Whether `patch_gram` applies: stride 1, no dilation, one or two axes, and a map no smaller than the kernel.
+
+    It does not for the short patches of small maps, or of maps with many corners; see above.
+    """
     if len(kernel) > 2 or max(strides) > 1 or max(dilation) > 1 or max(kernel) == 1:
         return False
-    return all(size is not None and size >= k for size, k in zip(x.shape[1:-1], kernel, strict=True))
+    sizes = x.shape[1:-1]
+    if not all(size is not None and size >= k for size, k in zip(sizes, kernel, strict=True)):
+        return False
+    width, axes = math.prod(kernel) * x.shape[-1], list(zip(sizes, kernel, strict=True))
+    borders = [pad_and_crop_sizes(size, k, 1, 1, padding) for size, k in axes]
+    corners = math.prod(2 * (k - 1) - before - after for (_, k), (before, after, _) in zip(axes, borders, strict=True))
+    intricate = (len(kernel) == 2 and corners > _CORNERS) or any(size < _KERNELS * k for size, k in axes)
+    entries = width * math.prod(outputs for _, _, outputs in borders)
+    return not (intricate and width <= _NARROW and entries <= _ENTRIES)
 
 
 def as_image(x: Tensor, kernel: Sequence[int], padding: str) -> tuple[Tensor, Shape, tuple[tuple[int, int], ...]]:

@@ -215,5 +215,5 @@ class EigenAdam(EigenbasisMethod):
         finite = self._all_finite([signals.grads[i] for i in others], ops.zeros(()), finite)
         self.gradient_blocks.assign(finite)
         nu = self.bound.scale(ops.zeros(()), ops.ones(()), finite)
-        new = self._bounded(signals, found, others, nu, finite)
+        new = self._bounded(signals, found, {}, others, nu, finite)
         return [new.get(i, gradient) for i, gradient in enumerate(signals.grads)]

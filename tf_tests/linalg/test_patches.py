@@ -6,7 +6,8 @@ import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-from keras_ngd.linalg import patches
+from keras_ngd.layers.convolution import ConvolutionGeometry
+from keras_ngd.linalg import diagonal, patches
 from tf_tests.reference import rows as reference
 from tf_tests.reference.running import close, run
 
@@ -116,14 +117,47 @@ def test_unfold_orders_patches_as_keras_does(kernel, strides, dilation, padding)
 
 
 def test_displacements_only_where_they_apply():
-    def prefers(shape, kernel, strides=1, dilation=1):
+    def prefers(shape, kernel, strides=1, dilation=1, padding="same"):
         rank = len(kernel)
-        return patches.prefers_displacements(np.zeros(shape), kernel, (strides,) * rank, (dilation,) * rank)
+        return patches.prefers_displacements(np.zeros(shape), kernel, (strides,) * rank, (dilation,) * rank, padding)
 
-    assert prefers((2, 5, 5, 3), (3, 3))
-    assert prefers((2, 5, 3), (5,))
-    assert not prefers((2, 5, 2, 3), (3, 3))
-    assert not prefers((2, 5, 5, 3), (3, 3), strides=2)
-    assert not prefers((2, 5, 5, 3), (3, 3), dilation=2)
-    assert not prefers((2, 5, 5, 5, 3), (3, 3, 3))
-    assert not prefers((2, 5, 5, 3), (1, 1))
+    assert prefers((2, 12, 12, 3), (3, 3))
+    assert prefers((2, 20, 3), (5,), padding="causal")
+    assert not prefers((2, 12, 2, 3), (3, 3))
+    assert not prefers((2, 12, 12, 3), (3, 3), strides=2)
+    assert not prefers((2, 12, 12, 3), (3, 3), dilation=2)
+    assert not prefers((2, 12, 12, 12, 3), (3, 3, 3))
+    assert not prefers((2, 12, 12, 3), (1, 1))
+
+
+def test_short_patches_of_small_maps_are_stored():
+    def prefers(size, kernel, channels, padding="same"):
+        x = np.zeros((1, size, size, channels))
+        return patches.prefers_displacements(x, (kernel, kernel), (1, 1), (1, 1), padding)
+
+    assert not prefers(11, 3, 3)
+    assert prefers(11, 3, 64)
+    # 64 corners, and 16.
+    assert not prefers(28, 5, 1, "valid")
+    assert prefers(28, 5, 1)
+    assert prefers(224, 5, 3, "valid")
+
+
+@pytest.mark.parametrize("padding", ["valid", "same"])
+@pytest.mark.parametrize("rank", [1, 2])
+def test_both_ways_to_moments_of_patches_agree(rank, padding, monkeypatch):
+    x, ones = draw((5, *(6, 7)[:rank], 2)), (1,) * rank
+    kernel_shape = (*(3,) * rank, 2, 4)
+    geometry = ConvolutionGeometry(kernel_shape, 1, True, ones, ones, padding, "channels_last")
+    parts = diagonal.partition(3**rank * 2, True, 4)
+
+    def moments():
+        found = run(lambda x: geometry.input_second_moment(x), x)
+        blocks = run(lambda x: geometry.input_blocks(x, parts), x)
+        return [found, *blocks]
+
+    stored = moments()
+    monkeypatch.setattr(patches, "_NARROW", 0)
+    assert patches.prefers_displacements(x, geometry.kernel, geometry.strides, geometry.dilation, padding)
+    for ours, others in zip(moments(), stored, strict=True):
+        close(ours, others, 1e-5)
