@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from keras_ngd import schedules
 
 
-def place(costs: Sequence[float], workers: int) -> list[int]:
+def place(costs: Sequence[float], workers: int, before: Sequence[float] | None = None) -> list[int]:
     """Owners of pieces of work, balanced: the longest first, each to the worker that has least so far.
 
     A worker's load is at most `4/3 - 1/(3 workers)` times that of the best placement (Graham, 1969), and no better
@@ -15,6 +15,8 @@ def place(costs: Sequence[float], workers: int) -> list[int]:
     Args:
         costs: for each piece what it takes: non-negative numbers, in any unit.
         workers: how many there are, at least 1.
+        before: for each worker what it has to do besides, at other times: of those that have least so far, the one that has least
+            of this too gets a piece. Default None: the same for all.
 
     Returns:
         For each piece its owner's rank.
@@ -24,9 +26,10 @@ def place(costs: Sequence[float], workers: int) -> list[int]:
         if not schedules.is_number(cost) or not 0 <= cost < math.inf:
             raise ValueError(f"`costs` must be finite and not negative. Received: costs[{i}]={cost!r}")
     loads: list[float] = [0] * workers
+    before = loads[:] if before is None else before
     owners = [0] * len(costs)
     for i in sorted(range(len(costs)), key=lambda i: (-costs[i], i)):
-        owner = min(range(workers), key=lambda rank: (loads[rank], rank))
+        owner = min(range(workers), key=lambda rank: (loads[rank], before[rank], rank))
         owners[i] = owner
         loads[owner] += costs[i]
     return owners

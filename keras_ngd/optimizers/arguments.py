@@ -15,7 +15,7 @@ PLACE = "{{shared_arguments}}"
 NOT_TAKEN = ("gradient_accumulation_steps",)
 
 # What has no meaning for methods on rows: an inverse belongs to the rows it was made of, and all workers hold these.
-NOT_OF_ROWS = ("factor_interval", "inverse_interval", "gradient_worker_fraction", "reduce_scatter")
+NOT_OF_ROWS = ("factor_interval", "inverse_interval", "stagger", "gradient_worker_fraction", "reduce_scatter")
 
 SHARED = {
     # Of the methods.
@@ -58,6 +58,10 @@ SHARED = {
     "interval_growth": "positive float or None. An interval given as an int is at most this share of the steps so far, and at "
     "least 1: what a network is like changes fastest in its first steps. None: the interval itself from the first step on. "
     "Default 0.1.",
+    "stagger": "bool: whether refreshes are spread over the steps of `inverse_interval`, so that no step is slow. Layers are "
+    "divided into shares of about equal work, no more than there are steps, and each share has a step of its own in every "
+    "interval. The first refresh is of all layers, and so is each whose interval is shorter than there are shares, as while it "
+    "grows from 1. Default False: all layers at once.",
     "rest": '`"adam"` or `"sgd"`: the update rule of variables that no curvature describes. Default `"adam"`.',
     "rest_learning_rate": "float or `LearningRateSchedule`: its learning rate. Default None: a tenth of `learning_rate` for "
     '`"adam"`, `learning_rate` itself for `"sgd"`.',

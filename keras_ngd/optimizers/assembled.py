@@ -74,6 +74,7 @@ class AssembledOptimizer(Method, OverwritingSGD):
         statistics_fraction: float | None = None,
         fisher_scale: str | None = "auto",
         interval_growth: float | None = 0.1,
+        stagger: bool = False,
         rest: str = "adam",
         rest_learning_rate: DampingLike | None = None,
         communicator: Communicator | str = "auto",
@@ -96,13 +97,14 @@ class AssembledOptimizer(Method, OverwritingSGD):
         factor_interval = schedules.check_interval("factor_interval", schedules.deserialize(factor_interval))
         inverse_interval = schedules.check_interval("inverse_interval", schedules.deserialize(inverse_interval))
         checks.check_division(communicator, gradient_worker_fraction, reduce_scatter, shard_state)
+        checks.check_stagger(stagger)
         super().__init__(learning_rate=learning_rate, momentum=momentum, **kwargs)
         self.damping, self.factor_decay = damping, float(factor_decay)
         self.length_clip, self.loss_clip, self.kl_clip = clips
         self.fisher, self.likelihood, self.statistics_fraction = fisher, likelihood, fraction
         self.fisher_scale, self.seed = fisher_scale, seed
         self.factor_interval, self.inverse_interval = factor_interval, inverse_interval
-        self.interval_growth = interval_growth
+        self.interval_growth, self.stagger = interval_growth, stagger
         self.rest, self.rest_learning_rate = rest, rest_learning_rate
         self.communicator, self.gradient_worker_fraction = communicator, float(gradient_worker_fraction)
         self.reduce_scatter, self.shard_state, self.not_captured = reduce_scatter, shard_state, not_captured
@@ -236,7 +238,9 @@ class AssembledOptimizer(Method, OverwritingSGD):
         "How many updates of the statistics were of a batch of one, for which no labels are drawn: `fisher='sampled'`.",
     )
     factor_updates = Count("counters", "How many batches have entered the statistics' averages.")
-    inverse_updates = Count("counters", "How often the inverses were refreshed.")
+    inverse_updates = Count(
+        "counters", "How often the inverses were refreshed; with `stagger`, how many rounds of that have begun."
+    )
     clipped_steps = Count("bound", "How many steps a clip has shortened.")
     mean_step_scale = Count(
         "bound", "The mean over all steps of what clips multiplied a step with; 1 if they never did.", 1.0
@@ -305,7 +309,7 @@ class AssembledOptimizer(Method, OverwritingSGD):
             config |= {"fisher": self.fisher, "statistics_fraction": self.statistics_fraction, "seed": self.seed}
         if self.likelihood is not None:
             config["likelihood"] = likelihoods.serialized(self.likelihood)
-        config |= {name: True for name in ("reduce_scatter", "shard_state") if getattr(self, name)}
+        config |= {name: True for name in ("reduce_scatter", "shard_state", "stagger") if getattr(self, name)}
         if isinstance(self.communicator, str) and self.communicator != "auto":
             config["communicator"] = self.communicator
         return config | ({"not_captured": self.not_captured} if self.not_captured else {})

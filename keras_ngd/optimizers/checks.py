@@ -60,6 +60,15 @@ def check_division(
     check_shard_state(shard_state, gradient_worker_fraction)
 
 
+def check_stagger(stagger: bool) -> None:
+    """Raises a `ValueError` if the argument is not possible."""
+    if not isinstance(stagger, bool):
+        raise ValueError(
+            "`stagger` must be True, for refreshes that are spread over the steps of each `inverse_interval`, or False. "
+            f"Received: stagger={stagger!r}"
+        )
+
+
 def check_saved(optimizer: "NaturalGradient", groups: Sequence[Group]) -> None:
     """Raises a `ValueError` if state would not be saved that a refresh cannot make anew."""
     fraction = optimizer.gradient_worker_fraction

@@ -1,6 +1,7 @@
 """When statistics are recorded and inverses refreshed."""
 
-from typing import TYPE_CHECKING
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any
 
 from keras import ops
 
@@ -44,6 +45,24 @@ class Clock:
             known: whether any step ever has.
         """
         return recorded if self._tied else known & (step >= ops.convert_to_tensor(self.next_inverses))
+
+    def renewed(
+        self, step: Tensor, due: Tensor, renew: Callable[[Any], list[Tensor]], whole: Any, old: Sequence[Tensor]
+    ) -> list[Tensor]:
+        """What a refresh makes of some tensors, if one is `due`.
+
+        Args:
+            step: scalar.
+            due: as `refresh_due` has it, or fewer.
+            renew: function of what is to be refreshed to the new tensors.
+            whole: what that is where it is everything.
+            old: the tensors as they are.
+        """
+        return ops.cond(due, lambda: renew(whole), lambda: list(old))
+
+    def begun(self, step: Tensor, due: Tensor) -> Tensor:
+        """Whether a refresh that is due begins one of all layers."""
+        return due
 
     def refreshed(self, step: Tensor, due: Tensor) -> None:
         """Told whether inverses were refreshed at `step`."""

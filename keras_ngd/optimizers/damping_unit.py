@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING
 
 from keras import ops
 
-from keras_ngd.optimizers.blocks import Group
+from keras_ngd.optimizers.blocks import Block, Group, Layout
 from keras_ngd.typing import AddVariable, Tensor, Variable
 
 if TYPE_CHECKING:
@@ -25,6 +25,9 @@ class DampingUnit:
     Args:
         optimizer: whose damping it is: its `damping_mode` and `layout` are looked at.
         add: its `StateLayout.add`.
+
+    Attributes:
+        variables: those that a refresh renews, the unit the first of them; none where it is 1.
     """
 
     def __init__(self, optimizer: "NaturalGradient", add: AddVariable) -> None:
@@ -35,21 +38,69 @@ class DampingUnit:
 
     def times(self, damping: Tensor, measured: Sequence[Tensor] | None = None) -> Tensor:
         """A damping in the units of the curvature: by what was `measured`, or as of the last refresh."""
-        for unit in self.variables if measured is None else measured:
+        for unit in (self.variables if measured is None else measured)[:1]:
             damping = damping * ops.convert_to_tensor(unit)
         return damping
 
-    def measured(self, stacked: Callable[[Group], Sequence[Tensor]]) -> list[Tensor]:
-        """New values of `variables`, from what curvatures are refreshed with, a function of their group."""
+    def measured(
+        self, layout: Layout, stacked: Callable[[Group], Sequence[Tensor]], old: Sequence[Tensor]
+    ) -> list[Tensor]:
+        """New values of `variables`, where a part of the layout is refreshed.
+
+        Args:
+            layout: that part, or all of it.
+            stacked: what curvatures are refreshed with, a function of their group.
+            old: the values as they are.
+        """
         if not self.variables:
             return []
         exchange, sums = self._optimizer.exchange, []
-        for group in exchange.measured_layout.groups:
-            trace = group.curvature.trace(stacked(group))
-            trace = ops.cast(ops.where(ops.isfinite(trace), trace, 0.0), "float32")
+        for group in exchange.measured_layout_of(layout).groups:
+            trace = _traces(group, stacked)
             parameters = group.curvature.size * ops.sum(ops.cast(trace > 0, "float32"))
             sums.append(ops.stack([ops.sum(trace), parameters]))
         # A worker may own no layer.
-        total, parameters = ops.unstack(exchange.total(sum(sums, ops.zeros((2,), "float32"))), num=2)
-        # Of curvature that is zero nothing is known.
-        return [ops.where(total > 0, total / ops.maximum(parameters, 1.0), 1.0)]
+        return [_mean(exchange.total(sum(sums, ops.zeros((2,), "float32"))))]
+
+
+class BlockwiseDampingUnit(DampingUnit):
+    """The same where refreshes are spread over steps: of each block's trace as of its own last turn.
+
+    So a step measures no more than what it refreshes.
+    """
+
+    def __init__(self, optimizer: "NaturalGradient", add: AddVariable) -> None:
+        super().__init__(optimizer, add)
+        if self.variables:
+            self.variables.append(add((2, len(optimizer.layout.blocks)), "zeros", "float32", "curvature_by_block"))
+
+    def measured(
+        self, layout: Layout, stacked: Callable[[Group], Sequence[Tensor]], old: Sequence[Tensor]
+    ) -> list[Tensor]:
+        if not self.variables:
+            return []
+        exchange = self._optimizer.exchange
+        found: dict[Block, Tensor] = {}
+        for group in exchange.measured_layout_of(layout).groups:
+            trace = _traces(group, stacked)
+            parameters = group.curvature.size * ops.cast(trace > 0, "float32")
+            pairs = ops.stack([group.of_blocks(trace), group.of_blocks(parameters)], axis=1)
+            found |= dict(zip(group.blocks, ops.unstack(pairs, num=len(group.blocks)), strict=True))
+        blocks, none = self._optimizer.layout.blocks, ops.zeros((2,), "float32")
+        new = exchange.total(ops.stack([found.get(block, none) for block in blocks], axis=1))
+        renewed = set(layout.blocks)
+        by_block = ops.where(ops.convert_to_tensor([[block in renewed for block in blocks]]), new, old[1])
+        return [_mean(ops.sum(by_block, axis=1)), by_block]
+
+
+def _traces(group: Group, stacked: Callable[[Group], Sequence[Tensor]]) -> Tensor:
+    """`[k]`, those of a group's Fisher blocks; 0 where one is not finite."""
+    trace = group.curvature.trace(stacked(group))
+    return ops.cast(ops.where(ops.isfinite(trace), trace, 0.0), "float32")
+
+
+def _mean(sums: Tensor) -> Tensor:
+    """The mean eigenvalue, from the sum of traces and the number of parameters."""
+    total, parameters = ops.unstack(sums, num=2)
+    # Of curvature that is zero nothing is known.
+    return ops.where(total > 0, total / ops.maximum(parameters, 1.0), 1.0)

@@ -14,6 +14,7 @@ from keras_ngd.optimizers.arguments import documented
 from keras_ngd.optimizers.blocks import Group, Layout, Signals
 from keras_ngd.optimizers.eigenbasis_method import DEFAULT_SPLIT, NOT_OF_EIGENBASES, EigenbasisMethod
 from keras_ngd.optimizers.gradient_blocks import GradientBlocks
+from keras_ngd.optimizers.shares import Shares
 from keras_ngd.statistics.statistics import Statistics
 from keras_ngd.typing import Config, DampingLike, IntervalLike, Parts, RateLike, Tensor, Variable
 
@@ -197,6 +198,7 @@ class EigenAdam(EigenbasisMethod):
     def build_own_state(self, layout: Layout) -> None:
         if self.basis == "gradient":
             self.gradient_blocks = GradientBlocks(self, self.built_on)
+            self.shares = Shares(self.gradient_blocks.shares)
 
     @property
     def further_variables(self) -> list[Variable]:

@@ -10,7 +10,8 @@ from keras import ops
 
 from keras_ngd import backend, distributed
 from keras_ngd.distributed.communicator import Communicator
-from keras_ngd.optimizers.blocks import Block, Group, Layout, Signals, find_blocks
+from keras_ngd.optimizers import shares
+from keras_ngd.optimizers.blocks import Block, Layout, Signals, find_blocks
 from keras_ngd.optimizers.worker_exchange import Workers
 from keras_ngd.typing import Tensor, Variable
 
@@ -30,7 +31,7 @@ class Exchange:
 
     def __init__(self, optimizer: "NaturalGradient") -> None:
         self._optimizer = optimizer
-        self._workers_of_rank: Callable[[int | None], Workers] | None = None
+        self._workers_of_rank: Callable[[int | None, Layout], Workers] | None = None
         self._connection: Communicator | None = None
         self._started, self._gathered_at = False, 0
 
@@ -48,12 +49,21 @@ class Exchange:
     @property
     def workers(self) -> Workers | None:
         """What this worker does with others, `Workers`; None where it is alone."""
-        return None if self._workers_of_rank is None else self._workers_of_rank(self.communicator.rank)
+        return self._workers_of(self._optimizer.layout)
+
+    def _workers_of(self, layout: Layout) -> Workers | None:
+        """The same for a part of the layout."""
+        return None if self._workers_of_rank is None else self._workers_of_rank(self.communicator.rank, layout)
 
     @property
     def local_layout(self) -> Layout:
         """The part of the layout whose inverses this worker has."""
-        return self._optimizer.layout if self.workers is None else self.workers.local_layout
+        return self.local_layout_of(self._optimizer.layout)
+
+    def local_layout_of(self, layout: Layout) -> Layout:
+        """The same for a part of the layout."""
+        workers = self._workers_of(layout)
+        return layout if workers is None else workers.local_layout
 
     def received_bytes(self) -> dict[str, int]:
         """See `NaturalGradient.received_bytes`."""
@@ -129,14 +139,16 @@ class Exchange:
             for block in layout.blocks:
                 block.statistics.before_saving = lambda: _check_gathered(exchange())
 
+        owners = shares.owners_in(optimizer.shares.parts or [layout], optimizer.curvature_of, communicator.size)
+
         # Of one rank, but where this process has several replicas.
         @functools.cache
-        def workers(rank: int | None) -> Workers:
+        def workers(rank: int | None, layout: Layout) -> Workers:
             return Workers(
                 communicator,
                 rank,
                 layout,
-                cost=lambda block: optimizer.curvature_of(Group([block])).refresh_cost,
+                owners=owners,
                 part=lambda blocks: layout.part(blocks, optimizer.curvature_of),
                 fraction=fraction,
                 scatter=optimizer.reduce_scatter,
@@ -228,30 +240,34 @@ class Exchange:
         return averages if self.workers is None else self.workers.mean_statistics(averages, share, left_out)
 
     def refreshed_states(
-        self, renew: Callable[..., list[list[Tensor]]], states: list[list[Tensor]], update: dict[Block, Tensor] | None
+        self,
+        layout: Layout,
+        renew: Callable[..., list[list[Tensor]]],
+        states: list[list[Tensor]],
+        update: dict[Block, Tensor] | None,
     ) -> list[list[Tensor]]:
-        """New states of the groups of `local_layout`.
+        """New states of the groups of `local_layout_of(layout)`.
 
         Args:
-            renew: function of a part of the layout and its groups' states: their new states, of which each worker makes a share.
-            states: for each group of `local_layout` its state.
+            layout: what is refreshed.
+            renew: function of a part of it and its groups' states: their new states, of which each worker makes a share.
+            states: for each of those groups its state.
             update: for each block of the layout, whether it is renewed; None where all are.
         """
-        if self.workers is None:
-            return renew(self._optimizer.layout, states)
-        return self.workers.refresh(renew, states, update)
+        workers = self._workers_of(layout)
+        return renew(layout, states) if workers is None else workers.refresh(renew, states, update)
 
     def agreed(self, tensors: Sequence[Tensor]) -> Sequence[Tensor]:
         """Decisions, the same on all workers."""
         return tensors if self.workers is None else self.workers.agreed(tensors)
 
-    @property
-    def measured_layout(self) -> Layout:
-        """The part of the layout that this worker measures, of a sum over all blocks; see `total`."""
-        return self._optimizer.layout if self.workers is None else self.workers.measured_layout
+    def measured_layout_of(self, layout: Layout) -> Layout:
+        """The part of it that this worker measures, of a sum over all its blocks; see `total`."""
+        workers = self._workers_of(layout)
+        return layout if workers is None else workers.measured_layout
 
     def total(self, measured: Tensor) -> Tensor:
-        """The sum over all blocks, the same on all workers, of which this worker has that of `measured_layout`."""
+        """The sum over all blocks, the same on all workers, of which this worker has that of `measured_layout_of`."""
         return measured if self.workers is None else self.workers.total(measured)
 
     def all_preconditioned(self, found: dict[Block, Tensor], length: Tensor) -> tuple[dict[Block, Tensor], Tensor]:

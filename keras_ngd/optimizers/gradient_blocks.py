@@ -10,7 +10,7 @@ from keras import ops
 from keras_ngd import backend
 from keras_ngd.curvature import EigenAdamCurvature, refreshed
 from keras_ngd.linalg import diagonal
-from keras_ngd.optimizers import state_layout
+from keras_ngd.optimizers import shares, state_layout
 from keras_ngd.optimizers.blocks import Signals
 from keras_ngd.typing import Parts, Shape, Tensor, Variable
 
@@ -79,6 +79,13 @@ class GradientBlocks:
                 dtype = "float64" if backend.dtype_name(variable) == "float64" else "float32"
                 members.setdefault((*shape, dtype), []).append(variable)
         self.groups = [self._group(found, *kind) for kind, found in members.items()]
+        # All matrices, by the numbers of their groups and in these; and their shares, where refreshes are spread over steps.
+        self._all = [(i, j) for i, group in enumerate(self.groups) for j in range(len(group.variables))]
+        self.shares: list[list[tuple[int, int]]] = []
+        if optimizer.stagger:
+            costs = [self.groups[i].curvature.refresh_cost / len(self.groups[i].variables) for i, _ in self._all]
+            numbers = shares.divided(costs, optimizer.inverse_interval)
+            self.shares = [[self._all[number] for number in share] for share in numbers]
 
     def _group(self, variables: list[Variable], rows: int, columns: int, dtype: str) -> MatrixGroup:
         optimizer = self._optimizer
@@ -137,9 +144,9 @@ class GradientBlocks:
             [stored] = state_layout.stored_state([variable], [ops.where(taken, value, old)])
             optimizer.assign(variable, stored)
         step, due = ops.convert_to_tensor(optimizer._iterations), self._due & taken
-        optimizer.clock.refreshed(step, due)
         optimizer.counters.count("factor_updates", taken)
-        optimizer.counters.count("inverse_updates", due)
+        optimizer.counters.count("inverse_updates", optimizer.clock.begun(step, due))
+        optimizer.clock.refreshed(step, due)
         self._new, self._due = [], None
 
     def _gradients(self, group: MatrixGroup, signals: Signals) -> Tensor:
@@ -165,16 +172,43 @@ class GradientBlocks:
         curvatures = [group.curvature for group in self.groups]
         kept = [state_layout.gathered_state(curvature.refreshed_variables) for curvature in curvatures]
 
-        def renew() -> list[Tensor]:
-            inputs = [group.as_inputs(of_group) for group, of_group in zip(self.groups, factors, strict=True)]
+        def renew(matrices: Sequence[tuple[int, int]]) -> list[Tensor]:
             with self._optimizer.state.refreshing(curvatures):
-                new = refreshed(curvatures, inputs, ops.ones(()), kept)
+                new = self._renewed(matrices, factors, kept)
             return [t for state in new for t in state]
 
         if not curvatures:
             return []
-        flat = iter(ops.cond(self._due, renew, lambda: [t for state in kept for t in state]))
+        optimizer, old = self._optimizer, [t for state in kept for t in state]
+        step = ops.convert_to_tensor(optimizer._iterations)
+        flat = iter(optimizer.clock.renewed(step, self._due, renew, self._all, old))
         return [[next(flat) for _ in state] for state in kept]
+
+    def _renewed(
+        self, matrices: Sequence[tuple[int, int]], factors: Sequence[Sequence[Tensor]], kept: Sequence[Sequence[Tensor]]
+    ) -> list[list[Tensor]]:
+        """What is `kept` of all groups, renewed of these matrices."""
+        numbers = {i: [j for of, j in matrices if of == i] for i, _ in matrices}
+        curvatures, inputs, states = [], [], []
+        for i, chosen in numbers.items():
+            group, of_group, state = self.groups[i], factors[i], kept[i]
+            curvature = group.curvature
+            if len(chosen) < len(group.variables):
+                curvature = self._optimizer.adam_curvature(len(chosen), *curvature.sides, curvature.dtype)
+                of_group, state = ([ops.take(t, chosen, axis=0) for t in tensors] for tensors in (of_group, state))
+            curvatures.append(curvature)
+            inputs.append(group.as_inputs(of_group))
+            states.append(state)
+        found = [list(state) for state in kept]
+        for (i, chosen), state in zip(
+            numbers.items(), refreshed(curvatures, inputs, ops.ones(()), states), strict=True
+        ):
+            count = len(self.groups[i].variables)
+            if len(chosen) < count:
+                places = [count + chosen.index(j) if j in chosen else j for j in range(count)]
+                state = [ops.take(ops.concatenate(pair), places, axis=0) for pair in zip(kept[i], state, strict=True)]
+            found[i] = list(state)
+        return found
 
 
 def _all_finite(tensors: Sequence[Tensor]) -> Tensor:

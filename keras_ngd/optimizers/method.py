@@ -13,6 +13,7 @@ from keras_ngd.optimizers.approximations import (
     KroneckerSettings,
 )
 from keras_ngd.optimizers.blocks import Block, Layout
+from keras_ngd.optimizers.shares import Shares
 from keras_ngd.statistics import Statistics
 from keras_ngd.typing import LossesPerExample, Tensor, Variable
 
@@ -44,6 +45,7 @@ class Method(Approximation):
         labels: what draws labels from the model.
         exchange: what workers do together.
         layout: the blocks of the model.
+        shares: what is refreshed together where refreshes are spread over steps.
         rest_share: what Adam's learning rate for the rest is of the optimizer's, unless `rest_learning_rate` is given.
     """
 
@@ -59,6 +61,7 @@ class Method(Approximation):
     labels: "LabelSampling"
     exchange: "Exchange"
     layout: Layout
+    shares: Shares = Shares()
 
     @property
     def approximations(self) -> Mapping[Structure, type[AveragedApproximation]]:
@@ -141,17 +144,19 @@ class Method(Approximation):
         return []
 
     def decide(
-        self, inputs: Inputs, damping: Tensor, old: Sequence[Tensor]
+        self, layout: Layout, inputs: Inputs, damping: Tensor, old: Sequence[Tensor]
     ) -> tuple[Sequence[Tensor], dict[Block, Tensor] | None]:
         """What is to be renewed at a refresh. Default: everything.
 
         Args:
+            layout: whose turn it is, all of the layout or a part of it.
             inputs: see `Inputs`.
             damping: scalar.
             old: values of `decided_variables`.
 
         Returns:
-            The new values of these variables, and for each block whether it is to be renewed (a dict), or None for all.
+            The new values of these variables, and for each block of `layout` whether it is to be renewed (a dict), or None for
+            all.
         """
         return old, None
 

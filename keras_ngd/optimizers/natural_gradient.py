@@ -8,17 +8,19 @@ from keras import ops
 
 from keras_ngd import backend, schedules, sharding
 from keras_ngd.curvature import refreshed
-from keras_ngd.optimizers import checks, coverage, state_layout
+from keras_ngd.optimizers import checks, coverage, shares, state_layout
 from keras_ngd.optimizers.arrivals import Arrivals
 from keras_ngd.optimizers.assembled import AssembledOptimizer
 from keras_ngd.optimizers.blocks import Block, Group, Layout, Signals, find_blocks
 from keras_ngd.optimizers.bound import Bound
 from keras_ngd.optimizers.clock import Clock
 from keras_ngd.optimizers.counters import Counters
-from keras_ngd.optimizers.damping_unit import DampingUnit
+from keras_ngd.optimizers.damping_unit import BlockwiseDampingUnit, DampingUnit
 from keras_ngd.optimizers.loss_value import MeanLoss, average_weight
 from keras_ngd.optimizers.method import Inputs
+from keras_ngd.optimizers.refreshed_state import RefreshedState
 from keras_ngd.optimizers.rest import RestRule
+from keras_ngd.optimizers.staggered_clock import StaggeredClock
 from keras_ngd.optimizers.stepped_state import SteppedState
 from keras_ngd.typing import Initializer, Shape, Tensor, Variable
 
@@ -80,6 +82,8 @@ class NaturalGradient(AssembledOptimizer):
             self._add_counters([])
             return
         self.layout = layout
+        if self.stagger:
+            self.shares = shares.parts_of(layout, self.curvature_of, self.inverse_interval)
         self.exchange.build(layout)
         for group in layout.groups:
             group.curvature = self.curvature_of(group)
@@ -95,7 +99,7 @@ class NaturalGradient(AssembledOptimizer):
             [self._var_key(v) in captured or self._overwrite_variable_with_gradient(v) for v in variables],
         )
         self.mean_loss, self.bound = MeanLoss(self, self.state.add), Bound(self, self.state.add)
-        self.damping_unit = DampingUnit(self, self.state.add)
+        self.damping_unit = (BlockwiseDampingUnit if self.stagger else DampingUnit)(self, self.state.add)
         self._add_counters(layout.blocks)
         self.ratio.build(layout.blocks, self.state.add)
         self.loss_carrier.blocks = layout.blocks
@@ -115,7 +119,10 @@ class NaturalGradient(AssembledOptimizer):
         return layout
 
     def _add_counters(self, blocks: Sequence[Block]) -> None:
-        self.clock = Clock(self, self.state.add, self.refreshes_what_was_recorded)
+        if self.stagger:
+            self.clock = StaggeredClock(self, self.state.add)
+        else:
+            self.clock = Clock(self, self.state.add, self.refreshes_what_was_recorded)
         self.counters = Counters(self, self.state.add)
         self.arrivals = Arrivals(self, blocks, self.state.add)
 
@@ -221,17 +228,21 @@ class NaturalGradient(AssembledOptimizer):
         due = self.clock.refresh_due(step, recorded, known)
         if self.refreshes_from_the_last:
             due = due & finite
-        new = ops.cond(due, lambda: self._renewed(inputs, damping, list(old)), lambda: list(old))
+
+        def renew(layout: Layout) -> list[Tensor]:
+            return self._renewed(layout, inputs, damping, list(old))
+
+        new = self.clock.renewed(step, due, renew, self.layout, old)
         for variable, value in zip(variables, new, strict=True):
             self.assign(variable, value)
+        self.counters.count("inverse_updates", self.clock.begun(step, due))
         self.clock.refreshed(step, due)
-        self.counters.count("inverse_updates", due)
 
-    def _renewed(self, inputs: Inputs, damping: Tensor, old: Sequence[Tensor]) -> list[Tensor]:
-        """New values of all variables that a refresh renews, from the old ones."""
-        groups, values = self.local_layout.groups, iter(old)
-        kept = [group.curvature.refreshed_variables for group in groups]
-        states = [state_layout.gathered_state(variables, [next(values) for _ in variables]) for variables in kept]
+    def _renewed(self, layout: Layout, inputs: Inputs, damping: Tensor, old: Sequence[Tensor]) -> list[Tensor]:
+        """New values of all variables that a refresh of a part of the layout, or of all of it, renews, from the old ones."""
+        values, local = iter(old), self.exchange.local_layout_of(layout)
+        kept = RefreshedState(self.local_layout, values)
+        states = kept.of(local)
         measured: dict[tuple[Block, ...], list[Tensor]] = {}
 
         def stacked(group: Group) -> list[Tensor]:
@@ -241,9 +252,9 @@ class NaturalGradient(AssembledOptimizer):
             return measured.setdefault(tuple(group.blocks), group.stacked(inputs(group.blocks)))
 
         # What is measured of all blocks is not made once more, where these are also what is refreshed.
-        unit = self.damping_unit.measured(kept_stacked)
+        unit = self.damping_unit.measured(layout, kept_stacked, [next(values) for _ in self.damping_unit.variables])
         damping = self.damping_unit.times(damping, unit)
-        decided, update = self.decide(inputs, damping, list(values)[len(unit) :])
+        decided, update = self.decide(layout, inputs, damping, list(values))
 
         def renew(layout: Layout, states: Sequence[Sequence[Tensor]]) -> list[list[Tensor]]:
             chosen = None
@@ -253,10 +264,9 @@ class NaturalGradient(AssembledOptimizer):
             return refreshed(curvatures, [stacked(group) for group in layout.groups], damping, states, chosen)
 
         with self.state.refreshing([group.curvature for group in self.layout.groups]):
-            new = self.exchange.refreshed_states(renew, states, update)
-            new = self.arrivals.where_known(groups, new, states)
-        stored = [t for of, state in zip(kept, new, strict=True) for t in state_layout.stored_state(of, state)]
-        return [*stored, *unit, *decided]
+            new = self.exchange.refreshed_states(layout, renew, states, update)
+            new = self.arrivals.where_known(local.groups, new, states)
+        return [*kept.replaced(local, new), *unit, *decided]
 
     def _precondition(
         self, signals: Signals, inputs: Inputs, damping: Tensor, loss: Tensor, stepped: SteppedState

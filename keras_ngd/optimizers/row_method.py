@@ -124,6 +124,11 @@ class RowMethod(Capacity, NaturalGradient):
                 f"{type(self).__name__} keeps a row of every example of a batch: `statistics_fraction` is for fisher='sampled'. "
                 f"Received: statistics_fraction={fraction!r}"
             )
+        if kwargs.get("stagger", False) is not False:
+            raise ValueError(
+                f"{type(self).__name__} refreshes each layer with the batch whose rows it has recorded, so all layers at once: "
+                f"leave `stagger` out. Received: stagger={kwargs['stagger']!r}"
+            )
         for name in ("factor_interval", "inverse_interval"):
             if name in kwargs:
                 raise ValueError(

@@ -189,23 +189,31 @@ class THOR(KFAC):
             self._rule.assign(trace_rule.initial_state(len(self.layout.blocks)))
 
     def decide(
-        self, inputs: Inputs, damping: Tensor, old: Sequence[Tensor]
+        self, layout: Layout, inputs: Inputs, damping: Tensor, old: Sequence[Tensor]
     ) -> tuple[Sequence[Tensor], dict[Block, Tensor] | None]:
-        traces = self._traces(inputs(self.layout.blocks), damping)
-        [rule] = self.exchange.agreed([trace_rule.decide(old[0], traces, self.omega, self.stop_patience)])
+        traces, state = self._traces(layout, inputs(layout.blocks), damping), old[0]
+        places = [self.layout.blocks.index(block) for block in layout.blocks]
+        if layout is not self.layout:
+            state = ops.take(state, places, axis=1)
+        [rule] = self.exchange.agreed([trace_rule.decide(state, traces, self.omega, self.stop_patience)])
         update = rule[trace_rule.STATE.index("decision")] == trace_rule.UPDATE
-        return [rule], {block: update[i] for i, block in enumerate(self.layout.blocks)}
+        if layout is not self.layout:
+            # Of all layers, in whose columns those of the others are as they were.
+            count, new = len(self.layout.blocks), {place: i for i, place in enumerate(places)}
+            columns = [count + new[i] if i in new else i for i in range(count)]
+            rule = ops.take(ops.concatenate([old[0], rule], axis=1), columns, axis=1)
+        return [rule], {block: update[i] for i, block in enumerate(layout.blocks)}
 
-    def _traces(self, inputs: Mapping[Block, Sequence[Tensor]], damping: Tensor) -> Tensor:
-        """`tr F` of every block of the layout."""
+    def _traces(self, layout: Layout, inputs: Mapping[Block, Sequence[Tensor]], damping: Tensor) -> Tensor:
+        """`tr F` of every block of a part of the layout."""
         found = {}
-        for group in self.layout.groups:
+        for group in layout.groups:
             trace = group.curvature.trace(group.stacked(inputs))
             if self.trace_damping == "full":
                 trace = trace + ops.cast(damping, trace.dtype) * group.blocks[0].shape[0] * group.blocks[0].shape[1]
             for block, part in group.parts(trace):
                 found[block] = ops.cast(ops.sum(part), "float32")
-        return ops.stack([found[block] for block in self.layout.blocks])
+        return ops.stack([found[block] for block in layout.blocks])
 
     def gates(self, gates: Tensor) -> Tensor:
         stopped = ops.convert_to_tensor(self._rule)[trace_rule.STATE.index("stopped")]

@@ -2,13 +2,13 @@
 
 import functools
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from keras import ops
 
 from keras_ngd import backend
-from keras_ngd.distributed import gradient_workers, holders_of, place, row_of
+from keras_ngd.distributed import gradient_workers, holders_of, row_of
 from keras_ngd.distributed.communicator import Communicator
 from keras_ngd.linalg.packing import packed, packed_shape, unpacked
 from keras_ngd.optimizers.block_tensors import by_block, by_group, flat, split_like, unflat
@@ -38,8 +38,8 @@ class Workers:
     Args:
         communicator: a `keras_ngd.distributed.Communicator` of several workers.
         rank: which of them this is; None where the same trace is for all, each of which then does all inversions.
-        layout: the model's `Layout`.
-        cost: function of a block: what its inversion takes.
+        layout: the `Layout` of the model, or a part of it.
+        owners: for each of its blocks the worker that inverts it.
         part: function of a list of blocks: the `Layout` of these alone.
         fraction: share of the workers that hold each layer's inverses.
         scatter: whether statistics and gradients go to owners alone.
@@ -51,7 +51,7 @@ class Workers:
         communicator: Communicator,
         rank: int | None,
         layout: Layout,
-        cost: Callable[[Block], float],
+        owners: Mapping[Block, int],
         part: Callable[[Sequence[Block]], Layout],
         fraction: float,
         scatter: bool = False,
@@ -62,8 +62,7 @@ class Workers:
         self.rank: Any = rank
         self.scatter, self.one_clock = scatter, one_clock
         self.holding = gradient_workers(fraction, communicator.size)
-        owners = place([cost(block) for block in layout.blocks], communicator.size)
-        self.owners = dict(zip(layout.blocks, owners, strict=True))
+        self.owners = {block: owners[block] for block in layout.blocks}
         self.own = part([block for block in layout.blocks if self.owners[block] == self.rank])
         self.all_have_all = self.holding == communicator.size
         self.local_layout = layout if self.all_have_all else part(self.blocks_of(self.rank))
