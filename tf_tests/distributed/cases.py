@@ -78,6 +78,14 @@ METHODS = {
         factor_interval=2, inverse_interval=4, inverse="eigen", gradient_worker_fraction=0, reduce_scatter=True
     ),
     "kfac-half": lambda size: _kfac(size, gradient_worker_fraction=0.5),
+    # Refreshes of a share of the layers at a time, of which each worker has a part.
+    "kfac-stagger": lambda size: _kfac(size, inverse_interval=5, stagger=True),
+    "kfac-stagger-half": lambda size: _kfac(size, inverse_interval=5, stagger=True, gradient_worker_fraction=0.5),
+    "sp-ngd-stagger": lambda size: keras_ngd.KFAC(
+        inverse="eigen", gradient_worker_fraction=0, reduce_scatter=True, **STAGGER
+    ),
+    "thor-stagger": lambda size: _thor(size, stagger=True),
+    "tokens-eigen-adam-stagger": lambda size: keras_ngd.EigenAdam(0.1, epsilon=1.0, **STAGGER),
     "thor": _thor,
     "thor-half": lambda size: _thor(size, gradient_worker_fraction=0.5),
     "skfac": lambda size: _rows(paper.SKFAC, size),
@@ -95,6 +103,7 @@ METHODS = {
     # A damping in float32's reach of the kernel matrices' largest eigenvalues, some thousands.
     "tokens-sngd": lambda size: paper.SNGD(0.05, 10.0, interval=2, batch_size=BATCH // size),
 }
+STAGGER = {"factor_interval": 1, "inverse_interval": 3, "interval_growth": None, "stagger": True}
 DRAWN = {"fisher": "sampled", "losses_per_example": "auto"}
 
 # And what does not, since each worker compresses or samples its own batch, or is not tried here:

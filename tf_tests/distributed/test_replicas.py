@@ -10,8 +10,9 @@ from tf_tests.small import relative_distance, weights
 
 pytestmark = [*replicas.tensorflow_only, pytest.mark.slow]
 METHODS = ["kfac", "kfac-eigen", "tokens-eigen-adam", "thor", "skfac", "sngd", "hylo-kid", "hylo-kis", "tokens-sngd"]
+METHODS += ["kfac-stagger"]
 # Those that `tf_tests/test_obligations.py` does not try.
-ON_TWO = ["kfac-eigen", "tokens-eigen-adam", "hylo-kis", "tokens-sngd"]
+ON_TWO = ["kfac-eigen", "kfac-stagger", "tokens-eigen-adam", "hylo-kis", "tokens-sngd"]
 COMPRESSING = ["hylo-switch"]
 ON_FOUR = ["kfac", "thor", "hylo-kis"]
 ON_WORKERS = ["kfac", "thor", "skfac", "sngd", "hylo-kid"]
