@@ -86,7 +86,8 @@ class BlockwiseDampingUnit(DampingUnit):
             parameters = group.curvature.size * ops.cast(trace > 0, "float32")
             pairs = ops.stack([group.of_blocks(trace), group.of_blocks(parameters)], axis=1)
             found |= dict(zip(group.blocks, ops.unstack(pairs, num=len(group.blocks)), strict=True))
-        blocks, none = self._optimizer.layout.blocks, ops.zeros((2,), "float32")
+        # What is 0, and no constant, of which TensorFlow would run the exchange while it compiles: a worker may measure nothing.
+        blocks, none = self._optimizer.layout.blocks, ops.clip(old[1][:, 0], 0.0, 0.0)
         new = exchange.total(ops.stack([found.get(block, none) for block in blocks], axis=1))
         renewed = set(layout.blocks)
         by_block = ops.where(ops.convert_to_tensor([[block in renewed for block in blocks]]), new, old[1])

@@ -191,18 +191,20 @@ class THOR(KFAC):
     def decide(
         self, layout: Layout, inputs: Inputs, damping: Tensor, old: Sequence[Tensor]
     ) -> tuple[Sequence[Tensor], dict[Block, Tensor] | None]:
-        traces, state = self._traces(layout, inputs(layout.blocks), damping), old[0]
-        places = [self.layout.blocks.index(block) for block in layout.blocks]
-        if layout is not self.layout:
-            state = ops.take(state, places, axis=1)
-        [rule] = self.exchange.agreed([trace_rule.decide(state, traces, self.omega, self.stop_patience)])
+        traces, places = self._traces(layout, inputs(layout.blocks), damping), list(range(len(layout.blocks)))
+        if layout is self.layout:
+            rule = trace_rule.decide(old[0], traces, self.omega, self.stop_patience)
+        else:
+            places = [self.layout.blocks.index(block) for block in layout.blocks]
+            of_part = ops.take(old[0], places, axis=1)
+            new = trace_rule.decide(of_part, traces, self.omega, self.stop_patience)
+            # Into the columns of these layers, the others' as they were.
+            count = len(self.layout.blocks)
+            columns = [count + places.index(i) if i in places else i for i in range(count)]
+            rule = ops.take(ops.concatenate([old[0], new], axis=1), columns, axis=1)
+        [rule] = self.exchange.agreed([rule])
         update = rule[trace_rule.STATE.index("decision")] == trace_rule.UPDATE
-        if layout is not self.layout:
-            # Of all layers, in whose columns those of the others are as they were.
-            count, new = len(self.layout.blocks), {place: i for i, place in enumerate(places)}
-            columns = [count + new[i] if i in new else i for i in range(count)]
-            rule = ops.take(ops.concatenate([old[0], rule], axis=1), columns, axis=1)
-        return [rule], {block: update[i] for i, block in enumerate(layout.blocks)}
+        return [rule], {block: update[i] for i, block in zip(places, layout.blocks, strict=True)}
 
     def _traces(self, layout: Layout, inputs: Mapping[Block, Sequence[Tensor]], damping: Tensor) -> Tensor:
         """`tr F` of every block of a part of the layout."""

@@ -39,7 +39,7 @@ class Workers:
         communicator: a `keras_ngd.distributed.Communicator` of several workers.
         rank: which of them this is; None where the same trace is for all, each of which then does all inversions.
         layout: the `Layout` of the model, or a part of it.
-        owners: for each of its blocks the worker that inverts it.
+        owners: for each block of the model the worker that inverts it, in the order in which exchanges are numbered.
         part: function of a list of blocks: the `Layout` of these alone.
         fraction: share of the workers that hold each layer's inverses.
         scatter: whether statistics and gradients go to owners alone.
@@ -63,6 +63,8 @@ class Workers:
         self.scatter, self.one_clock = scatter, one_clock
         self.holding = gradient_workers(fraction, communicator.size)
         self.owners = {block: owners[block] for block in layout.blocks}
+        # The same in each part of a layout: Horovod remembers of a name what was sent.
+        self._numbers = {block: i for i, block in enumerate(owners)}
         self.own = part([block for block in layout.blocks if self.owners[block] == self.rank])
         self.all_have_all = self.holding == communicator.size
         self.local_layout = layout if self.all_have_all else part(self.blocks_of(self.rank))
@@ -276,15 +278,16 @@ class Workers:
     ) -> dict[Block, list[Tensor]]:
         """States of all blocks, of those that are renewed as their owners have them."""
         blocks, sent, received = self.layout.blocks, self._packed(mine), {}
-        for i, block in enumerate(blocks):
+        for block in blocks:
             # Others' are only places for what comes. Not constants: TensorFlow would run what takes these while it compiles.
             places = sent.get(block) or [
                 ops.reshape(ops.reshape(t, (-1,))[: math.prod(shape)], shape)
                 for shape, t in self._packed_shapes(block, old)
             ]
 
-            def from_owner(i: int = i, block: Block = block, places: list[Tensor] = places) -> list[Tensor]:
-                return self.communicator.broadcast(places, self.owners[block], "inverses", f"keras_ngd_inverse_{i}")
+            def from_owner(block: Block = block, places: list[Tensor] = places) -> list[Tensor]:
+                name = f"keras_ngd_inverse_{self._numbers[block]}"
+                return self.communicator.broadcast(places, self.owners[block], "inverses", name)
 
             kept: Callable[[], Any] = functools.partial(list, places)
             received[block] = from_owner() if update is None else ops.cond(update[block], from_owner, kept)

@@ -85,7 +85,6 @@ METHODS = {
         inverse="eigen", gradient_worker_fraction=0, reduce_scatter=True, **STAGGER
     ),
     "thor-stagger": lambda size: _thor(size, stagger=True),
-    "tokens-eigen-adam-stagger": lambda size: keras_ngd.EigenAdam(0.1, epsilon=1.0, **STAGGER),
     "thor": _thor,
     "thor-half": lambda size: _thor(size, gradient_worker_fraction=0.5),
     "skfac": lambda size: _rows(paper.SKFAC, size),
@@ -121,6 +120,8 @@ COMPRESSING = {
     ),
     # Without captured layers. A gradient of fewer columns than rows leaves bases to rounding, in which it has no entries.
     "tokens-soap": lambda size: keras_ngd.EigenAdam(0.1, epsilon=1.0, basis="gradient", inverse_interval=3),
+    # Bases that are seldom renewed, of eigenvalues that are nearly the same, are rounding's.
+    "tokens-eigen-adam-stagger": lambda size: keras_ngd.EigenAdam(0.1, epsilon=1.0, **STAGGER),
     # Each worker draws labels of its own.
     "kfac-drawn": lambda size: _kfac(size, **DRAWN),
     "sp-ngd-drawn": lambda size: _kfac(size, gradient_worker_fraction=0, reduce_scatter=True, **DRAWN),

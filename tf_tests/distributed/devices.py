@@ -73,6 +73,7 @@ def _rows(method, **arguments):
 
 METHODS = {
     "kfac": _kfac,
+    "kfac-stagger": lambda **a: _kfac(stagger=True, **a),
     "kfac-eigen": lambda **a: _kfac(inverse="eigen", **a),
     "thor": lambda **a: paper.THOR(
         0.05, 0.03, factor_interval=1, inverse_interval=2, split=8, inverse="newton-schulz", **a

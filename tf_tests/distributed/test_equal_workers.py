@@ -21,6 +21,7 @@ COMPRESSING = [
     "hylo-random",
     "skfac-subsample",
     "tokens-soap",
+    "tokens-eigen-adam-stagger",
     *DRAWN,
 ]
 ON_FOUR = ["kfac", "sp-ngd", "kfac-half", "thor-half", "skfac", "hylo-kid", "kfac-stagger-half"]
