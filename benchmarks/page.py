@@ -28,6 +28,12 @@ SECTIONS = {
         "by turn, beside the network that is not captured, whose step is SGD's, or of EigenAdam Adam's. What a captured network "
         "takes whatever the number of its layers is in each line.",
     ),
+    "stagger": (
+        "Refreshes spread over steps",
+        "The longest step of an `inverse_interval` of 20 with `stagger=True`, which refreshes a share of the layers in a step, "
+        "and without, of KFAC on a ResNet-32 of twice the channels with batches of 8. Statistics are recorded in the first step "
+        "alone. Processor milliseconds; of each step of a round the median over four.",
+    ),
     "tasks": (
         "Convergence",
         "Epochs and seconds to a target loss, each optimizer tuned on a grid of as many trials with seeds of their own, then run "

@@ -3,7 +3,7 @@
 import pytest
 
 import keras_ngd
-from benchmarks import costs, kinds, networks, readme
+from benchmarks import costs, kinds, networks, readme, stagger
 from keras_ngd.analysis import exchanges
 
 
@@ -82,3 +82,16 @@ def test_parts_of_an_update_are_differences_of_steps():
         "inverses": 0,
         "preconditioning": 2,
     }
+
+
+def test_the_longest_step_of_a_round_is_seen_beside_its_median():
+    spread, at_once = {"milliseconds": [10.0, 12.0, 10.0, 15.0]}, {"milliseconds": [50.0, 10.0, 10.0, 10.0]}
+    kinds_of = {"at once": at_once, "spread": spread}
+    for found, shares in ((at_once, 1), (spread, 2)):
+        found |= {"shares": shares, "first_step_seconds": 3.0}
+    assert stagger.longest(at_once) == 5
+    case = {"name": "n-jax", "network": "n", "mode": "jax", "kinds": kinds_of}
+    [(name, asked, measured, met, _)] = stagger.goals({"cases": [case]})
+    assert (asked, measured, met) == ("<= 2x of the median step", "1.36x", True)
+    assert "n, jax" in name
+    assert "| n, jax | at once | 1 | 10 | 20 | 50 | 5.00x | 3 |" in stagger.table({"cases": [case]})
