@@ -8,19 +8,19 @@ from keras import ops
 
 from keras_ngd import backend, schedules, sharding
 from keras_ngd.curvature import refreshed
-from keras_ngd.optimizers import checks, coverage, shares, state_layout
+from keras_ngd.optimizers import checks, coverage, state_layout
 from keras_ngd.optimizers.arrivals import Arrivals
 from keras_ngd.optimizers.assembled import AssembledOptimizer
 from keras_ngd.optimizers.blocks import Block, Group, Layout, Signals, find_blocks
 from keras_ngd.optimizers.bound import Bound
-from keras_ngd.optimizers.clock import Clock
 from keras_ngd.optimizers.counters import Counters
 from keras_ngd.optimizers.damping_unit import BlockwiseDampingUnit, DampingUnit
 from keras_ngd.optimizers.loss_value import MeanLoss, average_weight
 from keras_ngd.optimizers.method import Inputs
 from keras_ngd.optimizers.refreshed_state import RefreshedState
 from keras_ngd.optimizers.rest import RestRule
-from keras_ngd.optimizers.staggered_clock import StaggeredClock
+from keras_ngd.optimizers.shares import parts_of
+from keras_ngd.optimizers.staggered_clock import clock_of
 from keras_ngd.optimizers.stepped_state import SteppedState
 from keras_ngd.typing import Initializer, Shape, Tensor, Variable
 
@@ -83,7 +83,7 @@ class NaturalGradient(AssembledOptimizer):
             return
         self.layout = layout
         if self.stagger:
-            self.shares = shares.parts_of(layout, self.curvature_of, self.inverse_interval)
+            self.shares = parts_of(layout, self.curvature_of, self.inverse_interval)
         self.exchange.build(layout)
         for group in layout.groups:
             group.curvature = self.curvature_of(group)
@@ -119,10 +119,7 @@ class NaturalGradient(AssembledOptimizer):
         return layout
 
     def _add_counters(self, blocks: Sequence[Block]) -> None:
-        if self.stagger:
-            self.clock = StaggeredClock(self, self.state.add)
-        else:
-            self.clock = Clock(self, self.state.add, self.refreshes_what_was_recorded)
+        self.clock = clock_of(self, self.state.add)
         self.counters = Counters(self, self.state.add)
         self.arrivals = Arrivals(self, blocks, self.state.add)
 

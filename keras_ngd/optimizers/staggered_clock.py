@@ -88,3 +88,10 @@ class StaggeredClock(Clock):
             after=ops.stack([after + 1, start, interval]),
             following=start + ops.where(after == 0, interval, after * interval // count),
         )
+
+
+def clock_of(optimizer: "NaturalGradient", add: AddVariable) -> Clock:
+    """A new clock of the kind that an optimizer asks for, with variables of its `StateLayout.add`."""
+    if optimizer.stagger:
+        return StaggeredClock(optimizer, add)
+    return Clock(optimizer, add, optimizer.refreshes_what_was_recorded)

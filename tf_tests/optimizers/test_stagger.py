@@ -1,20 +1,12 @@
 """Refreshes that are spread over the steps of an interval."""
 
-import types
-
 import keras
 import numpy as np
 import pytest
-from hypothesis import given
-from hypothesis import strategies as st
-from keras import layers, ops
+from keras import layers
 
 import keras_ngd
 from keras_ngd.curvature import KroneckerCurvature
-from keras_ngd.distributed import place
-from keras_ngd.distributed.placement import loads
-from keras_ngd.optimizers.shares import MOST_SHARES, Shares, divided, owners_in
-from keras_ngd.optimizers.staggered_clock import StaggeredClock
 from tf_tests import paper, small
 from tf_tests.small import array
 
@@ -83,122 +75,6 @@ def shares_of(optimizer):
 def changed(before, after):
     """Which matrices are not what they were."""
     return {key for key in after if any(not np.array_equal(b, a) for b, a in zip(before[key], after[key], strict=True))}
-
-
-# How work is divided
-
-COSTS = st.lists(st.integers(0, 1000), max_size=12)
-
-
-@given(COSTS, st.integers(1, 40))
-def test_shares_are_balanced_and_no_more_than_are_of_use(costs, interval):
-    shares = divided(costs, interval)
-    assert sorted(i for share in shares for i in share) == list(range(len(costs)))
-    assert len(shares) <= max(min(interval, len(costs)), 1)
-    longest = max(sum(costs[i] for i in share) for share in shares)
-    for count in range(1, min(interval, len(costs)) + 1):
-        other = max(loads(costs, place(costs, count), count))
-        assert longest < other if count < len(shares) else longest <= other
-
-
-def test_one_long_piece_needs_few_shares_and_equal_ones_many():
-    assert divided([100, 1, 1, 1, 1], 10) == [[0], [1, 2, 3, 4]]
-    assert len(divided([5] * 7, 10)) == 7
-    assert len(divided([5] * 7, 3)) == 3
-    assert len(divided([5] * 2 * MOST_SHARES, keras_ngd.schedules.GrowingInterval(5, maximum=50))) == MOST_SHARES
-    assert divided([], 10) == [[]]
-
-
-@given(COSTS, st.integers(1, 10), st.integers(1, 4))
-def test_each_share_is_balanced_among_workers_and_so_are_all_together(costs, interval, workers):
-    def of(block):
-        return types.SimpleNamespace(refresh_cost=costs[block.blocks[0]])
-
-    parts = [types.SimpleNamespace(blocks=share) for share in divided(costs, interval)]
-    owners = owners_in(parts, of, workers)
-    assert sorted(owners) == list(range(len(costs)))
-    largest = max(costs, default=0)
-    totals = np.zeros(workers)
-    for part in parts:
-        of_part = [costs[i] for i in part.blocks]
-        found = loads(of_part, [owners[i] for i in part.blocks], workers)
-        # No better than for this share alone.
-        assert sorted(found) == sorted(loads(of_part, place(of_part, workers), workers))
-        totals += found
-    if all(len(part.blocks) == 1 for part in parts):
-        assert totals.max() - totals.min() <= largest
-
-
-# Whose turn it is
-
-
-def clock(interval, growth=None, count=4):
-    optimizer = types.SimpleNamespace(
-        shares=Shares(range(count)),
-        inverse_interval=interval,
-        interval_growth=growth,
-        assign=lambda variable, value: variable.assign(value),
-    )
-    return StaggeredClock(optimizer, lambda shape, start, dtype, name: keras.Variable(start, shape, dtype, name=name))
-
-
-def turns(of, steps, first=0, missed=()):
-    """`(step, "all" or the share)` of each turn, and at which steps rounds began."""
-    found, begun = [], []
-    for number in range(first, first + steps):
-        step = ops.convert_to_tensor(number, of.next_inverses.dtype)
-        due = of.refresh_due(step, ops.ones((), "bool"), ops.ones((), "bool")) & (number not in missed)
-        [what] = of.renewed(step, due, lambda s: [ops.convert_to_tensor(s)], -1, [ops.convert_to_tensor(-2)])
-        if int(what) != -2:
-            found.append((number, "all" if int(what) == -1 else int(what)))
-        if bool(of.begun(step, due)):
-            begun.append(number)
-        of.refreshed(step, due)
-    return found, begun
-
-
-def test_everything_comes_first_and_then_each_share_once_in_each_interval():
-    expected = [(2, "all"), (4, 1), (7, 2), (9, 3), (12, 0), (14, 1), (17, 2), (19, 3), (22, 0)]
-    assert turns(clock(10), 22, first=2) == (expected, [2, 12, 22])
-
-
-def test_intervals_shorter_than_there_are_shares_refresh_everything():
-    grown, begun = turns(clock(6, growth=0.5), 22)
-    # At steps 1, 2, 3, 4, 6: intervals of 1, 1, 1, 2, 3; then 4 at step 9 and 6 at step 13.
-    assert [step for step, what in grown if what == "all"] == [0, 1, 2, 3, 4, 6]
-    assert grown[6:] == [(9, 0), (10, 1), (11, 2), (12, 3), (13, 0), (14, 1), (16, 2), (17, 3), (19, 0), (20, 1)]
-    assert begun == [0, 1, 2, 3, 4, 6, 9, 13, 19]
-
-
-def test_a_round_has_the_interval_that_a_schedule_has_where_it_begins():
-    schedule = keras_ngd.schedules.GrowingInterval(boundaries=[9], values=[8, 4])
-    assert turns(clock(schedule), 22)[0] == [
-        *((0, "all"), (2, 1), (4, 2), (6, 3)),
-        *((8, 0), (10, 1), (12, 2), (14, 3)),
-        *((16, 0), (17, 1), (18, 2), (19, 3)),
-        *((20, 0), (21, 1)),
-    ]
-
-
-def test_a_missed_turn_is_made_up_for_and_no_step_has_two():
-    found, begun = turns(clock(4), 14, missed=(1, 2, 6))
-    assert found == [
-        *((0, "all"), (3, 1), (4, 2), (5, 3)),
-        *((7, 0), (8, 1), (9, 2), (10, 3)),
-        *((11, 0), (12, 1), (13, 2)),
-    ]
-    assert begun == [0, 7, 11]
-
-
-def test_to_refresh_at_once_is_to_refresh_everything():
-    of = clock(10)
-    turns(of, 5)
-    of.refresh_at_once()
-    assert turns(of, 8, first=5)[0] == [(5, "all"), (7, 1), (10, 2), (12, 3)]
-
-
-def test_one_share_is_as_without_shares():
-    assert turns(clock(3, count=1), 7) == ([(0, "all"), (3, 0), (6, 0)], [0, 3, 6])
 
 
 # What it does to a training
