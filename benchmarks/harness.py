@@ -32,11 +32,8 @@ from tqdm import tqdm
 from benchmarks import alone, results
 
 # What runs without being named, and what runs where it is.
-USUAL, NAMED = (
-    ("costs", "tasks", "ablations", "peers"),
 USUAL = ("costs", "tasks", "ablations", "peers")
 NAMED = ("fisher", "defaults", "robustness", "startup", "stagger", "kinds", "eigenvectors", "gpu")
-)
 PARTIAL = results.DIRECTORY / "partial"
 AT_ONCE = 2
 
