@@ -59,8 +59,7 @@ class DampingUnit:
             trace = _traces(group, stacked)
             parameters = group.curvature.size * ops.sum(ops.cast(trace > 0, "float32"))
             sums.append(ops.stack([ops.sum(trace), parameters]))
-        # A worker may own no layer.
-        return [_mean(exchange.total(sum(sums, ops.zeros((2,), "float32"))))]
+        return [_mean(exchange.total(sum(sums, _nothing(ops.stack([old[0], old[0]])))))]
 
 
 class BlockwiseDampingUnit(DampingUnit):
@@ -86,8 +85,7 @@ class BlockwiseDampingUnit(DampingUnit):
             parameters = group.curvature.size * ops.cast(trace > 0, "float32")
             pairs = ops.stack([group.of_blocks(trace), group.of_blocks(parameters)], axis=1)
             found |= dict(zip(group.blocks, ops.unstack(pairs, num=len(group.blocks)), strict=True))
-        # What is 0, and no constant, of which TensorFlow would run the exchange while it compiles: a worker may measure nothing.
-        blocks, none = self._optimizer.layout.blocks, ops.clip(old[1][:, 0], 0.0, 0.0)
+        blocks, none = self._optimizer.layout.blocks, _nothing(old[1][:, 0])
         new = exchange.total(ops.stack([found.get(block, none) for block in blocks], axis=1))
         renewed = set(layout.blocks)
         by_block = ops.where(ops.convert_to_tensor([[block in renewed for block in blocks]]), new, old[1])
@@ -98,6 +96,11 @@ def _traces(group: Group, stacked: Callable[[Group], Sequence[Tensor]]) -> Tenso
     """`[k]`, those of a group's Fisher blocks; 0 where one is not finite."""
     trace = group.curvature.trace(stacked(group))
     return ops.cast(ops.where(ops.isfinite(trace), trace, 0.0), "float32")
+
+
+def _nothing(like: Tensor) -> Tensor:
+    """Zeros that are no constant, of which TensorFlow would run the exchange while it compiles: a worker may own no layer."""
+    return ops.clip(like, 0.0, 0.0)
 
 
 def _mean(sums: Tensor) -> Tensor:
