@@ -31,7 +31,7 @@ class Arrived:
         averages: for each block those that its statistics go on with: what arrived, divided by the calls that arrived with
             it, or the old ones.
         calls: how often each layer was called; where it was not, how often it was the last time.
-        last: `[blocks, 4]`, the statistics' tallies as they were before.
+        last: `[blocks, 3]`, the statistics' tallies as they were before.
         gate_open: whose gate was open.
         non_finite: of these, who saw something that is not finite.
         absent: of these, whose layer was not called.
@@ -113,7 +113,8 @@ class Arrivals:
 
         # One by one: XLA sees through slices of each that its numbers are known, not through those of all.
         tallies = [ops.unstack(signals.of(block.statistics.tally), num=len(TALLIED)) for block in blocks]
-        calls, accepted, examples, sentinel = map(ops.stack, zip(*tallies, strict=True))
+        calls, accepted, examples = map(ops.stack, zip(*tallies, strict=True))
+        sentinel = ops.stack([signals.of(block.statistics.sentinel) for block in blocks])
         traced = ops.convert_to_tensor([float(max(block.statistics.traced_calls, 1)) for block in blocks], calls.dtype)
         gate_open = ops.stack([block.statistics.gate.value for block in blocks]) > 0
         present, absent = calls > 0, calls == 0
@@ -191,11 +192,12 @@ class Arrivals:
         last, calls = arrived.last[:, TALLIED.index("examples")], arrived.calls
         examples = ops.where(arrived.examples > 0, arrived.examples * calls, last)
         # Not what arrives, which rounding would spoil where it was multiplied and divided.
-        tallies = ops.unstack(ops.stack([calls, calls, examples, SENTINEL * calls], axis=1))
+        tallies = ops.unstack(ops.stack([calls, calls, examples], axis=1))
+        sentinels = ops.unstack(SENTINEL * calls)
         drawn = ops.unstack(arrived.gate_open & ~arrived.absent)
         found = []
         for i, of_block in enumerate(statistics):
-            values = [(of_block.tally, tallies[i])]
+            values = [(of_block.tally, tallies[i]), (of_block.sentinel, sentinels[i])]
             controls = [ops.convert_to_tensor(control) for control in of_block.controls]
             for control, old, new in zip(of_block.controls, controls, of_block.next_controls(controls), strict=True):
                 values.append((control, ops.where(drawn[i], new, old)))

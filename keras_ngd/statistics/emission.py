@@ -13,11 +13,12 @@ if TYPE_CHECKING:
     from keras_ngd.statistics.statistics import Statistics
 
 # What `Statistics.tally` counts, in its order.
-TALLIED = ("calls", "accepted", "examples", "sentinel")
+TALLIED = ("calls", "accepted", "examples")
 
 # What a call emits as `sentinel`: more than gradients are usually clipped to one by one, so that this shows, but no more than
-# the length of a batch, which is in the norm of all of them too.
-SENTINEL = 64.0
+# the length of a batch, which is in the norm of all of them too. It is a weight of its own, and not the norm of any tally: what
+# divides each gradient by its own norm would else change both alike.
+SENTINEL = 61.5
 
 # What an error calls that whose shape it names.
 MADE = "what its statistics make of a batch"
@@ -30,6 +31,7 @@ class Weights(NamedTuple):
     controls: Sequence[Any]
     gate: Any
     tally: Any
+    sentinel: Any
 
     @classmethod
     def named(cls, values: Sequence[Any], averages: int, controls: int) -> Self:
@@ -38,7 +40,7 @@ class Weights(NamedTuple):
 
     def flat(self) -> tuple[Any, ...]:
         """All of them, the averages first."""
-        return (*self.averages, *self.controls, self.gate, self.tally)
+        return (*self.averages, *self.controls, self.gate, self.tally, self.sentinel)
 
 
 def emission(
@@ -92,7 +94,8 @@ def emission(
         # every gate after one step under an optimizer that only overwrites.
         gate=before.gate / ops.maximum(before.tally[0], 1.0),
         # Some are numbers known to the compiler, which then knows that nothing was done to them on their way, where nothing was.
-        tally=ops.stack([1.0, accepted, ops.cast(ops.shape(x)[0], "float32"), SENTINEL]),
+        tally=ops.stack([1.0, accepted, ops.cast(ops.shape(x)[0], "float32")]),
+        sentinel=SENTINEL * ops.ones_like(before.sentinel),
     ).flat()
 
 

@@ -34,11 +34,11 @@ class Statistics(keras.layers.Layer, abc.ABC):
     Further weights:
         gate: the weight with which the next batch enters the averages, in (0, 1]; 0 closes the probe. Written by
             the optimizer; a plain optimizer leaves it at 1.
-        tally: `[4]`, of the last pass:
+        tally: `[3]`, of the last pass:
             calls, how often the layer was called;
             accepted, how many of these calls were observed, fewer if some were not finite;
-            examples, the length of the batch, summed over the calls;
-            sentinel, `SENTINEL` for each of the calls, by which the optimizer sees whether what it gets is what was emitted.
+            examples, the length of the batch, summed over the calls.
+        sentinel: `SENTINEL` for each of the calls, by which the optimizer sees whether what it gets is what was emitted.
         label_draw: `[3]`, where labels are drawn (`sampled_fraction`): whether they are for the next batch, and the numbers of
             the draw. Written by the optimizer, the same for all layers; a plain optimizer sets it to 0. None elsewhere.
         loss: `[2]`, of one layer of a model alone, whose `carries_loss` is set: the optimizer has the loss and a 1 arrive as its
@@ -64,6 +64,7 @@ class Statistics(keras.layers.Layer, abc.ABC):
     label_draw: Variable | None
     gate: Variable
     tally: Variable
+    sentinel: Variable
     part: str
     sampled_fraction: Any
     _averages: list[Variable]
@@ -111,9 +112,8 @@ class Statistics(keras.layers.Layer, abc.ABC):
         self._averages = self.create(geometry, dtype)
         self._controls = self.create_controls()
         self.gate = self._add("gate", (), "ones", "float32")
-        self.tally = self._add(
-            "tally", (len(TALLIED),), keras.initializers.Constant([1.0, 1.0, 0.0, SENTINEL]), "float32"
-        )
+        self.tally = self._add("tally", (len(TALLIED),), keras.initializers.Constant([1.0, 1.0, 0.0]), "float32")
+        self.sentinel = self._add("sentinel", (), keras.initializers.Constant(SENTINEL), "float32")
         self.label_draw = self._add("label_draw", (3,), "zeros", "float32") if self.sampled_fraction else None
         self.loss = self._add("loss", (2,), "zeros", "float32") if self.carries_loss else None
         # Keras compiles no step with XLA that has a layer which does not support it; workers cannot meet inside one. (What is
@@ -178,7 +178,7 @@ class Statistics(keras.layers.Layer, abc.ABC):
         return list(self._controls)
 
     def tallied(self, name: str) -> Tensor:
-        """One of the numbers of `tally`: "calls", "accepted", "examples" or "sentinel"."""
+        """One of the numbers of `tally`: "calls", "accepted" or "examples"."""
         return ops.convert_to_tensor(self.tally)[TALLIED.index(name)]
 
     # Whether what several calls of a layer in one step emit can be averaged.
