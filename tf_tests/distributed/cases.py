@@ -152,7 +152,7 @@ def digest(model):
     model.optimizer.gather_statistics()
     # Row methods' own rows are each worker's own, as are the numbers that workers draw labels with.
     mean = isinstance(model.optimizer, (keras_ngd.KFAC, keras_ngd.EKFAC, keras_ngd.EigenAdam))
-    own = ("examples", "accepted", "label_draw")
+    own = ("tally", "label_draw")
     variables = [
         v for v in model.trainable_variables if not hasattr(v, "keras_ngd_statistics") or (mean and v.name not in own)
     ]
