@@ -101,7 +101,8 @@ def by_signs(a, ghat, v, mean):
 
 EACH = {"factor_interval": 1, "inverse_interval": 1}
 ROWS = {"interval": 1, "batch_size": BATCH}
-OF_WORKERS = {"factor_interval": 2, "inverse_interval": 2, "gradient_worker_fraction": 0.5, "reduce_scatter": True}
+OF_WORKERS = {"factor_interval": 2, "inverse_interval": 2, "stagger": True}
+OF_WORKERS |= {"gradient_worker_fraction": 0.5, "reduce_scatter": True}
 assert set(OF_WORKERS) == set(NOT_OF_ROWS)
 NOT_HELD_BY_ALL = {"gradient_worker_fraction": 0.5, "reduce_scatter": True}
 OF_STEPS = {"damping": 0.1, "momentum": 0.5, "nesterov": True, "kl_clip": 0.1, "loss_clip": 0.5, "length_clip": 0.5}
@@ -142,6 +143,7 @@ VALUES = {
     "rest": "sgd",
     "rest_learning_rate": 0.01,
     "communicator": "local",
+    "stagger": True,
     "gradient_worker_fraction": 0,
     "reduce_scatter": True,
     "not_captured": 3,
