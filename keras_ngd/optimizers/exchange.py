@@ -134,6 +134,12 @@ class Exchange:
                 "Replicas of a strategy hold the same variables, so all hold all inverses. Use Horovod, or leave "
                 f"`gradient_worker_fraction` at 1. Received: gradient_worker_fraction={fraction!r}"
             )
+        holding = distributed.gradient_workers(fraction, communicator.size)
+        if optimizer.stagger and 1 < holding < communicator.size:
+            raise ValueError(
+                f"`stagger=True` is for layers whose inverses one worker has, or all; here {holding} of {communicator.size} have "
+                f"each. Set `gradient_worker_fraction` to 1 or to 0. Received: gradient_worker_fraction={fraction!r}"
+            )
         if optimizer.reduce_scatter:
             exchange = weakref.ref(self)
             for block in layout.blocks:

@@ -80,7 +80,6 @@ METHODS = {
     "kfac-half": lambda size: _kfac(size, gradient_worker_fraction=0.5),
     # Refreshes of a share of the layers at a time, of which each worker has a part.
     "kfac-stagger": lambda size: _kfac(size, inverse_interval=5, stagger=True),
-    "kfac-stagger-half": lambda size: _kfac(size, inverse_interval=5, stagger=True, gradient_worker_fraction=0.5),
     "sp-ngd-stagger": lambda size: keras_ngd.KFAC(
         inverse="eigen", gradient_worker_fraction=0, reduce_scatter=True, **STAGGER
     ),
@@ -336,22 +335,23 @@ def shares(method):
     from keras_ngd.curvature import kronecker
 
     inverted = {}
-    invert = kronecker.inverse.damped_inverse
+    invert = kronecker.damped_inverses
 
-    def counting(factors, *rest):
-        size = factors.shape[-1]
-        if size not in inverted:
-            with tf.init_scope():
-                inverted[size] = tf.Variable(0)
-        inverted[size].assign_add(factors.shape[0])
-        return invert(factors, *rest)
+    def counting(work, method):
+        for factors, *_ in work:
+            size = factors.shape[-1]
+            if size not in inverted:
+                with tf.init_scope():
+                    inverted[size] = tf.Variable(0)
+            inverted[size].assign_add(factors.shape[0])
+        return invert(work, method)
 
-    kronecker.inverse.damped_inverse = counting
+    kronecker.damped_inverses = counting
     try:
         model = prepared(method, hvd.size())
         fit(model, *data(), hvd.rank(), hvd.size())
     finally:
-        kronecker.inverse.damped_inverse = invert
+        kronecker.damped_inverses = invert
     return {
         "inverted": {size: int(count) for size, count in inverted.items()},
         "held": sum(

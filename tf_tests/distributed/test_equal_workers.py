@@ -24,13 +24,12 @@ COMPRESSING = [
     "tokens-eigen-adam-stagger",
     *DRAWN,
 ]
-ON_FOUR = ["kfac", "sp-ngd", "kfac-half", "thor-half", "skfac", "hylo-kid", "kfac-stagger-half"]
+ON_FOUR = ["kfac", "sp-ngd", "kfac-half", "thor-half", "skfac", "hylo-kid"]
 # Alone, fractions of one worker are all the same; and HyLo with all rows is SNGD, by another computation.
 SAME_ALONE = {
     "kfac-mem-opt": "kfac",
     "sp-ngd": "kfac",
     "kfac-half": "kfac",
-    "kfac-stagger-half": "kfac-stagger",
     "thor-half": "thor",
     "hylo-kid": "sngd",
     "hylo-kis": "sngd",

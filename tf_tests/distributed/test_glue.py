@@ -21,8 +21,8 @@ DISAGREEMENTS = {
     "model": r"shape of variable 0 is \[\[72, 8\], 'float32'\] on worker 0 but \[\[72, 9\], 'float32'\] on worker 1",
     "optimizer": "optimizer is 'KFAC' on worker 0 but 'THOR' on worker 1",
     "argument": "argument learning_rate is 0.05.* on worker 0 but 0.1.* on worker 1",
-    "captured": "number of variables is 19 on worker 0 but 12 on worker 1",
-    "nothing captured": "number of variables is 19 on worker 0 but 4 on worker 1",
+    "captured": "number of variables is 15 on worker 0 but 10 on worker 1",
+    "nothing captured": "number of variables is 15 on worker 0 but 4 on worker 1",
     "steps": r"different numbers of steps in an epoch, by rank: \[4, 2\]",
     "fraction": "one of 0, 0.5, 1. Received: gradient_worker_fraction=0.3",
 }
