@@ -64,6 +64,16 @@ def fresh_session():
     keras.backend.clear_session(free_memory=False)
 
 
+@pytest.fixture(autouse=True, scope="module")
+def fresh_programs():
+    """No file leaves compiled programs behind: Linux lets a process have so many pieces of memory, and each has some."""
+    yield
+    if keras.backend.backend() == "jax":
+        import jax
+
+        jax.clear_caches()
+
+
 @pytest.fixture
 def float64():
     """Everything in double precision, for as long as the test runs."""
