@@ -87,7 +87,7 @@ def test_eigen_adam_is_measured_by_where_adam_and_muon_end():
 def test_rivals_set_no_targets():
     cases = [{**case, "target": None} for case in rivals(Adam=[3, 2], **{"KL-Shampoo": [2, 1]}, SOAP=[2, 2])]
     assert tasks.targets({"cases": cases}) == {"t": 2}
-    assert tasks.comparison(cases, 2)["epochs"] == (("Adam", 2), ("SOAP", 1))
+    assert tasks.comparison(cases, 2)["epochs"] == (("Adam", 4), ("SOAP", 1))
     assert tasks.row("KL-Shampoo", {**cases[1], "grid": {}, "trials": []}, 2).startswith("| KL-Shampoo | - | 0 | 1.0")
 
 
