@@ -6,10 +6,12 @@ that benchmark's result. Of the two Transformers the positions, which no example
 (`--only='text-*'`).
 """
 
-from benchmarks import results, tasks
+from benchmarks import results, robustness, tasks
 
 OPTIMIZERS = ("EigenAdam", "KFAC", "THOR")
 AT_DEFAULTS_ALONE = ("vit", "deep_autoencoder")
+# Nothing is timed here, either.
+environment = robustness.environment
 
 
 def cases(quick):
@@ -32,12 +34,6 @@ def with_drawn_labels(case):
     # Positions are the same for all examples of a batch.
     skipped = {"skip": "positions"} if case["task"] in ("text", "vit") else {}
     return {**case, "arguments": arguments, **skipped}
-
-
-def environment(case):
-    """Of the process that measures a case."""
-    # Nothing is timed here, and all cases may run beside other work.
-    return {**tasks.environment(case), results.THREADS: "1"}
 
 
 def measure(case):

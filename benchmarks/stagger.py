@@ -8,7 +8,7 @@ which other work on the machine changes little, and of each step of a round the 
 import statistics
 import time
 
-from benchmarks import results
+from benchmarks import costs, results
 
 INTERVAL, ROUNDS = 20, 4
 # With layers as wide and batches as small as these, a refresh takes as long as several steps.
@@ -39,7 +39,7 @@ def cases(quick):
 def environment(case):
     """Of the process that measures a case."""
     # The threads of JAX's LAPACK wait without giving way, which would count as work.
-    return {"KERAS_BACKEND": case["mode"], results.THREADS: "1", **results.KEEP_MEMORY}
+    return {**costs.environment(case), results.THREADS: "1"}
 
 
 def trained(case, stagger):

@@ -15,7 +15,7 @@ import re
 import statistics
 import time
 
-from benchmarks import results
+from benchmarks import costs
 from benchmarks.alone import alone
 
 NETWORKS = ("resnet50", "resnet32", "language-model", "autoencoder", "digits-cnn")
@@ -23,6 +23,7 @@ BACKENDS, METHODS = ("tensorflow", "jax"), ("sgd", "adam", "kfac", "eigen-adam",
 # Of SGD's first step, by network and method.
 GOALS = {("resnet50", "kfac"): 1.8, ("resnet50", "thor"): 1.6, ("resnet50", "hylo-kid"): 1.5}
 LATER_STEPS = 3
+environment = costs.environment
 
 
 def cases(quick):
@@ -35,15 +36,8 @@ def cases(quick):
     ]
 
 
-def environment(case):
-    """Of the process that measures a case."""
-    return {"KERAS_BACKEND": case["mode"], **results.KEEP_MEMORY}
-
-
 def measure(case):
     """Seconds of the first step and of later ones on which everything is due, of tracing, and the nodes of the program."""
-    from benchmarks import costs
-
     with alone():
         start = time.process_time(), time.perf_counter()
         timed = costs.Timed(case, case["method"])
@@ -151,6 +145,11 @@ def by_network(cases):
     return found
 
 
+def _compiling(case):
+    """Seconds of the first step that are neither tracing nor a step."""
+    return max(case["first"] - case["step"] - case["tracing"], 0.0)
+
+
 def table(payload):
     """A Markdown table for each network and backend."""
     columns = [
@@ -169,7 +168,7 @@ def table(payload):
         lines = [f"**{network}, {mode}**", "", f"| {' | '.join(columns)} |", "|---" * len(columns) + "|"]
         for method, case in cases.items():
             ours = ", ".join(f"{name} {count:,}" for name, count in case["nodes_of"].items() if name != "keras")
-            compiling = max(case["first"] - case["step"] - case["tracing"], 0.0)
+            compiling = _compiling(case)
             share = f"{case['first'] / cases['sgd']['first']:.2f}" if "sgd" in cases else "-"
             times = [
                 f"{seconds:.2f}" for seconds in (case["tracing"], compiling, case["step"], case["first_on_the_clock"])
@@ -188,7 +187,7 @@ def goals(payload):
             if not {"sgd", method} <= set(cases):
                 continue
             case, share = cases[method], cases[method]["first"] / cases["sgd"]["first"]
-            compiling = max(case["first"] - case["step"] - case["tracing"], 0.0)
+            compiling = _compiling(case)
             why = f"tracing {case['tracing']:.1f} s, compiling {compiling:.1f}, the step {case['step']:.1f}"
             name = f"first step of {method}, {network}, {mode}"
             found.append(

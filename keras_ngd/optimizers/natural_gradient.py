@@ -184,13 +184,13 @@ class NaturalGradient(AssembledOptimizer):
         averages = self.after_refresh(averages)
         stepped = SteppedState(self, arrived)
         damping = self.damping_unit.times(damping)
-        preconditioned, shares, length = self._precondition(signals, inputs, damping, loss, stepped)
+        preconditioned, scales, length = self._precondition(signals, inputs, damping, loss, stepped)
         others = self._others(signals, preconditioned)
         sound = stepped.finite & self.labels.whole(arrived.examples)
         finite = self._all_finite([signals.grads[i] for i in others], length, sound)
         stepped.assign(finite)
         nu = self.bound.scale(length, loss, finite)
-        new = self._bounded(signals, preconditioned, shares, others, nu, finite)
+        new = self._bounded(signals, preconditioned, scales, others, nu, finite)
         self.observe_gradients({block: signals.of_block(block) for block in self.layout.blocks}, finite, step)
         new |= self._next_statistics(signals, arrived, averages, step)
         return [new.get(i, gradient) for i, gradient in enumerate(signals.grads)]
@@ -232,8 +232,7 @@ class NaturalGradient(AssembledOptimizer):
         new = self.clock.renewed(step, due, renew, self.layout, old)
         for variable, value in zip(variables, new, strict=True):
             self.assign(variable, value)
-        self.counters.count("inverse_updates", self.clock.begun(step, due))
-        self.clock.refreshed(step, due)
+        self.counters.count("inverse_updates", self.clock.refreshed(step, due))
 
     def _renewed(self, layout: Layout, inputs: Inputs, damping: Tensor, old: Sequence[Tensor]) -> list[Tensor]:
         """New values of all variables that a refresh of a part of the layout, or of all of it, renews, from the old ones."""
@@ -268,13 +267,13 @@ class NaturalGradient(AssembledOptimizer):
     def _precondition(
         self, signals: Signals, inputs: Inputs, damping: Tensor, loss: Tensor, stepped: SteppedState
     ) -> tuple[dict[int, Tensor], dict[int, Tensor], Tensor]:
-        """Preconditioned gradients of all blocks' variables by position, shares of them to be taken, and the sum of all `<P, V>`.
+        """Preconditioned gradients of all blocks' variables by position, scales of some, and the sum of all `<P, V>`.
 
-        The shares bound the steps of single blocks; they are left to what multiplies all of them anyway.
+        The scales bound the steps of single blocks; they are left to what multiplies all of them anyway.
         """
         gradients: dict[Block, Tensor] = {}
         found: dict[Block, Tensor] = {}
-        bounded: dict[Block, Tensor] = {}
+        scale_of: dict[Block, Tensor] = {}
         lengths = []
         for block in self.local_layout.blocks:
             gradients[block] = ops.cast(block.geometry.to_matrix(signals.of_block(block)), block.shape[2])
@@ -288,21 +287,21 @@ class NaturalGradient(AssembledOptimizer):
                 of_blocks = self.bound.of_blocks(of_each, loss)
                 of_each = of_each * of_blocks
                 if self.local_layout is self.layout:
-                    bounded |= dict(zip(group.blocks, ops.unstack(of_blocks), strict=True))
+                    scale_of |= dict(zip(group.blocks, ops.unstack(of_blocks), strict=True))
                 else:
                     # Others get them as they are to be.
                     p = p * ops.reshape(ops.cast(group.repeated(of_blocks), p.dtype), (-1, 1, 1))
             lengths.append(ops.sum(of_each))
             found |= dict(group.parts(p))
         found, length = self.exchange.all_preconditioned(found, sum(lengths, ops.zeros((), "float32")))
-        preconditioned, shares = {}, {}
+        preconditioned, scales = {}, {}
         for block in self.layout.blocks:
             for variable, part in zip(block.variables, block.geometry.from_matrix(found[block]), strict=True):
                 position = signals.index(variable)
                 preconditioned[position] = part
-                if block in bounded:
-                    shares[position] = bounded[block]
-        return preconditioned, shares, length
+                if block in scale_of:
+                    scales[position] = scale_of[block]
+        return preconditioned, scales, length
 
     def _directions(
         self,
@@ -344,20 +343,19 @@ class NaturalGradient(AssembledOptimizer):
         self,
         signals: Signals,
         preconditioned: dict[int, Tensor],
-        shares: dict[int, Tensor],
+        scales: dict[int, Tensor],
         others: Sequence[int],
         nu: Tensor,
         finite: Tensor,
     ) -> dict[int, Tensor]:
-        """By position: `nu P` of all blocks, of some shares of it, and the gradients of the variables `others`.
+        """By position: `nu P` of all blocks, times the `scales` of some, and the gradients of the variables `others`.
 
         All of them are zeros unless `finite`.
         """
         plain = [i for i in others if not backend.is_sparse(signals.grads[i])]
 
         def found() -> list[Tensor]:
-            lengths = {i: nu * shares[i] if i in shares else nu for i in preconditioned}
-            steps = [p * ops.cast(lengths[i], p.dtype) for i, p in preconditioned.items()]
+            steps = [p * ops.cast(nu * scales[i] if i in scales else nu, p.dtype) for i, p in preconditioned.items()]
             return [*steps, *(signals.grads[i] for i in plain)]
 
         steps = backend.zero_unless(finite, found)

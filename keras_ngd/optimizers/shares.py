@@ -4,10 +4,12 @@ import dataclasses
 from collections.abc import Callable, Sequence
 from typing import Any
 
+from keras import ops
+
 from keras_ngd.distributed import place
 from keras_ngd.distributed.placement import loads
 from keras_ngd.optimizers.blocks import Block, Group, Layout
-from keras_ngd.typing import IntervalLike
+from keras_ngd.typing import IntervalLike, Tensor
 
 # Each share is a branch of the compiled step.
 MOST_SHARES = 32
@@ -55,6 +57,15 @@ def parts_of(layout: Layout, make_curvature: Callable[[Group], Any], interval: I
 def cost_of(block: Block, make_curvature: Callable[[Group], Any]) -> float:
     """What a refresh of one block takes."""
     return make_curvature(Group([block])).refresh_cost
+
+
+def put_back(old: Tensor, new: Tensor, numbers: Sequence[int], axis: int = 0) -> Tensor:
+    """`old` with what is `new` in the place of the slices `numbers` along an axis."""
+    count = old.shape[axis]
+    if len(numbers) == count:
+        return new
+    places = {number: count + i for i, number in enumerate(numbers)}
+    return ops.take(ops.concatenate([old, new], axis=axis), [places.get(i, i) for i in range(count)], axis=axis)
 
 
 def owners_in(parts: Sequence[Layout], make_curvature: Callable[[Group], Any], workers: int) -> dict[Block, int]:

@@ -60,13 +60,11 @@ class StaggeredClock(Clock):
         shares = [functools.partial(renew, share) for share in self._shares]
         return ops.switch(branch, [lambda: list(old), lambda: renew(whole), *shares])
 
-    def begun(self, step: Tensor, due: Tensor) -> Tensor:
-        return due & self._turn(step).begins
-
-    def refreshed(self, step: Tensor, due: Tensor) -> None:
+    def refreshed(self, step: Tensor, due: Tensor) -> Tensor:
         turn, assign = self._turn(step), self._optimizer.assign
         for variable, value in ((self.round, turn.after), (self.next_inverses, turn.following)):
             assign(variable, ops.where(due, value, ops.convert_to_tensor(variable)))
+        return due & turn.begins
 
     def refresh_at_once(self) -> None:
         super().refresh_at_once()

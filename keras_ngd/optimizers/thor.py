@@ -9,7 +9,7 @@ from keras import ops, tree
 
 from keras_ngd import schedules
 from keras_ngd.curvature.curvature import Curvature
-from keras_ngd.optimizers import trace_rule
+from keras_ngd.optimizers import shares, trace_rule
 from keras_ngd.optimizers.approximations import split_curvature
 from keras_ngd.optimizers.arguments import documented
 from keras_ngd.optimizers.blocks import Block, Group, Layout
@@ -191,18 +191,11 @@ class THOR(KFAC):
     def decide(
         self, layout: Layout, inputs: Inputs, damping: Tensor, old: Sequence[Tensor]
     ) -> tuple[Sequence[Tensor], dict[Block, Tensor] | None]:
-        traces, places = self._traces(layout, inputs(layout.blocks), damping), list(range(len(layout.blocks)))
-        if layout is self.layout:
-            rule = trace_rule.decide(old[0], traces, self.omega, self.stop_patience)
-        else:
-            places = [self.layout.blocks.index(block) for block in layout.blocks]
-            of_part = ops.take(old[0], places, axis=1)
-            new = trace_rule.decide(of_part, traces, self.omega, self.stop_patience)
-            # Into the columns of these layers, the others' as they were.
-            count = len(self.layout.blocks)
-            columns = [count + places.index(i) if i in places else i for i in range(count)]
-            rule = ops.take(ops.concatenate([old[0], new], axis=1), columns, axis=1)
-        [rule] = self.exchange.agreed([rule])
+        traces = self._traces(layout, inputs(layout.blocks), damping)
+        places = [self.layout.blocks.index(block) for block in layout.blocks]
+        of_part = old[0] if layout is self.layout else ops.take(old[0], places, axis=1)
+        new = trace_rule.decide(of_part, traces, self.omega, self.stop_patience)
+        [rule] = self.exchange.agreed([shares.put_back(old[0], new, places, axis=1)])
         update = rule[trace_rule.STATE.index("decision")] == trace_rule.UPDATE
         return [rule], {block: update[i] for i, block in zip(places, layout.blocks, strict=True)}
 

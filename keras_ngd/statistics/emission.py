@@ -92,7 +92,7 @@ def emission(
         controls=new[len(spreads) :],
         # Each call emits its share of the gate, so that over all calls it sums to what it was: emitting nothing would close
         # every gate after one step under an optimizer that only overwrites.
-        gate=before.gate / ops.maximum(before.tally[0], 1.0),
+        gate=before.gate / ops.maximum(before.tally[TALLIED.index("calls")], 1.0),
         # Some are numbers known to the compiler, which then knows that nothing was done to them on their way, where nothing was.
         tally=ops.stack([1.0, accepted, ops.cast(ops.shape(x)[0], "float32")]),
         sentinel=SENTINEL * ops.ones_like(before.sentinel),

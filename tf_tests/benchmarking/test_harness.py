@@ -23,6 +23,8 @@ from benchmarks import (
     readme,
     results,
     robustness,
+    stagger,
+    startup,
     tasks,
 )
 
@@ -241,7 +243,9 @@ def test_a_result_names_the_threads_that_were_set(runs, monkeypatch):
 
 
 @pytest.mark.parametrize(
-    "benchmark", [costs, tasks, ablations, peers, gpu, kinds, robustness, fisher], ids=lambda module: module.__name__
+    "benchmark",
+    [costs, tasks, ablations, peers, gpu, kinds, robustness, fisher, startup, stagger],
+    ids=lambda module: module.__name__,
 )
 @pytest.mark.parametrize("quick", [True, False])
 def test_cases_have_names_of_their_own_and_fit_into_json(benchmark, quick):

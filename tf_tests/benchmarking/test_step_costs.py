@@ -3,7 +3,7 @@
 import pytest
 
 import keras_ngd
-from benchmarks import costs, kinds, networks, readme, stagger
+from benchmarks import costs, kinds, networks, readme, stagger, startup
 from keras_ngd.analysis import exchanges
 
 
@@ -95,3 +95,27 @@ def test_the_longest_step_of_a_round_is_seen_beside_its_median():
     assert (asked, measured, met) == ("<= 2x of the median step", "1.36x", True)
     assert "n, jax" in name
     assert "| n, jax | at once | 1 | 10 | 20 | 50 | 5.00x | 3 |" in stagger.table({"cases": [case]})
+
+
+def test_what_the_start_takes_is_neither_tracing_nor_a_step():
+    case = {"network": "resnet50", "mode": "jax", "first_on_the_clock": 9.0, "nodes": 3, "nodes_of": {"keras": 3}}
+    sgd = {**case, "method": "sgd", "first": 10.0, "tracing": 1.0, "step": 0.5}
+    kfac = {**case, "method": "kfac", "first": 30.0, "tracing": 4.0, "step": 7.0, "nodes_of": {"keras": 1, "linalg": 2}}
+    lines = startup.table({"cases": [sgd, kfac]}).splitlines()
+    assert lines[-1] == "| kfac | 30.00 | 3.00 | 4.00 | 19.00 | 7.00 | 9.00 | 3 | linalg 2 |"
+    [goal] = startup.goals({"cases": [sgd, kfac]})
+    assert goal[1:] == ("<= 1.8x of SGD's", "3.00x", False, "tracing 4.0 s, compiling 19.0, the step 7.0")
+
+
+def test_operations_are_counted_by_the_innermost_line_of_the_package():
+    text = """
+    %0 = stablehlo.add %a, %b : tensor<f32> loc(#loc5)
+    %1 = stablehlo.multiply %0, %0 : tensor<f32> loc(#loc2)
+#loc1 = loc("/x/keras/src/ops/numpy.py":3:4)
+#loc2 = loc("train"(#loc1))
+#loc3 = loc("/x/keras_ngd/linalg/inverse.py":7:4)
+#loc4 = loc("/x/keras_ngd/optimizers/kfac.py":9:4)
+#loc5 = loc(callsite(#loc1 at #loc6))
+#loc6 = loc(callsite(#loc3 at #loc4))
+"""
+    assert startup._nodes_of_text(text) == {"linalg": 1, "keras": 1}

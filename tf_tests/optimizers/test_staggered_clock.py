@@ -29,9 +29,8 @@ def turns(of, steps, first=0, missed=()):
         [what] = of.renewed(step, due, lambda s: [ops.convert_to_tensor(s)], -1, [ops.convert_to_tensor(-2)])
         if int(what) != -2:
             found.append((number, "all" if int(what) == -1 else int(what)))
-        if bool(of.begun(step, due)):
+        if bool(of.refreshed(step, due)):
             begun.append(number)
-        of.refreshed(step, due)
     return found, begun
 
 
