@@ -77,10 +77,11 @@ class Timed:
     Args:
         case: its "network" and "mode".
         method: as for `optimizer_of`.
+        arguments: a dict, as for `optimizer_of`. Default None: none.
         **selected: further arguments of `capture`.
     """
 
-    def __init__(self, case, method, **selected):
+    def __init__(self, case, method, arguments=None, **selected):
         import keras
 
         import keras_ngd
@@ -89,7 +90,7 @@ class Timed:
         keras.utils.set_random_seed(0)
         self.method, (self.x, self.y, loss) = method, batch(case["network"])
         self.model = NETWORKS[case["network"]]["make"]()
-        self.optimizer, captured = optimizer_of(method, case["network"])
+        self.optimizer, captured = optimizer_of(method, case["network"], **(arguments or {}))
         if captured is not None:
             keras_ngd.capture(self.model, captured, **selected)
         self.statistics = [
@@ -187,7 +188,7 @@ def measure(case):
         first[method] = time.process_time() - start
     second_order = [method for method in case["methods"] if len(models[method].kinds) > 1]
     with alone():
-        found = timed(models, case["rounds"], case["seconds"])
+        found = timed(models, case["rounds"], case["seconds"]) | {"peak_bytes": peaks(models)}
     settings = NETWORKS[case["network"]]
     job = exchanges.Job(exchanges.layer_shapes(models["sgd"].model), 1, settings["batch"], split=settings["split"])
     ideal_milliseconds = {method: ideal(method, job, found["product_flops"]) for method in second_order}
@@ -195,7 +196,7 @@ def measure(case):
 
 
 def timed(models, rounds, least_seconds):
-    """Medians and ranges of the kinds of step of each of some `Timed`, taken turn by turn, and what `measure` has besides.
+    """Medians and ranges of the kinds of step of each of some `Timed`, taken turn by turn; their state, and the machine's rate.
 
     Args:
         models: `Timed` by name.
@@ -217,17 +218,21 @@ def timed(models, rounds, least_seconds):
                 if turn:
                     times[method][kind].append(1e3 * seconds)
         turn += 1
-    flops, device = 2 * 1024**3 / product_seconds(1024), keras.distribution.list_devices()[0]
-    # TensorFlow's allocator and those of GPUs keep what they once had, so that nothing is seen of a step.
-    seen = PEAK.exists() and keras.backend.backend() == "jax" and "cpu" in device
     return {
         **summary(times),
         "kept_bytes": {method: one.kept() for method, one in models.items()},
-        # Last: the steps after it would have to get their memory anew.
-        "peak_bytes": {method: one.peak() for method, one in models.items()} if seen else {},
-        "product_flops": flops,
-        "device": device,
+        "product_flops": 2 * 1024**3 / product_seconds(1024),
+        "device": keras.distribution.list_devices()[0],
     }
+
+
+def peaks(models):
+    """What `Timed.peak` says of each of some `Timed`; nothing where it would not be seen. Later steps get their memory anew."""
+    import keras
+
+    # TensorFlow's allocator and those of GPUs keep what they once had.
+    seen = PEAK.exists() and keras.backend.backend() == "jax" and "cpu" in keras.distribution.list_devices()[0]
+    return {method: one.peak() for method, one in models.items()} if seen else {}
 
 
 def cost(milliseconds, factor_interval, inverse_interval):

@@ -33,7 +33,7 @@ from benchmarks import alone, results
 
 # What runs without being named, and what runs where it is.
 USUAL = ("costs", "tasks", "ablations", "peers")
-NAMED = ("fisher", "defaults", "robustness", "startup", "stagger", "kinds", "eigenvectors", "gpu")
+NAMED = ("fisher", "fisher_cost", "defaults", "robustness", "startup", "stagger", "kinds", "eigenvectors", "gpu")
 PARTIAL = results.DIRECTORY / "partial"
 AT_ONCE = 2
 

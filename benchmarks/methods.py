@@ -2,19 +2,20 @@
 
 ROW_METHODS = ("skfac", "sngd", "hylo-kid", "hylo-kis")
 # In the eigenbases of factors: how often each rotates a matrix in a step.
-ROTATIONS = {"ekfac": 2, "eigen-adam": 3}
+ROTATIONS = {"ekfac": 2, "eigen-adam": 2}
 METHODS = ("adam", "muon", "kfac", *ROTATIONS, "thor", *ROW_METHODS)
 # What a method's step is compared with where goals are asked, if not with SGD's.
 BESIDE = {"eigen-adam": "adam"}
 DAMPING = 0.1
 
 
-def optimizer_of(method, network):
+def optimizer_of(method, network, **arguments):
     """A method's optimizer for a network, and the optimizer to capture the model for, or None.
 
     Args:
         method: `"sgd"`, `"captured"` (SGD on a model captured for KFAC) or one of `METHODS`.
         network: one of `benchmarks.networks.NETWORKS`.
+        **arguments: of a method of second order, over those that all have here.
     """
     import keras
 
@@ -31,6 +32,7 @@ def optimizer_of(method, network):
         "learning_rate": 1e-3,
         "damping": DAMPING,
         "losses_per_example": settings.get("pixels", settings.get("positions", 1)),
+        **arguments,
     }
     intervals = {"factor_interval": 1, "inverse_interval": 10}
     if method in ("sgd", "captured"):
@@ -44,7 +46,7 @@ def optimizer_of(method, network):
         if method == "ekfac":
             optimizer = keras_ngd.EKFAC(**shared, **intervals)
         else:
-            optimizer = keras_ngd.EigenAdam(1e-3, interval_growth=None, **intervals)
+            optimizer = keras_ngd.EigenAdam(1e-3, interval_growth=None, **intervals, **arguments)
     elif method == "thor":
         # Every layer renews its inverses at every refresh: the whole price.
         optimizer = keras_ngd.THOR(**shared, **intervals, split=settings["split"], omega=(0, 0))

@@ -53,6 +53,11 @@ SECTIONS = {
         'Trainings of the tasks above with `fisher="sampled"`, tuned on the same grids and run with the same seeds, beside those '
         "with the empirical Fisher matrix; the lower loss in bold. Epochs are medians over the seeds to the task's target.",
     ),
+    "fisher_cost": (
+        "What drawn labels cost",
+        "Steps with the statistics of a quarter of the batch, of labels that the model draws and of the data's, in one run, turn "
+        "by turn. The table of positions is not captured.",
+    ),
     "defaults": (
         "At defaults",
         "Every optimizer at its default arguments, nothing tuned: the loss of the training data after the last epoch, in "

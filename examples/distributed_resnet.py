@@ -30,7 +30,7 @@ except ImportError:
     RANK, WORKERS = 0, 1
 
 FLAGS = flags.FLAGS
-flags.DEFINE_enum("method", "kfac", ["kfac", "thor", "skfac", "sngd", "hylo"], "Method to train with.")
+flags.DEFINE_enum("method", "kfac", training.NATURAL_GRADIENTS, "Method to train with.")
 flags.DEFINE_enum("network", "resnet32", ["resnet32", "resnet50"], "Network to train.")
 flags.DEFINE_string("dataset", "shapes32", "An embedded set (shapes32) or one of tensorflow-datasets, such as cifar10.")
 flags.DEFINE_integer("classes", 10, "Classes of the data.", lower_bound=2)
@@ -40,9 +40,9 @@ flags.DEFINE_string("data_dir", None, "Where tensorflow-datasets keeps prepared 
 flags.DEFINE_integer("epochs", 4, "Epochs.", lower_bound=1)
 flags.DEFINE_integer("steps", None, "Steps of an epoch, and of its test. Default: all examples once.", lower_bound=1)
 flags.DEFINE_integer("batch_size", 64, "Examples a step and worker.", lower_bound=1)
-flags.DEFINE_float("learning_rate", 0.03, "Learning rate of one worker.")
+flags.DEFINE_float("learning_rate", None, "Learning rate of one worker. Default: 0.03, of eigen_adam 0.01.")
 flags.DEFINE_float("warmup", 1.0, "Epochs over which the learning rate grows to that of all workers.", lower_bound=0.0)
-flags.DEFINE_float("damping", 0.03, "What is added to the curvature.")
+flags.DEFINE_float("damping", 0.03, "What is added to the curvature, but for eigen_adam.")
 flags.DEFINE_integer("interval", 10, "Steps between updates of the curvature.", lower_bound=1)
 flags.DEFINE_integer("seed", 1, "Seed of weights and of the order of examples.")
 flags.DEFINE_string("checkpoint", None, "A .keras file that worker 0 writes after every epoch, and goes on from.")
@@ -50,10 +50,11 @@ flags.DEFINE_string("checkpoint", None, "A .keras file that worker 0 writes afte
 
 def make_optimizer(steps_per_epoch):
     """The optimizer of the flags."""
+    of_one_worker = training.learning_rate_of(FLAGS.method, FLAGS.learning_rate)
     learning_rate = keras.optimizers.schedules.CosineDecay(
-        FLAGS.learning_rate,
+        of_one_worker,
         decay_steps=round((FLAGS.epochs - FLAGS.warmup) * steps_per_epoch),
-        warmup_target=FLAGS.learning_rate * WORKERS,
+        warmup_target=of_one_worker * WORKERS,
         warmup_steps=round(FLAGS.warmup * steps_per_epoch),
     )
     return training.natural_gradient(

@@ -18,7 +18,8 @@ from absl import app, flags
 import keras_ngd
 
 FLAGS = flags.FLAGS
-flags.DEFINE_enum("method", "thor", ["kfac", "thor", "skfac", "sngd"], "Method to train with.")
+METHODS = [method for method in training.NATURAL_GRADIENTS if method != "hylo"]
+flags.DEFINE_enum("method", "thor", METHODS, "Method to train with.")
 flags.DEFINE_string("tpu", None, "Name or address of a TPU. Default: the local one, if there is any.")
 flags.DEFINE_integer(
     "replicas", 1, "Parts that a CPU is divided into, where there is no TPU and no GPU.", lower_bound=1
@@ -32,8 +33,8 @@ flags.DEFINE_string("data_dir", None, "Where tensorflow-datasets keeps prepared 
 flags.DEFINE_integer("epochs", 1, "Epochs.", lower_bound=1)
 flags.DEFINE_integer("steps", 20, "Steps of an epoch, and of its test; 0 for all of the data.", lower_bound=0)
 flags.DEFINE_integer("batch_size", 16, "Examples of a step, of all replicas together.", lower_bound=1)
-flags.DEFINE_float("learning_rate", 0.03, "Learning rate, before it falls.")
-flags.DEFINE_float("damping", 0.03, "What is added to the curvature.")
+flags.DEFINE_float("learning_rate", None, "Learning rate, before it falls. Default: 0.03, of eigen_adam 0.01.")
+flags.DEFINE_float("damping", 0.03, "What is added to the curvature, but for eigen_adam.")
 flags.DEFINE_integer("interval", 10, "Steps between updates of the curvature.", lower_bound=1)
 flags.DEFINE_integer("seed", 1, "Seed of weights and of the order of examples.")
 
@@ -63,7 +64,8 @@ def load(split):
 
 def make_optimizer(steps):
     """The optimizer of the flags."""
-    rate = keras.optimizers.schedules.CosineDecay(FLAGS.learning_rate, steps)
+    rate = training.learning_rate_of(FLAGS.method, FLAGS.learning_rate)
+    rate = keras.optimizers.schedules.CosineDecay(rate, steps)
     shared = {"learning_rate": rate, "damping": FLAGS.damping, "weight_decay": 5e-4}
     return training.natural_gradient(FLAGS.method, FLAGS.interval, FLAGS.batch_size, **shared)
 

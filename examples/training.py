@@ -14,6 +14,9 @@ import keras_ngd
 
 SECOND_ORDER = ("kfac", "skfac", "hylo")
 METHODS = ("sgd", "adam", *SECOND_ORDER)
+NATURAL_GRADIENTS = ("kfac", "ekfac", "eigen_adam", "thor", "skfac", "sngd", "hylo")
+# Where none is asked for.
+LEARNING_RATE, EIGEN_ADAM_LEARNING_RATE = 0.03, 0.01
 HYLO_MODES = ("switch", "kid", "kis", "random")
 
 FLAGS = flags.FLAGS
@@ -66,20 +69,30 @@ def natural_gradient(method, interval, batch_size, steps_per_epoch=None, **argum
     """The `keras_ngd` optimizer of this name as its paper has it, with updates of the curvature every `interval` steps.
 
     Args:
-        method: `"kfac"`, `"thor"`, `"skfac"`, `"sngd"` or `"hylo"`.
+        method: one of `NATURAL_GRADIENTS`. `"eigen_adam"` has no use for a `damping`.
         interval: steps.
         batch_size: of the methods that keep rows.
         steps_per_epoch: of HyLo.
         **arguments: of all.
     """
+    if method == "eigen_adam":
+        arguments.pop("damping", None)
+        return keras_ngd.EigenAdam(factor_interval=interval, inverse_interval=interval, **arguments)
     arguments = keras_ngd.PAPER_SETTINGS | arguments
-    if method in ("kfac", "thor"):
-        factors = {"kfac": keras_ngd.KFAC, "thor": keras_ngd.THOR}[method]
+    if method in ("kfac", "ekfac", "thor"):
+        factors = {"kfac": keras_ngd.KFAC, "ekfac": keras_ngd.EKFAC, "thor": keras_ngd.THOR}[method]
         return factors(factor_interval=interval, inverse_interval=interval, **arguments)
     arguments |= {"interval": interval, "batch_size": batch_size}
     if method == "hylo":
         return keras_ngd.HyLo(steps_per_epoch=steps_per_epoch, **arguments)
     return {"skfac": keras_ngd.SKFAC, "sngd": keras_ngd.SNGD}[method](**arguments)
+
+
+def learning_rate_of(method, asked):
+    """The learning rate that was asked for, or if that is None a method's."""
+    if asked is not None:
+        return asked
+    return EIGEN_ADAM_LEARNING_RATE if method == "eigen_adam" else LEARNING_RATE
 
 
 class Clock(keras.callbacks.Callback):

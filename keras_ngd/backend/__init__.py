@@ -32,6 +32,7 @@ from keras_ngd.backend.numerics import (
     matmul,
     parts,
     rows_at,
+    times_or_zero,
     trace,
     triangular_inverse,
     uniform,
@@ -51,6 +52,7 @@ from keras_ngd.backend.tracing import (
     value_read,
     within,
 )
+from keras_ngd.backend.updates import adam_step, momentum_step
 from keras_ngd.backend.workers import (
     has_strategies,
     replica_context,
@@ -59,11 +61,12 @@ from keras_ngd.backend.workers import (
     serves_horovod,
     several_processes,
 )
-from keras_ngd.backend.xla import compiled, factorizes_by_column, quicker_compiled, under_xla, zero_unless
+from keras_ngd.backend.xla import compiled, factorizes_by_column, quicker_compiled, under_xla
 
 __all__ = [
     "BACKENDS",
     "WrongShape",
+    "adam_step",
     "add_to_diagonal",
     "agrees",
     "check_at_most",
@@ -92,6 +95,7 @@ __all__ = [
     "looks_behind_probabilities",
     "makes_variables",
     "matmul",
+    "momentum_step",
     "name",
     "of_known_shape",
     "on_accelerator",
@@ -112,6 +116,7 @@ __all__ = [
     "sparse",
     "sparse_zero_unless",
     "static_shape",
+    "times_or_zero",
     "trace",
     "trace_of",
     "traced_once",
@@ -123,5 +128,4 @@ __all__ = [
     "value_read",
     "within",
     "without_computing",
-    "zero_unless",
 ]

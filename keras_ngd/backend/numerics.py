@@ -25,6 +25,15 @@ def matmul(a, b, transpose_a=False, transpose_b=False):
     return jnp.matmul(a, b, precision="highest")
 
 
+def times_or_zero(tensor, factor):
+    """`tensor * factor` for a scalar of the same dtype; zeros where that is zero, whatever the tensor holds."""
+    if name() == "tensorflow":
+        import tensorflow as tf
+
+        return tf.math.multiply_no_nan(tensor, factor)
+    return ops.where(factor != 0, tensor * factor, ops.zeros_like(tensor))
+
+
 def cholesky(matrices):
     """Lower Cholesky factors; NaN where a matrix is not positive definite.
 
@@ -66,7 +75,8 @@ def trace(matrices):
     if name() == "tensorflow":
         import tensorflow as tf
 
-        return tf.linalg.trace(matrices)
+        # `tf.linalg.trace` puts eleven operations into the graph.
+        return tf.reduce_sum(tf.raw_ops.MatrixDiagPart(input=matrices), -1)
     import jax.numpy as jnp
 
     return jnp.trace(matrices, axis1=-2, axis2=-1)
@@ -89,9 +99,8 @@ def triangular_inverse(lower):
     if name() == "tensorflow":
         import tensorflow as tf
 
-        return tf.linalg.triangular_solve(
-            lower, tf.eye(lower.shape[-1], dtype=lower.dtype)[None] + tf.zeros_like(lower)
-        )
+        identity = tf.raw_ops.MatrixDiag(diagonal=tf.ones_like(lower[..., 0]))
+        return tf.linalg.triangular_solve(lower, identity)
     import jax
 
     identity = jax.numpy.eye(lower.shape[-1], dtype=lower.dtype)
@@ -118,15 +127,15 @@ def concatenated(tensors):
     return tensors[0] if len(tensors) == 1 else ops.concatenate(tensors)
 
 
-def parts(stacked, counts):
+def parts(stacked, counts, axis=0):
     """A tensor's parts, so many long, as a list. (`keras.ops.split` computes its places in the graph on TensorFlow.)"""
     if len(counts) == 1:
         return [stacked]
     if name() == "tensorflow":
         import tensorflow as tf
 
-        return tf.split(stacked, counts)
-    return ops.split(stacked, list(itertools.accumulate(counts))[:-1])
+        return tf.split(stacked, counts, axis)
+    return ops.split(stacked, list(itertools.accumulate(counts))[:-1], axis)
 
 
 def filter_gradient(inputs, upstream, kernel_size):

@@ -1,9 +1,5 @@
 """XLA: what it compiles, and what is written in one way for it and in another for TensorFlow's runtime."""
 
-from typing import Any
-
-from keras import ops
-
 from keras_ngd.backend.running import name
 
 
@@ -28,33 +24,6 @@ def compiled(function):
     import jax
 
     return jax.jit(function)
-
-
-def zero_unless(ok, function):
-    """The tensors of `function()` where the scalar `ok` holds, zeros of their shapes elsewhere.
-
-    XLA fuses a `where` into what consumes it but copies through a conditional; TensorFlow's runtime is the other way
-    round.
-    """
-    if under_xla():
-        return [ops.where(ok, t, ops.zeros_like(t)) for t in function()]
-    if name() == "tensorflow":
-        import tensorflow as tf
-
-        if tf.executing_eagerly():
-            tensors = function()
-            return tensors if bool(ok) else [tf.zeros_like(t) for t in tensors]
-    shapes: list[tuple[Any, Any]] = []
-
-    def passed():
-        tensors = function()
-        shapes.extend((tensor.shape, tensor.dtype) for tensor in tensors)
-        return tensors
-
-    def blocked():
-        return [ops.zeros(shape, dtype) for shape, dtype in shapes]
-
-    return ops.cond(ok, passed, blocked)
 
 
 def factorizes_by_column():

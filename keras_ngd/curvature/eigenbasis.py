@@ -123,6 +123,11 @@ class EigenbasisCurvature(PartsCurvature):
         """
         return []
 
+    def changed(self, state: Sequence[Tensor], bases: Sequence[Tensor]) -> Tensor:
+        """`[k]`, whether one of a block's bases is another than that in the old state."""
+        found = [ops.any(ops.not_equal(new, old), axis=(1, 2, 3)) for new, old in zip(bases, state, strict=False)]
+        return ops.any(ops.stack(found), axis=0)
+
     # Rotations
 
     def _bases(self, state: Sequence[Tensor]) -> tuple[Sequence[Tensor | None], Sequence[Tensor | None]]:
@@ -148,6 +153,4 @@ class EigenbasisCurvature(PartsCurvature):
     def _from_right(self, v: Tensor, bases: Sequence[Tensor | None], transpose: bool) -> Tensor:
         if all(basis is None for basis in bases):
             return v
-        # The transpose of the product of what is transposed.
-        product = diagonal.multiply(bases, ops.transpose(v, (0, 2, 1)), self.sides[1], not transpose)
-        return ops.transpose(product, (0, 2, 1))
+        return diagonal.multiply_right(v, bases, self.sides[1], transpose)

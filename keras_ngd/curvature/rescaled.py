@@ -38,10 +38,10 @@ class EKFACCurvature(EigenbasisCurvature):
     def refreshed_rest(
         self, blocks: Sequence[Tensor], state: Sequence[Tensor], bases: Sequence[Tensor]
     ) -> list[Tensor]:
-        *old, second = state
+        *_, second = state
         changed = ops.all(ops.equal(second, 0), axis=(1, 2))
-        for new, before in zip(bases, old, strict=False):
-            changed = changed | ops.any(ops.not_equal(new, before), axis=(1, 2, 3))
+        if self.with_bases:
+            changed = changed | self.changed(state, bases)
         return [ops.where(ops.reshape(changed, (-1, 1, 1)), self.eigenvalues(blocks, bases), second)]
 
     def stepped(self, v: Tensor, state: Sequence[Tensor], scale: Callable[[], Tensor]) -> list[Tensor]:

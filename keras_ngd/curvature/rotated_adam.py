@@ -8,7 +8,7 @@ from keras import ops
 
 from keras_ngd.curvature.curvature import Slot
 from keras_ngd.curvature.eigenbasis import EigenbasisCurvature
-from keras_ngd.typing import Tensor
+from keras_ngd.typing import Shape, Tensor, Variable
 
 # Of a rotated gradient, entries of so many roundings of the largest are what rounding makes of zeros. Adam would make whole steps
 # of them, in directions in which the layer has no inputs or the loss no gradient.
@@ -18,12 +18,13 @@ _ROUNDINGS = 16
 class EigenAdamCurvature(EigenbasisCurvature):
     """Adam's rule on gradients that are rotated into the bases `QA` and `QG` of `k` blocks of one shape.
 
-        V~ = QA^T V QG;    M <- beta_1 M + (1 - beta_1) V;    S <- beta_2 S + (1 - beta_2) V~ o V~;    t <- t + 1
-        P = QA [ (QA^T M QG) / (1 - beta_1^t) / (sqrt(S / (1 - beta_2^t)) + epsilon) ] QG^T
+        V~ = QA^T V QG;    M~ <- beta_1 M~ + (1 - beta_1) V~;    S <- beta_2 S + (1 - beta_2) V~ o V~;    t <- t + 1
+        P = QA [ M~ / (1 - beta_1^t) / (sqrt(S / (1 - beta_2^t)) + epsilon) ] QG^T
 
-    Without bases (parts of size 1) it is Adam. `M` is a matrix of weights, which no new basis changes; of `S` each entry belongs
-    to two columns of the bases, which a refresh leaves in their places. Where there are bases, the square of some roundings of
-    the largest root is added to all squares.
+    Without bases (parts of size 1) it is Adam. `M~ = QA^T M QG` is the mean `M` of the gradients, which no new basis changes:
+    where one is renewed, `M~` becomes what the same mean is in the new one. Of `S` each entry belongs to two columns of the
+    bases, which a refresh leaves in their places. Where there are bases, the square of some roundings of the largest root is
+    added to all squares.
 
     Args:
         beta_1, beta_2: decay of `M` and of `S`.
@@ -37,18 +38,40 @@ class EigenAdamCurvature(EigenbasisCurvature):
 
     @property
     def own_slots(self) -> tuple[Slot, ...]:
-        shapes = {"first_moment": self.shape, "second_moment": self.shape, "steps": (self.count,)}
-        return tuple(
-            Slot(f"{name}_{self.suffix}", shape, "zeros", self.dtype, refreshed=False, stepped=True)
-            for name, shape in shapes.items()
+        def slot(name: str, shape: Shape, refreshed: bool = False) -> Slot:
+            return Slot(f"{name}_{self.suffix}", shape, "zeros", self.dtype, refreshed=refreshed, stepped=True)
+
+        return (
+            slot("first_moment", self.shape, refreshed=bool(self.with_bases)),
+            slot("second_moment", self.shape),
+            slot("steps", (self.count,)),
         )
+
+    @property
+    def first_moment(self) -> Variable:
+        """The variable of `M~`."""
+        return self.variables[-3]
+
+    def turned_into_bases(self, state: Sequence[Tensor]) -> Tensor:
+        """`M~` of a state that has `M` in its place."""
+        return self.rotated(state[-3], state)
+
+    def refreshed_rest(
+        self, blocks: Sequence[Tensor], state: Sequence[Tensor], bases: Sequence[Tensor]
+    ) -> list[Tensor]:
+        if not self.with_bases:
+            return []
+        *_, first = state
+        changed = ops.reshape(self.changed(state, bases), (-1, 1, 1))
+        # What stays is not rounded once more.
+        return [ops.where(changed, self.rotated(self.rotated_back(first, state), bases), first)]
 
     def stepped(self, v: Tensor, state: Sequence[Tensor], scale: Callable[[], Tensor] | None = None) -> list[Tensor]:
         first, second, steps = state[-3:]
-        squares = ops.square(self.rotated(v, state))
+        rotated = self.rotated(v, state)
         return [
-            self.beta_1 * first + (1 - self.beta_1) * v,
-            self.beta_2 * second + (1 - self.beta_2) * squares,
+            self.beta_1 * first + (1 - self.beta_1) * rotated,
+            self.beta_2 * second + (1 - self.beta_2) * ops.square(rotated),
             steps + 1,
         ]
 
@@ -58,7 +81,7 @@ class EigenAdamCurvature(EigenbasisCurvature):
         first, second, steps = state[-3:]
         # What a layer's steps have in the averages. Before the first there is nothing in them, and P = 0.
         steps = ops.reshape(ops.maximum(steps, 1.0), (-1, 1, 1))
-        mean = self.rotated(first, state) / (1 - ops.power(self.beta_1, steps))
+        mean = first / (1 - ops.power(self.beta_1, steps))
         squares = second / (1 - ops.power(self.beta_2, steps))
         if self.with_bases:
             rounding = _ROUNDINGS * float(np.finfo(self.dtype).eps)

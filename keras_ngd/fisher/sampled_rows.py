@@ -4,6 +4,7 @@ from collections.abc import Callable, Sequence
 
 from keras import ops
 
+from keras_ngd import backend
 from keras_ngd.typing import Tensor
 
 # The share of a batch, where none is asked for.
@@ -40,12 +41,20 @@ def are_drawn(draw: Tensor) -> Tensor:
 
 
 def of_others(
-    function: Callable[..., Sequence[Tensor]], tensors: Sequence[Tensor], draw: Tensor, fraction: float
+    function: Callable[..., Sequence[Tensor]],
+    tensors: Sequence[Tensor],
+    draw: Tensor,
+    fraction: float,
+    products: bool = False,
 ) -> list[Tensor]:
     """`function(*tensors)`, of all examples, or where labels are drawn of the others alone: a list of tensors.
 
-    Nothing is computed of all examples but what is computed without drawn labels, so that this is the same to the last bit.
+    The function is linear in the last of the tensors, and sums over examples. Without drawn labels it is of what it would be
+    without all this, so that it is the same to the last bit.
     """
+    if backend.under_xla() and not products:
+        # Its CPU compiler leaves gradients of convolutions as naive loops inside of a conditional, in all steps.
+        return list(function(*tensors[:-1], without_drawn(tensors[-1], draw, fraction)))
     count = drawn(tensors[0], fraction)
     return ops.cond(
         are_drawn(draw),
@@ -56,7 +65,9 @@ def of_others(
 
 def without_drawn(ds: Tensor, draw: Tensor, fraction: float) -> Tensor:
     """A gradient `[examples, ...]`, zero for those whose labels are drawn."""
-    rows = ops.arange(ops.shape(ds)[0], dtype="int32")
-    kept = ops.cast(rows >= drawn(ds, fraction), ds.dtype)
-    kept = ops.reshape(kept, (-1, *(1,) * (len(ds.shape) - 1)))
-    return ops.cond(are_drawn(draw), lambda: ds * kept, lambda: ds)
+    rows = ops.reshape(ops.arange(ops.shape(ds)[0], dtype="int32"), (-1, *(1,) * (len(ds.shape) - 1)))
+    others = rows >= drawn(ds, fraction)
+    if backend.under_xla():
+        # Part of what makes the gradient, once it is fused.
+        return ops.where(others | ~are_drawn(draw), ds, ops.zeros_like(ds))
+    return ops.cond(are_drawn(draw), lambda: ds * ops.cast(others, ds.dtype), lambda: ds)

@@ -52,6 +52,6 @@ class Dense(Captured, keras.layers.Dense):
     def call(self, inputs: Tensor, training: bool | None = None) -> Tensor:
         if self.statistics is None:
             return super().call(inputs, training=training)
-        x = learned(_affine, inputs, [self.kernel, self.bias], self.statistics)
+        x = learned(_affine, inputs, [self.kernel, self.bias], self.statistics, products=True)
         x = probe(x, inputs, self.statistics.geometry, self.statistics, keras_private.mask_of(inputs))
         return x if self.activation is None else self.activation(x)

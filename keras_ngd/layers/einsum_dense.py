@@ -185,7 +185,8 @@ class EinsumDense(Captured, keras.layers.EinsumDense):
     def call(self, inputs: Tensor, training: bool | None = None) -> Tensor:
         if self.statistics is None:
             return super().call(inputs, training=training)
-        x = learned(functools.partial(_affine, self.equation), inputs, [self.kernel, self.bias], self.statistics)
+        affine = functools.partial(_affine, self.equation)
+        x = learned(affine, inputs, [self.kernel, self.bias], self.statistics, products=True)
         geometry: Any = self.statistics.geometry
         weights = geometry.row_weights(keras_private.mask_of(inputs), len(inputs.shape))
         x = probe(x, inputs, geometry, self.statistics, weights)

@@ -138,7 +138,7 @@ class ReversibleEmbedding(Embedding, keras.layers.ReversibleEmbedding):
         if self.reverse_dtype is not None:
             inputs, kernel = ops.cast(inputs, self.reverse_dtype), ops.cast(kernel, self.reverse_dtype)
         statistics = self.statistics if self.tie_weights else self.reverse_statistics
-        logits = learned(ops.matmul, inputs, [kernel], statistics)
+        logits = learned(ops.matmul, inputs, [kernel], statistics, products=True)
         geometry = ProjectionGeometry(self.input_dim, self.output_dim, transposed=not self.tie_weights)
         logits = probe(logits, inputs, geometry, statistics, keras_private.mask_of(inputs))
         if self.logit_soft_cap is not None:

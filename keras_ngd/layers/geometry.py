@@ -227,8 +227,10 @@ class MatrixGeometry(FactoredGeometry):
         return ops.concatenate([kernel, self.bias_to_row(bias[0])], axis=1)
 
     def from_matrix(self, matrix: Tensor) -> list[Tensor]:
-        kernel = self.kernel_from_matrix(matrix[:, : self.width])
-        return [kernel, self.bias_from_row(matrix[:, -1])] if self.use_bias else [kernel]
+        if not self.use_bias:
+            return [self.kernel_from_matrix(matrix)]
+        kernel, row = backend.parts(matrix, (self.width, 1), axis=1)
+        return [self.kernel_from_matrix(kernel), self.bias_from_row(row)]
 
     def kernel_to_matrix(self, kernel: Tensor) -> Tensor:
         """`[groups, width, output_dim]` of the kernel, whose last axis is that of the outputs, one group's after the other's."""

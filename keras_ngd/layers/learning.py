@@ -28,6 +28,7 @@ def learned(
     constants: Sequence[Tensor] = (),
     result: Tensor | None = None,
     divisible: bool = True,
+    products: bool = False,
 ) -> Tensor:
     """`function(x, *parameters, *constants)`, whose parameters learn from the examples alone whose labels are the data's.
 
@@ -39,6 +40,8 @@ def learned(
         constants: further tensors, which nothing is differentiated by.
         result: what the function gives, where that was computed already.
         divisible: whether what it gives of an example depends on that alone.
+        products: whether it consists of matrix products, which XLA compiles as well inside a conditional as elsewhere. Then
+            nothing is done to gradients in steps without drawn labels. Of convolutions it makes naive loops there.
     """
     given = [ops.convert_to_tensor(p) for p in parameters if p is not None]
     # What is sparse is refused by the probe.
@@ -63,7 +66,7 @@ def learned(
         if statistics is None or not statistics.labels_are_drawn():
             found = of_parameters(x, ds)
         elif divisible:
-            found = of_others(of_parameters, [x, ds], draw, fraction)
+            found = of_others(of_parameters, [x, ds], draw, fraction, products)
         else:
             found = of_parameters(x, without_drawn(ds, draw, fraction))
         return (None, of_x, *found, *(None for _ in constants), ops.zeros_like(draw))
@@ -99,7 +102,7 @@ def learned_of_rows(
     def gradient(ds: Tensor, *arguments: Tensor) -> tuple[Tensor, ...]:
         draw, statistics = arguments[count:], reference()
         if draw and statistics is not None and statistics.labels_are_drawn():
-            found = of_others(of_rows, [ds], draw[0], fraction)
+            found = of_others(of_rows, [ds], draw[0], fraction, products=True)
         else:
             found = list(of_rows(ds))
         return (ds, *found, *(ops.zeros_like(t) for t in draw))

@@ -80,17 +80,20 @@ def multiply(blocks: Sequence[Tensor | None], x: Tensor, parts: Parts, transpose
     return products[0] if len(products) == 1 else ops.concatenate(products, axis=1)
 
 
-def multiply_right(x: Tensor, blocks: Sequence[Tensor], parts: Parts) -> Tensor:
-    """`x`, `[k, m, d]`, times the block-diagonal matrices."""
+def multiply_right(x: Tensor, blocks: Sequence[Tensor | None], parts: Parts, transpose: bool = False) -> Tensor:
+    """`x`, `[k, m, d]`, times the block-diagonal matrices, or their transposes. A part that is None is the identity."""
     products = []
     for block, (start, stop, count, size) in zip(blocks, _spans(parts), strict=True):
         piece = x if len(parts) == 1 else x[:, :, start:stop]
+        if block is None:
+            products.append(piece)
+            continue
         if count == 1:
-            products.append(backend.matmul(piece, block[:, 0]))
+            products.append(backend.matmul(piece, block[:, 0], transpose_b=transpose))
             continue
         # Rows of a block stay in one piece where they are moved: transposing `x` to multiply from the left would take longer.
         piece = ops.transpose(ops.reshape(piece, (x.shape[0], -1, count, size)), (0, 2, 1, 3))
-        product = ops.transpose(backend.matmul(piece, block), (0, 2, 1, 3))
+        product = ops.transpose(backend.matmul(piece, block, transpose_b=transpose), (0, 2, 1, 3))
         products.append(ops.reshape(product, (x.shape[0], -1, count * size)))
     return products[0] if len(products) == 1 else ops.concatenate(products, axis=2)
 

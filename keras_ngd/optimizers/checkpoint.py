@@ -11,6 +11,10 @@ from keras_ngd.typing import Store
 if TYPE_CHECKING:
     from keras_ngd.optimizers.natural_gradient import NaturalGradient
 
+# What the numbers in a state mean, where that has changed, and the key that says so; without it a state is of format 0.
+# 1: EigenAdam's first moments are in the bases.
+FORMAT, KEY = 1, "format"
+
 ADVICE = (
     "The checkpoint was written by another optimizer, with other settings, or for a model captured differently; "
     "its state cannot be used. Recreate the optimizer and the capture as they were (for a saved model that makes its own "
@@ -66,7 +70,7 @@ class StrictCheckpoint:
     def save(self, store: Store) -> None:
         """Writes the state to one of Keras's stores."""
         # What could not be restored is still what there is to be saved.
-        for key, value in (self._state() if self._pending is None else self._pending).items():
+        for key, value in ({**self._state(), KEY: FORMAT} if self._pending is None else self._pending).items():
             store[key] = value
 
     def load(self, store: Store) -> None:
@@ -82,6 +86,7 @@ class StrictCheckpoint:
         state = {key: np.array(store[key]) for key in store.keys()}
         if not state or _is_untouched(state):
             return
+        state.setdefault(KEY, np.array(0))
         if not self._optimizer.built or self._error is not None:
             self._pending = state
             return
@@ -120,7 +125,15 @@ class StrictCheckpoint:
 
     def _assign(self, state: dict[str, np.ndarray]) -> None:
         optimizer, renewed = self._optimizer, []
-        variables = optimizer.variables
+        variables, state = optimizer.variables, dict(state)
+        # Without the key it is what `current` gave.
+        version = int(state.pop(KEY, FORMAT))
+        if version > FORMAT:
+            raise ValueError(
+                f"The state of optimizer {optimizer.name!r} was written by a later version of keras_ngd, format {version}; this "
+                f"one reads formats up to {FORMAT}. Install that version, or load the weights alone: `model.load_weights` before "
+                "`model.compile`."
+            )
         if len(state) != len(variables):
             raise ValueError(
                 f"Optimizer {optimizer.name!r} has {len(variables)} variables but the checkpoint has {len(state)}. {ADVICE}"
@@ -139,9 +152,12 @@ class StrictCheckpoint:
             if i not in renewed:
                 variable.assign(sharding.from_numpy(variable, state[str(i)]))
         self._pending = None
+        if version < FORMAT:
+            optimizer.convert_from(version)
         optimizer.restored(bool(renewed))
 
 
 def _is_untouched(state: dict[str, np.ndarray]) -> bool:
     """Whether a state is that of an optimizer compiled but never built: step 0 and perhaps a learning rate."""
-    return len(state) <= 2 and all(v.shape == () for v in state.values()) and state.get("0") == 0
+    values = [value for key, value in state.items() if key != KEY]
+    return len(values) <= 2 and all(v.shape == () for v in values) and state.get("0") == 0

@@ -9,6 +9,7 @@ from keras import ops
 from keras_ngd import schedules
 from keras_ngd.curvature import Curvature, EigenAdamCurvature
 from keras_ngd.layers.geometry import Structure
+from keras_ngd.optimizers import state_layout
 from keras_ngd.optimizers.approximations import AveragedApproximation, UnitWiseApproximation
 from keras_ngd.optimizers.arguments import documented
 from keras_ngd.optimizers.blocks import Group, Layout, Signals
@@ -41,12 +42,13 @@ class EigenAdam(EigenbasisMethod):
     factor `G` (running averages, see `keras_ngd.statistics.KroneckerStatistics`), whose eigenvectors are `QA` and `QG`:
 
         V~ = QA^T V QG
-        M <- beta_1 M + (1 - beta_1) V
+        M~ <- beta_1 M~ + (1 - beta_1) V~
         S <- beta_2 S + (1 - beta_2) V~ o V~
-        P  = QA [ (QA^T M QG) / (1 - beta_1^t) / (sqrt(S / (1 - beta_2^t)) + epsilon) ] QG^T
+        P  = QA [ M~ / (1 - beta_1^t) / (sqrt(S / (1 - beta_2^t)) + epsilon) ] QG^T
         W <- W - learning_rate P - learning_rate weight_decay W
 
-    with `t` the number of steps that called the layer. Steps have the length of Adam's, whatever the scale of the loss and of
+    with `t` the number of steps that called the layer. Where a basis is renewed, `M~` is turned with it: it stays `QA^T M QG` of
+    the same mean `M`. Steps have the length of Adam's, whatever the scale of the loss and of
     the factors, so there is no damping and no clip. Of embeddings the input factor is diagonal, and its basis the identity;
     scales and offsets of captured normalisation layers take Adam's step, and so do, at the same rate and with Adam's usual
     decays of 0.9 and 0.999, all variables that are not captured.
@@ -166,6 +168,15 @@ class EigenAdam(EigenbasisMethod):
     def curvature_input(self, statistics: Statistics, averages: Sequence[Tensor], calls: Tensor) -> list[Tensor]:
         # Bases have no scale.
         return list(averages)
+
+    def convert_from(self, version: int) -> None:
+        for curvature in self.basis_curvatures():
+            if isinstance(curvature, EigenAdamCurvature):
+                # In format 0 the mean of the gradients was not in the bases.
+                state = state_layout.gathered_state(curvature.variables)
+                curvature.first_moment.assign(
+                    *state_layout.stored_state([curvature.first_moment], [curvature.turned_into_bases(state)])
+                )
 
     def get_config(self) -> Config:
         config = {name: value for name, value in super().get_config().items() if name not in NOT_OF_ADAM}

@@ -125,11 +125,14 @@ class GradientBlocks:
         self._new = []
         for group, v, averages, basis in zip(self.groups, gradients, factors, self._bases(factors), strict=True):
             curvature = group.curvature
-            moments = curvature.stepped(v, [*basis, *state_layout.gathered_state(curvature.stepped_variables)])
-            p = curvature.precondition(v, ops.ones(()), [*basis, *moments], list) * scale
+            others = [v for v, slot in zip(curvature.variables, curvature.slots, strict=True) if not slot.refreshed]
+            values = iter(state_layout.gathered_state(others)), iter(basis)
+            state = [next(values[slot.refreshed]) for slot in curvature.slots]
+            moments = curvature.stepped(v, state)
+            state = curvature.with_parts(state, moments, lambda slot: slot.stepped)
+            p = curvature.precondition(v, ops.ones(()), state, list) * scale
             finite = finite & _all_finite([p, *moments, *averages])
-            self._new += zip(curvature.refreshed_variables, basis, strict=True)
-            self._new += zip(curvature.stepped_variables, moments, strict=True)
+            self._new += zip(curvature.variables, state, strict=True)
             self._new += zip(group.factors, averages, strict=True)
             for variable, part in zip(group.variables, ops.unstack(p, num=len(group.variables)), strict=True):
                 if signals.of(variable) is not None:

@@ -239,8 +239,10 @@ class HyLo(SNGD):
         sums = [ops.convert_to_tensor(v) for v in self._sums]
         if self.mode == "switch":
             flat = [g for block in self.layout.blocks for g in gradients[block]]
-            added = backend.zero_unless(finite, lambda: [ops.cast(g, s.dtype) for g, s in zip(flat, sums, strict=True)])
-            sums = [s + g for s, g in zip(sums, added, strict=True)]
+            sums = [
+                s + backend.times_or_zero(ops.cast(g, s.dtype), ops.cast(finite, s.dtype))
+                for s, g in zip(sums, flat, strict=True)
+            ]
             now = ops.cast(self.learning_rate, "float32")
             following = self._learning_rate_at(step + 1)
             state = ops.where(begins, gradient_switch.at_first_step(state, now, self.decay_ratio), state)

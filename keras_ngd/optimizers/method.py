@@ -116,6 +116,9 @@ class Method(Approximation):
         """Whether training can go on without a variable's value, if it is of another shape than here."""
         return False
 
+    def convert_from(self, version: int) -> None:
+        """Makes of all variables, which were restored from a state of an older format, what they are today."""
+
     def restored(self, renew: bool) -> None:
         """Told that a state was restored; `renew` if some values that `can_renew` were left out."""
 

@@ -352,16 +352,20 @@ class NaturalGradient(AssembledOptimizer):
 
         All of them are zeros unless `finite`.
         """
-        plain = [i for i in others if not backend.is_sparse(signals.grads[i])]
 
-        def found() -> list[Tensor]:
-            steps = [p * ops.cast(nu * scales[i] if i in scales else nu, p.dtype) for i, p in preconditioned.items()]
-            return [*steps, *(signals.grads[i] for i in plain)]
+        def times(tensor: Tensor, factor: Tensor) -> Tensor:
+            return backend.times_or_zero(tensor, ops.cast(factor, tensor.dtype))
 
-        steps = backend.zero_unless(finite, found)
-        new = dict(zip([*preconditioned, *plain], steps, strict=True))
-        sparse = [i for i in others if backend.is_sparse(signals.grads[i])]
-        return new | {i: backend.sparse_zero_unless(finite, signals.grads[i]) for i in sparse}
+        of_all, taken = ops.where(finite, nu, 0.0), ops.cast(finite, "float32")
+        new = {
+            i: times(p, ops.where(finite, nu * scales[i], 0.0) if i in scales else of_all)
+            for i, p in preconditioned.items()
+        }
+        for i in others:
+            gradient = signals.grads[i]
+            sparse = backend.is_sparse(gradient)
+            new[i] = backend.sparse_zero_unless(finite, gradient) if sparse else times(gradient, taken)
+        return new
 
     def _next_statistics(
         self, signals: Signals, arrived: "Arrived", averages: dict[Block, list[Tensor]], step: Tensor
@@ -387,8 +391,22 @@ class NaturalGradient(AssembledOptimizer):
 
     def update_step(self, gradient: Tensor, variable: Variable, learning_rate: Tensor) -> None:
         if self.rest_rule.follows(self._get_variable_index(variable)):
-            self.rest_rule.update_step(gradient, variable, learning_rate, super().update_step)
+            self.rest_rule.update_step(gradient, variable, learning_rate, self._momentum_step)
         else:
+            self._momentum_step(gradient, variable, learning_rate)
+
+    def _momentum_step(self, gradient: Tensor, variable: Variable, learning_rate: Tensor) -> None:
+        """`keras.optimizers.SGD.update_step`."""
+        dtype = backend.dtype_name(variable)
+        made = backend.momentum_step(
+            variable,
+            self.momentums[self._get_variable_index(variable)] if self.momentum else None,
+            ops.cast(gradient, dtype),
+            ops.cast(learning_rate, dtype),
+            self.momentum,
+            self.nesterov,
+        )
+        if not made:
             super().update_step(gradient, variable, learning_rate)
 
 

@@ -100,6 +100,8 @@ class RestRule:
             self._shared[dtype] = rate * ops.sqrt(unseen_2) / unseen_1
         index, gradient = optimizer._get_variable_index(variable), ops.cast(gradient, dtype)
         m, v = self._momentums[index], self._velocities[index]
+        if backend.adam_step(variable, m, v, gradient, self._shared[dtype], _BETA_1, _BETA_2, _EPSILON):
+            return
         # As Keras writes it: of a sparse gradient only ops of Keras's make a sparse one.
         optimizer.assign_add(m, ops.multiply(ops.subtract(gradient, m), 1 - _BETA_1))
         optimizer.assign_add(v, ops.multiply(ops.subtract(ops.square(gradient), v), 1 - _BETA_2))

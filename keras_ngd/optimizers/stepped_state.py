@@ -43,8 +43,7 @@ class SteppedState:
         for variable, value in zip(curvature.stepped_variables, new, strict=True):
             self.finite = self.finite & ops.isfinite(ops.sum(ops.cast(value, "float32")))
             self._new.append((variable, value, called))
-        values = iter(new)
-        return [next(values) if slot.stepped else old for slot, old in zip(curvature.slots, state, strict=True)]
+        return curvature.with_parts(state, new, lambda slot: slot.stepped)
 
     def called(self, group: Group) -> Tensor:
         """`[k]`, whether a group's blocks belong to layers that were called on any worker."""

@@ -109,10 +109,7 @@ class Workers:
         weight = examples / self.communicator.batch_share
         dense = [i for i, g in enumerate(gradients) if not backend.is_sparse(g)]
         # Means over no examples are not numbers.
-        products = backend.zero_unless(
-            examples > 0, lambda: [gradients[i] * ops.cast(weight, gradients[i].dtype) for i in dense]
-        )
-        weighed = dict(zip(dense, products, strict=True))
+        weighed = {i: backend.times_or_zero(gradients[i], ops.cast(weight, gradients[i].dtype)) for i in dense}
         owned = {i: owner for i, owner in enumerate(owners) if owner is not None}
         scattered = [i for i in weighed if i in owned]
         reduced = [i for i in weighed if owners[i] is None]

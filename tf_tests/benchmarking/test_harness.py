@@ -16,6 +16,7 @@ from benchmarks import (
     costs,
     defaults,
     fisher,
+    fisher_cost,
     gpu,
     harness,
     kinds,
@@ -244,7 +245,7 @@ def test_a_result_names_the_threads_that_were_set(runs, monkeypatch):
 
 @pytest.mark.parametrize(
     "benchmark",
-    [costs, tasks, ablations, peers, gpu, kinds, robustness, fisher, startup, stagger],
+    [costs, tasks, ablations, peers, gpu, kinds, robustness, fisher, fisher_cost, startup, stagger],
     ids=lambda module: module.__name__,
 )
 @pytest.mark.parametrize("quick", [True, False])

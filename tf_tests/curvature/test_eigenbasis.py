@@ -108,10 +108,37 @@ def test_steps_are_those_of_adam_in_the_bases(parts):
     for seed in range(4):
         v = draw(seed=10 + seed)[2]
         found, new = run(step, v, *state)
-        state = [*bases, *new]
+        state = [*state[:-3], *new]
         expected = [adam.direction(*block) for adam, *block in zip(adams, v.astype("float64"), qa, qg, strict=True)]
         close(found, np.stack(expected), 1e-4)
     assert state[-1].tolist() == [4, 4]
+
+
+@every_split
+def test_a_new_basis_turns_the_mean_of_gradients(parts):
+    a, g, v = draw()
+    curvature = make(EigenAdamCurvature, parts, tolerance=0.01, **ADAM)
+    state = first_state(curvature)
+    kept = [i for i, slot in enumerate(curvature.slots) if slot.refreshed]
+    for i, value in zip(kept, refreshed(curvature, blocks(a, g, parts)), strict=True):
+        state[i] = value
+    first = state[-3] = run(lambda v, *s: curvature.stepped(v, s)[0], v, *state)
+
+    def mean(state):
+        return run(lambda *s: curvature.rotated_back(s[-3], s), *state)
+
+    # Both factors of the second block are other ones.
+    others = [np.concatenate([side[:1], new[1:]]) for side, new in zip((a, g), draw(seed=3)[:2], strict=True)]
+    inputs = blocks(*others, parts)
+
+    def refresh(*tensors):
+        return curvature.refresh(list(tensors[: len(inputs)]), 1.0, list(tensors[len(inputs) :]))
+
+    for i, value in zip(kept, run(refresh, *inputs, *(state[i] for i in kept)), strict=True):
+        state[i] = value
+    close(mean(state), 0.1 * v, 1e-5)
+    np.testing.assert_array_equal(state[-3][0], first[0])
+    assert np.allclose(state[-3][1], first[1]) == (not curvature.with_bases)
 
 
 def ekfac_steps(parts, damping_mode, damping, dtype="float64", scale=5.0):
@@ -185,6 +212,7 @@ def test_which_part_of_the_state_refreshes_and_steps_renew():
         "input_basis_0",
         "output_basis_0",
         "failed_bases",
+        "first_moment",
     ]
     assert [s.name.rsplit("_", 2)[0] for s in curvature.slots if s.stepped] == [
         "first_moment",
@@ -192,7 +220,9 @@ def test_which_part_of_the_state_refreshes_and_steps_renew():
         "steps",
     ]
     curvature.build(lambda shape, initializer, dtype, name: keras.Variable(initializer, shape, dtype, name=name))
-    assert [v.name for v in curvature.refreshed_variables] == [s.name for s in curvature.slots[:3]]
+    assert [v.name for v in curvature.refreshed_variables] == [s.name for s in curvature.slots[:4]]
     assert [v.name for v in curvature.stepped_variables] == [s.name for s in curvature.slots[3:]]
+    # Without a basis there is nothing to turn.
+    assert [s.refreshed for s in make(EigenAdamCurvature, PARTS["none"], **ADAM).slots] == [True, False, False, False]
     assert not make(Rotating, PARTS["whole"]).has_steps
     assert Slot("name", (1,), "zeros", "float32") == ("name", (1,), "zeros", "float32", True, False)

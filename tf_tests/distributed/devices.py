@@ -74,6 +74,8 @@ def _rows(method, **arguments):
 METHODS = {
     "kfac": _kfac,
     "kfac-stagger": lambda **a: _kfac(stagger=True, **a),
+    # One program draws the labels of the whole batch.
+    "kfac-sampled": lambda **a: _kfac(fisher="sampled", losses_per_example="auto", **a),
     "kfac-eigen": lambda **a: _kfac(inverse="eigen", **a),
     "thor": lambda **a: paper.THOR(
         0.05, 0.03, factor_interval=1, inverse_interval=2, split=8, inverse="newton-schulz", **a
@@ -94,7 +96,7 @@ METHODS = {
 
 # HyLo with all rows is SNGD, by another computation.
 SAME = {"hylo-kid": "sngd", "hylo-kis": "sngd"}
-SHARED = ["kfac", "eigen-adam", "thor", "skfac", "sngd", "hylo-kid", "hylo-kis"]
+SHARED = ["kfac", "kfac-sampled", "eigen-adam", "thor", "skfac", "sngd", "hylo-kid", "hylo-kis"]
 SHARDED = [name for name in METHODS if name not in SAME]
 
 

@@ -37,6 +37,15 @@ def test_gradients_are_those_of_the_others(name):
     assert_equal_gradients(captured(x, y), plain(x, y))
 
 
+@pytest.mark.skipif(small.JIT, reason="JAX's steps are compiled wherever they are tested")
+@pytest.mark.slow
+def test_gradients_are_those_of_the_others_under_xla():
+    group, others = kinds.group("matrices"), slice(DRAWN, None)
+    x, y = group.data()
+    found = Step(group.model, sampled(), group.include, loss="mse", jit_compile=True)(x, y, draw=0)
+    assert_equal_gradients(found, Step(group.model, loss="mse")(part(x, others), part(y, others)))
+
+
 def dense(inputs=4):
     h = x = keras.Input((inputs,))
     for units in (5, 4):

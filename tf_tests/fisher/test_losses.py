@@ -37,6 +37,18 @@ def test_gradients_are_those_of_the_mean_over_the_others(name):
     assert_equal_gradients(captured(x, y, weights), plain(x, y, weights), 2e-6)
 
 
+@pytest.mark.skipif(small.JIT, reason="JAX's steps are compiled wherever they are tested")
+@pytest.mark.parametrize("name", ["sparse logits", pytest.param("two outputs", marks=pytest.mark.slow)])
+def test_gradients_are_those_of_the_others_under_xla(name):
+    form, others = forms.FORMS[name], slice(DRAWN, None)
+    captured = Step(form.make, sampled(**form.optimizer), loss=form.loss, **{**form.compiling, "jit_compile": True})
+    plain = Step(form.make, loss=form.loss, **form.compiling)
+    x, y, weights = form.inputs(), form.y, form.weights
+    found = captured(x, y, weights, draw=0)
+    assert_equal_gradients(found, plain(part(x, others), part(y, others), part(weights, others)))
+    assert_equal_gradients(captured(x, y, weights), plain(x, y, weights), 2e-6)
+
+
 def test_added_losses_and_regularizers_are_not_rescaled():
     def model():
         x = keras.Input((4,))

@@ -124,6 +124,37 @@ def test_compiled_by_xla():
     assert losses[-1] < 0.5 * losses[0]
 
 
+@pytest.mark.skipif(not small.JIT, reason="it is about what XLA compiles")
+def test_no_convolution_is_in_a_conditional():
+    """XLA's CPU compiler makes naive loops of those, a hundred times as slow."""
+    import jax
+    from jax.extend import core
+
+    def network():
+        return keras.Sequential(
+            [keras.Input((8, 8, 2)), layers.Conv2D(4, 3), layers.Conv2D(4, 3), layers.Flatten(), layers.Dense(3)]
+        )
+
+    def convolutions(jaxpr, inside=False):
+        for equation in jaxpr.eqns:
+            if equation.primitive.name == "conv_general_dilated":
+                yield inside
+            for value in jax.tree.leaves(equation.params, is_leaf=lambda v: isinstance(v, core.ClosedJaxpr)):
+                inner = getattr(value, "jaxpr", value)
+                if isinstance(inner, core.Jaxpr):
+                    yield from convolutions(inner, inside or equation.primitive.name == "cond")
+
+    trained = model(sampled(), network)
+    x, y = np.zeros((BATCH, 8, 8, 2), "float32"), np.zeros(BATCH, "int32")
+    trained._symbolic_build(data_batch=(x, y))
+    kinds = ("trainable_variables", "non_trainable_variables", "optimizer_variables", "metrics_variables")
+    state = trained._get_jax_state(**dict.fromkeys(kinds, True))
+    found = list(convolutions(jax.make_jaxpr(trained.train_step)(state, (x, y)).jaxpr))
+    # Of two layers, and the gradients of both kernels and of one input.
+    assert len(found) >= 5
+    assert not any(found)
+
+
 def test_low_precision():
     with small.policy("mixed_bfloat16"):
         x, y = easy()

@@ -62,6 +62,13 @@ def test_blocks_grams_products_and_traces(case):
     whole = block_diagonal(blocks, parts)
     close(run(lambda x, *b: diagonal.multiply(b, x, parts), x, *blocks), whole @ x, 1e-5)
     close(run(lambda y, *b: diagonal.multiply_right(y, b, parts), y, *blocks), y @ whole, 1e-5)
+    transposed = np.swapaxes(whole, 1, 2)
+    close(run(lambda y, *b: diagonal.multiply_right(y, b, parts, True), y, *blocks), y @ transposed, 1e-5)
+    # The first part is the identity.
+    some = whole.copy()
+    size = np.prod(parts[0])
+    some[:, :size, :size] = np.eye(size)
+    close(run(lambda y, *b: diagonal.multiply_right(y, [None, *b], parts), y, *blocks[1:]), y @ some, 1e-5)
     close(run(lambda *b: diagonal.traces(b), *blocks), np.trace(whole, axis1=1, axis2=2), 1e-5)
 
 

@@ -7,7 +7,7 @@ import sys
 import keras
 import numpy as np
 import pytest
-from keras import layers
+from keras import layers, ops
 
 import keras_ngd
 from tf_tests import paper, small
@@ -168,6 +168,55 @@ def test_state_waiting_for_build_may_be_replaced(checkpoint, tmp_path):
     resumed.load_weights(tmp_path / "later.weights.h5")
     resumed.optimizer.build(resumed.trainable_variables)
     assert_same(everything(resumed), everything(model))
+
+
+def state(optimizer):
+    """All variables of an optimizer, by path."""
+    return {v.path: array(v) for v in optimizer.variables}
+
+
+def mean_gradients(optimizer):
+    """Of a trained EigenAdam the means of the gradients themselves, which it keeps in its bases: by their variables."""
+    found = {}
+    for curvature in optimizer.basis_curvatures():
+        state = [ops.convert_to_tensor(v) for v in curvature.variables]
+        found[curvature.first_moment.path] = array(curvature.rotated_back(state[-3], state))
+    return found
+
+
+@pytest.mark.parametrize("built", [True, False], ids=["built", "not built"])
+@pytest.mark.parametrize("basis", ["fisher", "gradient"])
+def test_means_of_gradients_of_older_files_are_turned_into_the_bases(basis, built, tmp_path):
+    def make():
+        optimizer = keras_ngd.EigenAdam(factor_interval=1, inverse_interval=1, basis=basis)
+        return captured(mlp(), optimizer) if basis == "fisher" else compiled(mlp(), optimizer)
+
+    model = make()
+    small.fit(model, *small.regression(40))
+    expected, store = state(model.optimizer), {}
+    model.optimizer.save_own_variables(store)
+    # So it was before there was a format.
+    del store["format"]
+    for i, variable in enumerate(model.optimizer.variables):
+        if variable.path in (means := mean_gradients(model.optimizer)):
+            store[str(i)] = means[variable.path]
+    other = make()
+    if built:
+        other.optimizer.build(other.trainable_variables)
+    other.optimizer.load_own_variables(store)
+    other.optimizer.build(other.trainable_variables)
+    small.assert_close(state(other.optimizer), expected)
+    assert len(means) == 1
+
+
+def test_state_of_a_later_version_is_an_error():
+    model, store = captured(mlp()), {}
+    model.optimizer.build(model.trainable_variables)
+    small.fit(model, *small.regression())
+    model.optimizer.save_own_variables(store)
+    store["format"] = np.array(10)
+    with pytest.raises(ValueError, match="later version of keras_ngd, format 10"):
+        model.optimizer.load_own_variables(store)
 
 
 @pytest.fixture(scope="module")
