@@ -55,6 +55,12 @@ def of_chosen(function: Callable[..., Tensor], chosen: Tensor, given: Sequence[T
     """
     count, size = old.shape[0], old.shape[-1]
     chunk = min(count, at_once(size))
+    if chunk == count:
+        # All at once, or none. No loop: XLA would find that nothing in it depends on the turn, and compute it before, always.
+        def new() -> Tensor:
+            return ops.where(ops.reshape(chosen, (-1, 1, 1)), function(*given, old), old)
+
+        return ops.cond(ops.any(chosen), new, lambda: old)
     order = ops.argsort(ops.cast(ops.logical_not(chosen), "int32"))
     order = ops.concatenate([order, ops.broadcast_to(order[-1:], (-count % chunk,))])
     total = ops.sum(ops.cast(chosen, "int32"))
