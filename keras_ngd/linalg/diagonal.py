@@ -89,7 +89,9 @@ def multiply_right(x: Tensor, blocks: Sequence[Tensor | None], parts: Parts, tra
             products.append(piece)
             continue
         if count == 1:
-            products.append(backend.matmul(piece, block[:, 0], transpose_b=transpose))
+            # Not `block[:, 0]`, which TensorFlow would copy.
+            block = ops.reshape(block, (x.shape[0], size, size))
+            products.append(backend.matmul(piece, block, transpose_b=transpose))
             continue
         # Rows of a block stay in one piece where they are moved: transposing `x` to multiply from the left would take longer.
         piece = ops.transpose(ops.reshape(piece, (x.shape[0], -1, count, size)), (0, 2, 1, 3))
