@@ -26,7 +26,7 @@ def matmul(a, b, transpose_a=False, transpose_b=False):
 
 
 def times_or_zero(tensor, factor):
-    """`tensor * factor` for a scalar of the same dtype; zeros where that is zero, whatever the tensor holds."""
+    """`tensor * factor`, of the same dtype and broadcast; zeros where that is zero, whatever the tensor holds."""
     if name() == "tensorflow":
         import tensorflow as tf
 

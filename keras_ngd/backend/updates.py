@@ -26,27 +26,25 @@ def _handles(gradient, variables):
 
 
 def adam_step(variable, first_moment, second_moment, gradient, rate, beta_1, beta_2, epsilon):
-    """`keras.optimizers.Adam`'s update, with a `rate` that the correction of its bias is in."""
+    """`keras.optimizers.Adam`'s update, with a `rate` that the correction of its bias is in; scalars of the gradient's dtype."""
     handles = _handles(gradient, [variable, first_moment, second_moment])
     if handles is None:
         return False
     import tensorflow as tf
 
-    def constant(value):
-        return tf.constant(value, gradient.dtype)
-
+    # Of powers of the decays it would make that correction.
+    none = tf.zeros((), gradient.dtype)
+    powers = {"beta1_power": none, "beta2_power": none}
     tf.raw_ops.ResourceApplyAdam(
         var=handles[0],
         m=handles[1],
         v=handles[2],
-        # Powers of the decays, of which it would make that correction.
-        beta1_power=constant(0.0),
-        beta2_power=constant(0.0),
         lr=rate,
-        beta1=constant(beta_1),
-        beta2=constant(beta_2),
-        epsilon=constant(epsilon),
+        beta1=beta_1,
+        beta2=beta_2,
+        epsilon=epsilon,
         grad=gradient,
+        **powers,
     )
     return True
 

@@ -320,8 +320,9 @@ class NaturalGradient(AssembledOptimizer):
         if not curvature.has_steps:
             return curvature.precondition(v, damping, state, of_refresh)
         v = v / self.loss_scale
-        p = curvature.precondition(v, damping, stepped.renewed(group, v, state), of_refresh) * self.loss_scale
-        return ops.where(ops.reshape(stepped.called(group), (-1, 1, 1)), p, ops.zeros_like(p))
+        p = curvature.precondition(v, damping, stepped.renewed(group, v, state), of_refresh)
+        called = ops.cast(stepped.called(group), p.dtype) * self.loss_scale
+        return backend.times_or_zero(p, ops.reshape(called, (-1, 1, 1)))
 
     def _others(self, signals: Signals, preconditioned: dict[int, Tensor]) -> list[int]:
         """The positions of the variables that are trained, and have a gradient, but are of no block."""
@@ -357,10 +358,11 @@ class NaturalGradient(AssembledOptimizer):
             return backend.times_or_zero(tensor, ops.cast(factor, tensor.dtype))
 
         of_all, taken = ops.where(finite, nu, 0.0), ops.cast(finite, "float32")
-        new = {
-            i: times(p, ops.where(finite, nu * scales[i], 0.0) if i in scales else of_all)
-            for i, p in preconditioned.items()
-        }
+        of_some = {}
+        if scales:
+            values = ops.where(finite, nu * ops.stack(list(scales.values())), 0.0)
+            of_some = dict(zip(scales, ops.unstack(values, num=len(scales)), strict=True))
+        new = {i: times(p, of_some.get(i, of_all)) for i, p in preconditioned.items()}
         for i in others:
             gradient = signals.grads[i]
             sparse = backend.is_sparse(gradient)

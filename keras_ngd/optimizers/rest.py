@@ -43,7 +43,7 @@ class RestRule:
 
     def __init__(self, optimizer: "NaturalGradient", variables: Sequence[Variable], captured: Sequence[bool]) -> None:
         self._optimizer, self._captured = optimizer, captured
-        self._shared: dict[str, Tensor] = {}
+        self._shared: dict[str, list[Tensor]] = {}
         if optimizer.rest != "adam":
             return
 
@@ -97,13 +97,14 @@ class RestRule:
         if dtype not in self._shared:
             rate, step = (ops.cast(value, dtype) for value in (self._rate(learning_rate), optimizer.iterations + 1))
             unseen_1, unseen_2 = (1 - ops.power(ops.cast(beta, dtype), step) for beta in (_BETA_1, _BETA_2))
-            self._shared[dtype] = rate * ops.sqrt(unseen_2) / unseen_1
+            found = (rate * ops.sqrt(unseen_2) / unseen_1, _BETA_1, _BETA_2, _EPSILON)
+            self._shared[dtype] = [ops.convert_to_tensor(value, dtype) for value in found]
         index, gradient = optimizer._get_variable_index(variable), ops.cast(gradient, dtype)
         m, v = self._momentums[index], self._velocities[index]
-        if backend.adam_step(variable, m, v, gradient, self._shared[dtype], _BETA_1, _BETA_2, _EPSILON):
+        if backend.adam_step(variable, m, v, gradient, *self._shared[dtype]):
             return
         # As Keras writes it: of a sparse gradient only ops of Keras's make a sparse one.
         optimizer.assign_add(m, ops.multiply(ops.subtract(gradient, m), 1 - _BETA_1))
         optimizer.assign_add(v, ops.multiply(ops.subtract(ops.square(gradient), v), 1 - _BETA_2))
         length = ops.add(ops.sqrt(v), _EPSILON)
-        optimizer.assign_sub(variable, ops.divide(ops.multiply(m, self._shared[dtype]), length))
+        optimizer.assign_sub(variable, ops.divide(ops.multiply(m, self._shared[dtype][0]), length))

@@ -41,8 +41,9 @@ def test_steps_of_sgd(momentum, nesterov):
 def test_steps_of_adam():
     variable, first, second = variables(3)
     for step, gradient in enumerate(GRADIENTS, 1):
-        rate = ops.convert_to_tensor(np.float32(0.1 * np.sqrt(1 - 0.999**step) / (1 - 0.9**step)))
-        assert backend.adam_step(variable, first, second, ops.convert_to_tensor(gradient), rate, 0.9, 0.999, 1e-7)
+        rate = 0.1 * np.sqrt(1 - 0.999**step) / (1 - 0.9**step)
+        scalars = [ops.convert_to_tensor(value, "float32") for value in (rate, 0.9, 0.999, 1e-7)]
+        assert backend.adam_step(variable, first, second, ops.convert_to_tensor(gradient), *scalars)
     np.testing.assert_allclose(small.array(variable), stepped(keras.optimizers.Adam(0.1)), rtol=1e-5)
 
 
