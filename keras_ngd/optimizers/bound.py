@@ -1,11 +1,12 @@
-"""How long a step may be."""
+"""How long a step may be, and what becomes of it."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, NamedTuple
 
 from keras import ops
 
-from keras_ngd import schedules
+from keras_ngd import backend, schedules
+from keras_ngd.optimizers.blocks import Signals
 from keras_ngd.typing import AddVariable, Tensor
 
 if TYPE_CHECKING:
@@ -147,3 +148,32 @@ class Bound:
         optimizer.assign_add(self.clipped_steps, ops.cast(finite & (nu < 1), self.clipped_steps.dtype))
         optimizer.assign_add(self.sum_of_scales, ops.where(finite, nu, 1.0))
         return nu
+
+
+def bounded(
+    signals: Signals,
+    preconditioned: dict[int, Tensor],
+    scales: dict[int, Tensor],
+    others: Sequence[int],
+    nu: Tensor,
+    finite: Tensor,
+) -> dict[int, Tensor]:
+    """By position: `nu P` of all blocks, times the `scales` of some, and the gradients of the variables `others`.
+
+    All of them are zeros unless `finite`.
+    """
+
+    def times(tensor: Tensor, factor: Tensor) -> Tensor:
+        return backend.times_or_zero(tensor, ops.cast(factor, tensor.dtype))
+
+    of_all, taken = ops.where(finite, nu, 0.0), ops.cast(finite, "float32")
+    of_some = {}
+    if scales:
+        values = ops.where(finite, nu * ops.stack(list(scales.values())), 0.0)
+        of_some = dict(zip(scales, ops.unstack(values, num=len(scales)), strict=True))
+    new = {i: times(p, of_some.get(i, of_all)) for i, p in preconditioned.items()}
+    for i in others:
+        gradient = signals.grads[i]
+        sparse = backend.is_sparse(gradient)
+        new[i] = backend.sparse_zero_unless(finite, gradient) if sparse else times(gradient, taken)
+    return new

@@ -13,6 +13,7 @@ from keras_ngd.optimizers import state_layout
 from keras_ngd.optimizers.approximations import AveragedApproximation, UnitWiseApproximation
 from keras_ngd.optimizers.arguments import documented
 from keras_ngd.optimizers.blocks import Group, Layout, Signals
+from keras_ngd.optimizers.bound import bounded
 from keras_ngd.optimizers.eigenbasis_method import DEFAULT_SPLIT, NOT_OF_EIGENBASES, EigenbasisMethod
 from keras_ngd.optimizers.gradient_blocks import GradientBlocks
 from keras_ngd.optimizers.shares import Shares
@@ -228,5 +229,5 @@ class EigenAdam(EigenbasisMethod):
         finite = self._all_finite([signals.grads[i] for i in others], ops.zeros(()), finite)
         self.gradient_blocks.assign(finite)
         nu = self.bound.scale(ops.zeros(()), ops.ones(()), finite)
-        new = self._bounded(signals, found, {}, others, nu, finite)
+        new = bounded(signals, found, {}, others, nu, finite)
         return [new.get(i, gradient) for i, gradient in enumerate(signals.grads)]

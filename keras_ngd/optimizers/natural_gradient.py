@@ -12,7 +12,7 @@ from keras_ngd.optimizers import checks, coverage, state_layout
 from keras_ngd.optimizers.arrivals import Arrivals
 from keras_ngd.optimizers.assembled import AssembledOptimizer
 from keras_ngd.optimizers.blocks import Block, Group, Layout, Signals, find_blocks
-from keras_ngd.optimizers.bound import Bound
+from keras_ngd.optimizers.bound import Bound, bounded
 from keras_ngd.optimizers.counters import Counters
 from keras_ngd.optimizers.damping_unit import BlockwiseDampingUnit, DampingUnit
 from keras_ngd.optimizers.loss_value import MeanLoss, average_weight
@@ -190,7 +190,7 @@ class NaturalGradient(AssembledOptimizer):
         finite = self._all_finite([signals.grads[i] for i in others], length, sound)
         stepped.assign(finite)
         nu = self.bound.scale(length, loss, finite)
-        new = self._bounded(signals, preconditioned, scales, others, nu, finite)
+        new = bounded(signals, preconditioned, scales, others, nu, finite)
         self.observe_gradients({block: signals.of_block(block) for block in self.layout.blocks}, finite, step)
         new |= self._next_statistics(signals, arrived, averages, step)
         return [new.get(i, gradient) for i, gradient in enumerate(signals.grads)]
@@ -340,35 +340,6 @@ class NaturalGradient(AssembledOptimizer):
         self.counters.count("skipped_steps", ~finite)
         return finite
 
-    def _bounded(
-        self,
-        signals: Signals,
-        preconditioned: dict[int, Tensor],
-        scales: dict[int, Tensor],
-        others: Sequence[int],
-        nu: Tensor,
-        finite: Tensor,
-    ) -> dict[int, Tensor]:
-        """By position: `nu P` of all blocks, times the `scales` of some, and the gradients of the variables `others`.
-
-        All of them are zeros unless `finite`.
-        """
-
-        def times(tensor: Tensor, factor: Tensor) -> Tensor:
-            return backend.times_or_zero(tensor, ops.cast(factor, tensor.dtype))
-
-        of_all, taken = ops.where(finite, nu, 0.0), ops.cast(finite, "float32")
-        of_some = {}
-        if scales:
-            values = ops.where(finite, nu * ops.stack(list(scales.values())), 0.0)
-            of_some = dict(zip(scales, ops.unstack(values, num=len(scales)), strict=True))
-        new = {i: times(p, of_some.get(i, of_all)) for i, p in preconditioned.items()}
-        for i in others:
-            gradient = signals.grads[i]
-            sparse = backend.is_sparse(gradient)
-            new[i] = backend.sparse_zero_unless(finite, gradient) if sparse else times(gradient, taken)
-        return new
-
     def _next_statistics(
         self, signals: Signals, arrived: "Arrived", averages: dict[Block, list[Tensor]], step: Tensor
     ) -> dict[int, Tensor]:
@@ -393,22 +364,8 @@ class NaturalGradient(AssembledOptimizer):
 
     def update_step(self, gradient: Tensor, variable: Variable, learning_rate: Tensor) -> None:
         if self.rest_rule.follows(self._get_variable_index(variable)):
-            self.rest_rule.update_step(gradient, variable, learning_rate, self._momentum_step)
+            self.rest_rule.update_step(gradient, variable, learning_rate, super().update_step)
         else:
-            self._momentum_step(gradient, variable, learning_rate)
-
-    def _momentum_step(self, gradient: Tensor, variable: Variable, learning_rate: Tensor) -> None:
-        """`keras.optimizers.SGD.update_step`."""
-        dtype = backend.dtype_name(variable)
-        made = backend.momentum_step(
-            variable,
-            self.momentums[self._get_variable_index(variable)] if self.momentum else None,
-            ops.cast(gradient, dtype),
-            ops.cast(learning_rate, dtype),
-            self.momentum,
-            self.nesterov,
-        )
-        if not made:
             super().update_step(gradient, variable, learning_rate)
 
 

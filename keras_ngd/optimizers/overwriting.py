@@ -7,7 +7,7 @@ from typing import Any
 import keras
 from keras import ops
 
-from keras_ngd import replica
+from keras_ngd import backend, replica
 from keras_ngd.typing import Tensor, Variable
 
 
@@ -82,6 +82,19 @@ class OverwritingSGD(keras.optimizers.SGD):
 
     def assign_add(self, variable: Variable, value: Tensor) -> None:
         super().assign_add(replica.local(variable), value)
+
+    def update_step(self, gradient: Tensor, variable: Variable, learning_rate: Tensor) -> None:
+        dtype = backend.dtype_name(variable)
+        made = backend.momentum_step(
+            variable,
+            self.momentums[self._get_variable_index(variable)] if self.momentum else None,
+            ops.cast(gradient, dtype),
+            ops.cast(learning_rate, dtype),
+            self.momentum,
+            self.nesterov,
+        )
+        if not made:
+            super().update_step(gradient, variable, learning_rate)
 
     def _overwrite_variables_directly_with_gradients(
         self, grads: Sequence[Tensor], variables: Sequence[Variable]
