@@ -43,7 +43,8 @@ def test_gradients_are_those_of_the_others_under_xla():
     group, others = kinds.group("matrices"), slice(DRAWN, None)
     x, y = group.data()
     found = Step(group.model, sampled(), group.include, loss="mse", jit_compile=True)(x, y, draw=0)
-    assert_equal_gradients(found, Step(group.model, loss="mse")(part(x, others), part(y, others)))
+    # Other roundings than TensorFlow's.
+    assert_equal_gradients(found, Step(group.model, loss="mse")(part(x, others), part(y, others)), 3e-5)
 
 
 def dense(inputs=4):
