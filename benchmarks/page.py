@@ -40,8 +40,7 @@ SECTIONS = {
         "with three or five fresh seeds. The loss is that of the whole training set after each epoch, for `text` and `vit` that "
         "of data not trained on; seconds are of training alone, after compiling, an epoch in one `steps_per_execution`. Where "
         "they were measured anew (`--times`), all optimizers of a task trained an epoch each in turn, in one process; a * marks "
-        "lines of such a task that were not, whose seconds are those of their runs. Seconds of `vit` and "
-        "`deep_autoencoder` were taken beside other work: too long. Adam's "
+        "lines of such a task that were not, whose seconds are those of their runs. Adam's "
         "momentum is its `beta_1`. Means over the seeds that reach the target. Which ranges the grids cover was explored before, "
         "on the seeds of the trials. Lines with `defaults` are not tuned: no argument is set. SOAP is "
         '`EigenAdam(basis="gradient")`; KL-Shampoo, written for this benchmark, is counted to neither order. The tasks are '
