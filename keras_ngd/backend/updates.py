@@ -34,17 +34,17 @@ def adam_step(variable, first_moment, second_moment, gradient, rate, beta_1, bet
 
     # Of powers of the decays it would make that correction.
     none = tf.zeros((), gradient.dtype)
-    powers = {"beta1_power": none, "beta2_power": none}
     tf.raw_ops.ResourceApplyAdam(
         var=handles[0],
         m=handles[1],
         v=handles[2],
+        beta1_power=none,
+        beta2_power=none,
         lr=rate,
         beta1=beta_1,
         beta2=beta_2,
         epsilon=epsilon,
         grad=gradient,
-        **powers,
     )
     return True
 

@@ -127,10 +127,10 @@ class Curvature(abc.ABC):
         """The variables of what steps renew of it."""
         return [v for v, slot in zip(self.variables, self.slots, strict=True) if slot.stepped]
 
-    def with_parts(self, state: Sequence[Tensor], values: Sequence[Tensor], of: Callable[[Slot], bool]) -> list[Tensor]:
-        """A state with other values in the slots for which `of` is true, in their order."""
-        new = iter(values)
-        return [next(new) if of(slot) else old for slot, old in zip(self.slots, state, strict=True)]
+    def with_stepped(self, state: Sequence[Tensor], stepped: Sequence[Tensor]) -> list[Tensor]:
+        """A state in which what steps renew is replaced by what `stepped` gave."""
+        new = iter(stepped)
+        return [next(new) if slot.stepped else old for slot, old in zip(self.slots, state, strict=True)]
 
     @property
     def has_steps(self) -> bool:

@@ -129,7 +129,7 @@ class GradientBlocks:
             values = iter(state_layout.gathered_state(others)), iter(basis)
             state = [next(values[slot.refreshed]) for slot in curvature.slots]
             moments = curvature.stepped(v, state)
-            state = curvature.with_parts(state, moments, lambda slot: slot.stepped)
+            state = curvature.with_stepped(state, moments)
             p = curvature.precondition(v, ops.ones(()), state, list) * scale
             finite = finite & _all_finite([p, *moments, *averages])
             self._new += zip(curvature.variables, state, strict=True)

@@ -43,7 +43,7 @@ class SteppedState:
         for variable, value in zip(curvature.stepped_variables, new, strict=True):
             self.finite = self.finite & ops.isfinite(ops.sum(ops.cast(value, "float32")))
             self._new.append((variable, value, called))
-        return curvature.with_parts(state, new, lambda slot: slot.stepped)
+        return curvature.with_stepped(state, new)
 
     def called(self, group: Group) -> Tensor:
         """`[k]`, whether a group's blocks belong to layers that were called on any worker."""
