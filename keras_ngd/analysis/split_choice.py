@@ -12,7 +12,7 @@ from keras import ops
 from keras_ngd import backend, schedules
 from keras_ngd.analysis.factors import input_factors
 from keras_ngd.analysis.measuring import median_seconds
-from keras_ngd.linalg import inverse
+from keras_ngd.linalg import inverse, symmetric
 
 CANDIDATES = (1, 16, 32, 64, 128, 256, 512, 1024, 2048)
 TOLERANCE = 0.01
@@ -60,7 +60,7 @@ def inversion_seconds(size):
     """Median time of inverting one damped `size x size` matrix on the present device, compiled."""
     factor = np.random.default_rng(size).normal(size=(1, size, size + 8)).astype("float32")
     factor = ops.convert_to_tensor(factor @ factor.transpose(0, 2, 1) / size)
-    invert = backend.traced_once(lambda m: inverse.cholesky_inverse(inverse.add_diagonal(m, ops.ones((1,)))))
+    invert = backend.traced_once(lambda m: inverse.cholesky_inverse(symmetric.add_diagonal(m, ops.ones((1,)))))
     return median_seconds(invert, factor)
 
 

@@ -9,6 +9,7 @@ from keras_ngd.backend.devices import (
     compiling_for,
     compute_on_cpu,
     device_name,
+    for_tpus,
     on_accelerator,
     on_every_device,
     on_tpu,
@@ -41,6 +42,7 @@ from keras_ngd.backend.running import BACKENDS, check_served, name, setting
 from keras_ngd.backend.shapes import WrongShape, agrees, check_shapes, shown, static_shape, without_computing
 from keras_ngd.backend.sparse_gradients import dense, is_sparse, is_sparse_tensor, sparse, sparse_zero_unless
 from keras_ngd.backend.tracing import (
+    called,
     check_at_most,
     graph,
     makes_variables,
@@ -69,6 +71,7 @@ __all__ = [
     "adam_step",
     "add_to_diagonal",
     "agrees",
+    "called",
     "check_at_most",
     "check_served",
     "check_shapes",
@@ -98,6 +101,7 @@ __all__ = [
     "momentum_step",
     "name",
     "of_known_shape",
+    "for_tpus",
     "on_accelerator",
     "on_every_device",
     "on_tpu",

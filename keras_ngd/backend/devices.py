@@ -57,6 +57,15 @@ def on_accelerator():
     return bool(on_tpu() or tf.config.get_visible_devices("GPU") or tf.config.get_visible_devices("TPU"))
 
 
+def for_tpus():
+    """Whether what is being traced is for TPUs, of which this machine need not have any."""
+    if name() == "jax" and compiled_for() is None:
+        import jax
+
+        return jax.default_backend() == "tpu"
+    return compiled_for() is not None or on_tpu()
+
+
 def on_tpu():
     """Whether a `TPUStrategy` is active."""
     if name() != "tensorflow":

@@ -6,6 +6,7 @@ from keras import ops
 
 from keras_ngd import keras_private
 from keras_ngd.backend.running import name, runs
+from keras_ngd.backend.xla import under_xla
 
 # What stands for a trace where nothing is traced.
 _NO_TRACE = object()
@@ -104,6 +105,20 @@ def traced_once(function):
     import jax
 
     return jax.jit(function)
+
+
+def called(function):
+    """`function` without arguments, which TensorFlow's graphs call where else they would take its operations in.
+
+    Of a function of `traced_once` TensorFlow optimizes the operations anew for each place that it is used in. What is called in
+    it is made ready once for all of them, when it first runs. That takes longer than for one place, and so does every call: it
+    is for what several places use, but not in every step.
+    """
+    if name() != "tensorflow" or under_xla():
+        return function
+    import tensorflow as tf
+
+    return tf.function(function, autograph=False, experimental_attributes={"_noinline": True})
 
 
 def check_at_most(count, limit, message, tensors=()):

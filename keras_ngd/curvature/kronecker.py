@@ -7,7 +7,7 @@ from keras import ops
 
 from keras_ngd import backend, sharding
 from keras_ngd.curvature.curvature import Slot, TracedCurvature, where_chosen
-from keras_ngd.linalg import inverse
+from keras_ngd.linalg import symmetric
 from keras_ngd.linalg.batching import batched_by_size
 from keras_ngd.linalg.diagonal import identities
 from keras_ngd.linalg.many_sizes import damped_inverses
@@ -69,10 +69,10 @@ def _decomposed(known: Tensor, state: Sequence[Tensor], factors: Tensor) -> list
     """Eigenvectors and eigenvalues of the factors that are `known`, the old ones where that fails."""
     vectors, values = state
     # TensorFlow's decomposition stops the program where a matrix is not finite.
-    finite = inverse.all_finite(factors) & known
+    finite = symmetric.all_finite(factors) & known
     factors = ops.where(ops.reshape(finite, (-1, 1, 1)), factors, ops.zeros_like(factors))
-    new_values, new_vectors = backend.eigh(inverse.symmetrize(factors))
-    good = finite & inverse.all_finite(new_vectors) & ops.all(ops.isfinite(new_values), axis=1)
+    new_values, new_vectors = backend.eigh(symmetric.symmetrize(factors))
+    good = finite & symmetric.all_finite(new_vectors) & ops.all(ops.isfinite(new_values), axis=1)
     return [
         ops.where(ops.reshape(good, (-1, 1, 1)), new_vectors, vectors),
         ops.where(ops.reshape(good, (-1, 1)), ops.maximum(new_values, 0.0), values),

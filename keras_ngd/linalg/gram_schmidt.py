@@ -4,7 +4,8 @@ import numpy as np
 from keras import ops
 
 from keras_ngd import backend
-from keras_ngd.linalg.inverse import add_diagonal, split_in_four
+from keras_ngd.linalg.halved_products import split_in_four
+from keras_ngd.linalg.symmetric import add_diagonal
 from keras_ngd.typing import Tensor
 
 # A product with a triangular matrix of up to so many rows is left whole.

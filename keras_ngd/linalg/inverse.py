@@ -2,37 +2,25 @@
 
 from collections.abc import Sequence
 
-import numpy as np
 from keras import ops
 
 from keras_ngd import backend, sharding
 from keras_ngd.linalg.batching import of_chosen
+from keras_ngd.linalg.halved_products import (
+    inner,
+    join,
+    join_symmetric,
+    lower_times,
+    outer,
+    split_in_four,
+    times_lower,
+    times_transposed_lower,
+)
+from keras_ngd.linalg.newton_schulz import newton_schulz_from_scratch, newton_schulz_inverse
+from keras_ngd.linalg.symmetric import add_diagonal, all_finite, symmetrize
 from keras_ngd.typing import Tensor
 
-NEWTON_SCHULZ_STEPS = 7  # 0.9 ** 2**7 is 1e-6
-_GUARD_STEPS = 8
-_GUARD_RADIUS = 0.9
-_CONVERGED = 1e-3
-_ACCEPTED = 1e-2
 _RETRIES = 3
-
-
-def symmetrize(matrices: Tensor) -> Tensor:
-    """`(X + X^T) / 2` over the last two axes."""
-    if matrices.shape[-1] == 1:
-        # TensorFlow's optimizer of graphs makes `2 X` of `X + X`, and in conditionals a broken graph of that.
-        return matrices
-    return (matrices + ops.swapaxes(matrices, -1, -2)) / 2
-
-
-def add_diagonal(matrices: Tensor, values: Tensor) -> Tensor:
-    """`matrices[i] + values[i] I`, or with `[k, d]` values `matrices[i] + diag(values[i])`."""
-    return backend.add_to_diagonal(matrices, ops.expand_dims(values, -1) if values.ndim == 1 else values)
-
-
-def all_finite(matrices: Tensor) -> Tensor:
-    """Per matrix, whether all its entries are finite."""
-    return ops.all(ops.isfinite(matrices), axis=(1, 2))
 
 
 def cholesky_inverse(matrices: Tensor) -> Tensor:
@@ -40,8 +28,13 @@ def cholesky_inverse(matrices: Tensor) -> Tensor:
     size = matrices.shape[-1]
     if size == 1:
         return ops.where(matrices > 0, 1 / matrices, ops.full_like(matrices, float("nan")))
-    whole = _whole_size(size)
-    return _gram_of_lower(_inverse_root(matrices, whole), whole)
+    return _inverse(matrices, _whole_size(size))
+
+
+def _inverse_and_success(matrices: Tensor) -> tuple[Tensor, Tensor]:
+    """`cholesky_inverse`, and `[k]`, for which matrices that is one."""
+    inverses = cholesky_inverse(matrices)
+    return inverses, all_finite(inverses)
 
 
 def _whole_size(size: int) -> int:
@@ -55,15 +48,26 @@ def _whole_size(size: int) -> int:
     return 640
 
 
-def split_in_four(matrices: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """The corner, what is below it, and the last quarter of `[k, d, d]`."""
-    half = matrices.shape[-1] // 2
-    return matrices[:, :half, :half], matrices[:, half:, :half], matrices[:, half:, half:]
+def _inverse(matrices: Tensor, whole: int) -> Tensor:
+    """Inverses of `[k, d, d]`, symmetric up to roundings.
 
+    Large matrices by halves, with `R11` the inverse root of the corner, `L21 = M21 R11^T`, `Y = L21 R11` and the inverse `Q` of
+    the Schur complement `M22 - L21 L21^T`:
 
-def _join(corner: Tensor, lower_left: Tensor, lower_right: Tensor, upper_right: Tensor) -> Tensor:
-    left = ops.concatenate([corner, lower_left], axis=1)
-    return ops.concatenate([left, ops.concatenate([upper_right, lower_right], axis=1)], axis=2)
+        M^-1 = [R11^T R11 + Y^T Q Y,  -Y^T Q;  -Q Y,  Q]
+
+    What is subtracted from `M22` is made of the root: made of the corner's inverse, it would cost half of the digits.
+    """
+    if matrices.shape[-1] <= whole:
+        root = backend.triangular_inverse(backend.cholesky(matrices))
+        return backend.matmul(root, root, transpose_a=True)
+    corner, below, last = split_in_four(matrices)
+    root = _inverse_root(corner, whole)
+    below = times_transposed_lower(below, root)
+    second = _inverse(last - outer(below), whole)
+    below = times_lower(below, root)
+    lower_left = -backend.matmul(second, below)
+    return join_symmetric(_gram_of_lower(root, whole) - inner(below, lower_left), lower_left, second)
 
 
 def _inverse_root(matrices: Tensor, whole: int) -> Tensor:
@@ -76,11 +80,11 @@ def _inverse_root(matrices: Tensor, whole: int) -> Tensor:
         return backend.triangular_inverse(backend.cholesky(matrices))
     corner, below, last = split_in_four(matrices)
     first = _inverse_root(corner, whole)
-    below = backend.matmul(below, first, transpose_b=True)
-    second = _inverse_root(last - backend.matmul(below, below, transpose_b=True), whole)
-    return _join(
+    below = times_transposed_lower(below, first)
+    second = _inverse_root(last - outer(below), whole)
+    return join(
         first,
-        -backend.matmul(second, backend.matmul(below, first)),
+        -lower_times(second, times_lower(below, first)),
         second,
         ops.zeros((matrices.shape[0], first.shape[-1], second.shape[-1]), first.dtype),
     )
@@ -91,50 +95,11 @@ def _gram_of_lower(lower: Tensor, whole: int) -> Tensor:
     if lower.shape[-1] <= whole:
         return backend.matmul(lower, lower, transpose_a=True)
     first, below, second = split_in_four(lower)
-    lower_left = backend.matmul(second, below, transpose_a=True)
-    return _join(
-        _gram_of_lower(first, whole) + backend.matmul(below, below, transpose_a=True),
-        lower_left,
+    return join_symmetric(
+        _gram_of_lower(first, whole) + inner(below, below),
+        backend.matmul(second, below, transpose_a=True),
         _gram_of_lower(second, whole),
-        ops.swapaxes(lower_left, 1, 2),
     )
-
-
-def newton_schulz_inverse(matrices: Tensor, start: Tensor) -> tuple[Tensor, Tensor]:
-    """Inverses refined from `start` by `X <- X (2I - M X)`, matrix products only.
-
-    `I - M X` squares in every step, so the iteration converges iff its spectral radius is below 1; a few power steps
-    estimate it before the first, and the size of the last step decides in the end.
-
-    Args:
-        matrices: `[k, d, d]`, symmetric positive definite.
-        start: `[k, d, d]`, inverses of similar matrices.
-
-    Returns:
-        `(inverses, accepted)`: `[k, d, d]` and `[k]`; inverses that are not accepted are meaningless.
-    """
-    size = matrices.shape[-1]
-    vector = np.random.default_rng(size).standard_normal((1, size, 1))
-    vector = ops.broadcast_to(ops.cast(vector / np.linalg.norm(vector), matrices.dtype), (matrices.shape[0], size, 1))
-    radius = ops.zeros((matrices.shape[0],), matrices.dtype)
-    for _ in range(_GUARD_STEPS):
-        vector = vector - backend.matmul(matrices, backend.matmul(start, vector))
-        radius = ops.sqrt(ops.sum(ops.square(vector), axis=(1, 2)))
-        vector = vector / ops.maximum(ops.reshape(radius, (-1, 1, 1)), 1e-30)
-    promising = ops.isfinite(radius) & (radius < _GUARD_RADIUS)
-
-    def unfinished(step: Tensor, inverses: Tensor, change: Tensor) -> Tensor:
-        return (step < NEWTON_SCHULZ_STEPS) & ops.any(ops.where(promising, change, 0.0) > _CONVERGED)
-
-    def refine(step: Tensor, inverses: Tensor, change: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        new = 2 * inverses - backend.matmul(inverses, backend.matmul(matrices, inverses))
-        new = symmetrize(new)
-        size_of = ops.sqrt(ops.sum(ops.square(inverses), axis=(1, 2)))
-        return step + 1, new, ops.sqrt(ops.sum(ops.square(new - inverses), axis=(1, 2))) / size_of
-
-    unknown = ops.full((matrices.shape[0],), float("inf"), dtype=matrices.dtype)
-    _, inverses, change = ops.while_loop(unfinished, refine, (ops.convert_to_tensor(0), start, unknown))
-    return inverses, promising & all_finite(inverses) & (change < _ACCEPTED)
 
 
 def damped_inverse(
@@ -142,8 +107,8 @@ def damped_inverse(
 ) -> Tensor:
     """`(factor + damping I)^-1`, or the previous inverse (zero, if there is none) where that fails.
 
-    Where Cholesky meets a matrix that is not positive definite in working precision, it is tried again with ten, a
-    hundred and a thousand times the damping.
+    Where a matrix is not positive definite in working precision, it is tried again with ten, a hundred and a thousand times
+    the damping.
 
     Args:
         factors: `[k, d, d]`, symmetric positive semi-definite.
@@ -158,7 +123,10 @@ def damped_inverse(
     if sharding.is_dividing():
         start = ops.zeros_like(factors) if previous is None else previous
         return damped_inverse_of(factors, damping, start, ops.ones((factors.shape[0],), "bool"), method)
-    factors = symmetrize(factors)
+    factors, invert = symmetrize(factors), _inverse_and_success
+    if method == "newton-schulz" and backend.for_tpus():
+        # Compiled for a TPU each factorization is a large program, and products are what it is made for.
+        invert = newton_schulz_from_scratch
     inverses, good = factors if previous is None else previous, ops.zeros((factors.shape[0],), "bool")
     if method == "newton-schulz":
         refined, good = newton_schulz_inverse(add_diagonal(factors, damping), previous)
@@ -169,8 +137,7 @@ def damped_inverse(
 
     def factorize(attempt: Tensor, inverses: Tensor, good: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         raised = damping * ops.power(ops.cast(10.0, damping.dtype), ops.cast(attempt, damping.dtype))
-        new = cholesky_inverse(add_diagonal(factors, raised))
-        succeeded = all_finite(new)
+        new, succeeded = invert(add_diagonal(factors, raised))
         taken = succeeded & ops.logical_not(good)
         return attempt + 1, ops.where(ops.reshape(taken, (-1, 1, 1)), new, inverses), good | succeeded
 

@@ -7,7 +7,7 @@ A block is `F = U^T U`, where row `j` of `U` is the flattened outer product of r
 from keras import ops
 
 from keras_ngd import backend
-from keras_ngd.linalg import inverse
+from keras_ngd.linalg import inverse, symmetric
 from keras_ngd.typing import Tensor
 
 
@@ -66,9 +66,9 @@ def interpolated_core(kernel: Tensor, weights: Tensor, damping: Tensor) -> Tenso
         weights: `[k, r, r]`, no smaller than the identity.
         damping: `[k]`.
     """
-    root = backend.cholesky(inverse.symmetrize(weights))
-    good = ops.reshape(inverse.all_finite(root), (-1, 1, 1))
+    root = backend.cholesky(symmetric.symmetrize(weights))
+    good = ops.reshape(symmetric.all_finite(root), (-1, 1, 1))
     root = ops.where(good, root, ops.zeros_like(root))
     inner = backend.matmul(backend.matmul(root, kernel, transpose_a=True), root)
     core = damped_core(inner, damping)
-    return inverse.symmetrize(backend.matmul(backend.matmul(root, core), root, transpose_b=True))
+    return symmetric.symmetrize(backend.matmul(backend.matmul(root, core), root, transpose_b=True))

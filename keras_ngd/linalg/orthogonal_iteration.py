@@ -8,7 +8,7 @@ from keras import ops
 from keras_ngd import backend, sharding
 from keras_ngd.linalg import gram_schmidt
 from keras_ngd.linalg.batching import of_chosen
-from keras_ngd.linalg.inverse import add_diagonal, all_finite, symmetrize
+from keras_ngd.linalg.symmetric import add_diagonal, all_finite, symmetrize
 from keras_ngd.typing import Tensor
 
 DECOMPOSITIONS = ("qr", "eigh")

@@ -46,9 +46,9 @@ class KFAC(NaturalGradient):
         damping: positive float or `LearningRateSchedule`: what is added to the curvature; `damping_mode` says in which units.
             Default None: 0.5 with `"global"`, 1.0 with `"relative"`.
         inverse: how the factors are inverted. `"cholesky"`; `"newton-schulz"` (matrix products only, warm-started from
-            the last inverse, falling back to Cholesky where that does not converge); `"eigen"` (eigendecompositions: the
-            damping may change between refreshes; twice the preconditioning cost); `"auto"` (default): `"newton-schulz"`
-            on accelerators, `"cholesky"` on CPUs.
+            the last inverse; where that does not converge, Cholesky, or on TPUs the same from a multiple of the identity);
+            `"eigen"` (eigendecompositions: the damping may change between refreshes; twice the preconditioning cost); `"auto"`
+            (default): `"newton-schulz"` on accelerators, `"cholesky"` on CPUs.
         damping_mode: what the damping is added to, and its units. `"global"`: in units of the mean eigenvalue of all layers'
             Fisher blocks, divided among factors as by `"pi"`; `"relative"`: each factor gets `damping` times its own mean
             eigenvalue, whatever its scale. All others are in units of the curvature: `"pi"`: `dA = pi sqrt(damping)`, `dG =

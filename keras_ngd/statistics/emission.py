@@ -55,10 +55,12 @@ def emission(
     spreads: Sequence[Any],
     replicas: int,
     fraction: float | None = None,
+    shared: bool = False,
 ) -> tuple[Tensor, ...]:
     """What one call emits: the new value of each weight, of their old `values`, both in the order of `Weights.flat`.
 
-    Of a batch some of whose labels are drawn, a `fraction`, these examples are observed as if they were all there are.
+    Of a batch some of whose labels are drawn, a `fraction`, these examples are observed as if they were all there are. What is
+    `shared` is used by several layers.
     """
     before = Weights.named(values, len(spreads), controls)
 
@@ -86,7 +88,7 @@ def emission(
     def kept() -> tuple[Tensor, ...]:
         return (*before.averages, *before.controls, ops.zeros((), "float32"))
 
-    *new, accepted = ops.cond(before.gate > 0, recorded, kept)
+    *new, accepted = ops.cond(before.gate > 0, backend.called(recorded) if shared else recorded, kept)
     return Weights(
         averages=new[: len(spreads)],
         controls=new[len(spreads) :],

@@ -7,7 +7,7 @@ import keras
 from keras import ops
 
 from keras_ngd import backend, schedules
-from keras_ngd.linalg import interpolative, inverse, kernel, sampling
+from keras_ngd.linalg import interpolative, inverse, kernel, sampling, symmetric
 from keras_ngd.statistics.draws import Draws
 from keras_ngd.statistics.example_rows import RowStatistics
 from keras_ngd.typing import Config, Tensor, Variable
@@ -115,7 +115,7 @@ class LowRankStatistics(Draws, RowStatistics):
                 inverse.damped_inverse(residual, alpha, identity / scale, "cholesky"), combinations
             )
         weights = backend.matmul(combinations, weighted, transpose_a=True)
-        return taken(a, chosen), taken(g, chosen), inverse.symmetrize(weights)
+        return taken(a, chosen), taken(g, chosen), symmetric.symmetrize(weights)
 
     def sampled(self, a: Tensor, g: Tensor, draw: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """KIS of the rows `a` and `g`: `As`, `Gs` and `Y`."""

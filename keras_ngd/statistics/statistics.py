@@ -18,6 +18,10 @@ from keras_ngd.typing import Config, Initializer, Shape, Store, Tensor, Variable
 # Functions of a geometry and a kind of statistics, shared by all layers that have both.
 _EMISSIONS: dict[Any, Callable[..., Any]] = {}
 
+# All that have a layer, and how many layers are to emit by one function for it to be called (`backend.called`).
+_ATTACHED: "weakref.WeakSet[Statistics]" = weakref.WeakSet()
+_SEVERAL = 3
+
 # The statistics whose loss was read last.
 _LAST_READ: list["weakref.ref[Statistics]"] = []
 
@@ -120,6 +124,7 @@ class Statistics(keras.layers.Layer, abc.ABC):
         # for a TPU is compiled all the same.)
         self.supports_jit = not (backend.several_processes() or replica.several())
         self.built = True
+        _ATTACHED.add(self)
 
     def recreate(self) -> None:
         """Makes all weights anew, after arguments that their shapes depend on were changed."""
@@ -259,7 +264,17 @@ class Statistics(keras.layers.Layer, abc.ABC):
         self.check(geometry, x)
         spreads = tuple(sharding.spread_of(v) for v in self._averages)
         fraction = self.sampled_fraction
-        key = (type(self), repr(self.spec), geometry.key, weights is None, replica.surroundings(), spreads, fraction)
+        shared = sum(type(s) is type(self) and s.geometry.key == self.geometry.key for s in _ATTACHED) >= _SEVERAL
+        key = (
+            type(self),
+            repr(self.spec),
+            geometry.key,
+            weights is None,
+            replica.surroundings(),
+            spreads,
+            fraction,
+            shared,
+        )
         if key not in _EMISSIONS:
             # Not `self`: a cache that outlives the layer must not keep its weights alive.
             observer = type(self).from_config(self.get_config())
@@ -272,6 +287,7 @@ class Statistics(keras.layers.Layer, abc.ABC):
                     spreads=spreads,
                     replicas=replica.count(),
                     fraction=fraction,
+                    shared=shared,
                 )
             )
         return _EMISSIONS[key](x, ds, *([] if weights is None else [weights]), values=list(values))

@@ -3,7 +3,8 @@
 import numpy as np
 import pytest
 
-from keras_ngd.linalg import inverse
+from keras_ngd import backend
+from keras_ngd.linalg import inverse, newton_schulz
 from tf_tests.reference.running import close, run
 
 
@@ -15,7 +16,12 @@ def by_newton_schulz(matrices, damping, previous):
     return inverse.damped_inverse(matrices, damping, previous, "newton-schulz")
 
 
-METHODS = {"cholesky": by_cholesky, "newton-schulz": by_newton_schulz}
+def by_products_alone(matrices, damping, previous):
+    with backend.compiling_for("TPU"):
+        return inverse.damped_inverse(matrices, damping, previous, "newton-schulz")
+
+
+METHODS = {"cholesky": by_cholesky, "newton-schulz": by_newton_schulz, "newton-schulz on TPUs": by_products_alone}
 
 
 def factors(count, size, rank=None, seed=0, dtype="float32"):
@@ -57,7 +63,9 @@ def test_cholesky_inverse_of_an_indefinite_matrix_is_nan(matrix):
 def test_newton_schulz_inverse(size):
     old = shifted(factors(3, size), 0.3 * np.ones(3))
     new = 0.9 * old + 0.1 * shifted(factors(3, size, seed=1), 0.3 * np.ones(3))
-    result, accepted = run(inverse.newton_schulz_inverse, new.astype("float32"), np.linalg.inv(old).astype("float32"))
+    result, accepted = run(
+        newton_schulz.newton_schulz_inverse, new.astype("float32"), np.linalg.inv(old).astype("float32")
+    )
     assert accepted.all()
     close(result, np.linalg.inv(new), 1e-5)
 
@@ -66,7 +74,7 @@ def test_newton_schulz_needs_few_products_where_the_start_is_good():
     """From the inverse itself, one step finds nothing left to do."""
     matrices = shifted(factors(2, 8), [0.5, 0.5])
     start = np.linalg.inv(matrices)
-    result, accepted = run(inverse.newton_schulz_inverse, matrices.astype("float32"), start.astype("float32"))
+    result, accepted = run(newton_schulz.newton_schulz_inverse, matrices.astype("float32"), start.astype("float32"))
     assert accepted.all()
     close(result, start, 1e-5)
 
@@ -77,7 +85,7 @@ def test_newton_schulz_accepts_by_its_residual(radius):
     rotation = np.linalg.qr(np.random.default_rng(0).standard_normal((6, 6)))[0]
     matrix = rotation @ np.diag([1.0, 1.0, 1.1, 0.9, 1.0, 1 + radius]) @ rotation.T
     result, accepted = run(
-        inverse.newton_schulz_inverse, matrix[None].astype("float32"), np.eye(6, dtype="float32")[None]
+        newton_schulz.newton_schulz_inverse, matrix[None].astype("float32"), np.eye(6, dtype="float32")[None]
     )
     assert bool(accepted[0]) == (radius < 0.9)
     if accepted[0]:
@@ -192,4 +200,36 @@ def test_float64(float64, method):
     previous = np.linalg.inv(shifted(old, [0.1, 0.1]))
     result = damped_inverse(new, [0.1, 0.1], previous, method)
     # The iteration stops at a thousandth before its last squaring, Cholesky at rounding.
-    close(result, np.linalg.inv(shifted(new, [0.1, 0.1])), 1e-5 if method == "newton-schulz" else 1e-12)
+    close(result, np.linalg.inv(shifted(new, [0.1, 0.1])), 1e-12 if method == "cholesky" else 1e-5)
+
+
+@pytest.mark.parametrize("condition", [1, 1e2, 1e4, 1e5])
+@pytest.mark.parametrize("scale", [1e-6, 1.0, 1e6])
+def test_newton_schulz_from_scratch(condition, scale):
+    rotation = np.linalg.qr(np.random.default_rng(0).standard_normal((40, 40)))[0]
+    matrix = scale * (rotation * np.geomspace(1, condition, 40)) @ rotation.T
+    result, accepted = run(newton_schulz.newton_schulz_from_scratch, matrix[None].astype("float32"))
+    assert accepted.all()
+    close(result[0], np.linalg.inv(matrix.astype("float32").astype("float64")), 1e-6 * max(condition, 10))
+
+
+@pytest.mark.parametrize("matrix", [[[0.0]], [[-1.0]], [[1.0, 2.0], [2.0, 1.0]], [[0.0, 0.0], [0.0, 0.0]]])
+def test_newton_schulz_from_scratch_refuses_what_is_not_positive_definite(matrix):
+    good = np.eye(len(matrix)) * 2
+    result, accepted = run(newton_schulz.newton_schulz_from_scratch, np.array([matrix, good], "float32"))
+    assert accepted.tolist() == [False, True]
+    close(result[1], good / 4, 1e-6)
+
+
+def test_no_factorization_is_compiled_for_tpus(monkeypatch):
+    """The program of KFAC's inverses for a TPU consists of products."""
+
+    def fail(matrices):
+        raise AssertionError("a factorization")
+
+    monkeypatch.setattr(backend, "cholesky", fail)
+    matrices = factors(2, 8)
+    found = run(lambda m, p: by_products_alone(m, np.float32([0.1, 0.1]), p), matrices, identities(2, 8))
+    close(found, np.linalg.inv(shifted(matrices, [0.1, 0.1])), 1e-5)
+    with pytest.raises(AssertionError, match="a factorization"):
+        run(lambda m, p: by_newton_schulz(m, np.float32([0.1, 0.1]), p), matrices, identities(2, 8))
