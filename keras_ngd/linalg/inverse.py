@@ -16,7 +16,7 @@ from keras_ngd.linalg.halved_products import (
     times_lower,
     times_transposed_lower,
 )
-from keras_ngd.linalg.newton_schulz import newton_schulz_from_scratch, newton_schulz_inverse
+from keras_ngd.linalg.newton_schulz import newton_schulz_from_anywhere, newton_schulz_inverse
 from keras_ngd.linalg.symmetric import add_diagonal, all_finite, symmetrize
 from keras_ngd.typing import Tensor
 
@@ -29,12 +29,6 @@ def cholesky_inverse(matrices: Tensor) -> Tensor:
     if size == 1:
         return ops.where(matrices > 0, 1 / matrices, ops.full_like(matrices, float("nan")))
     return _inverse(matrices, _whole_size(size))
-
-
-def _inverse_and_success(matrices: Tensor) -> tuple[Tensor, Tensor]:
-    """`cholesky_inverse`, and `[k]`, for which matrices that is one."""
-    inverses = cholesky_inverse(matrices)
-    return inverses, all_finite(inverses)
 
 
 def _whole_size(size: int) -> int:
@@ -123,26 +117,33 @@ def damped_inverse(
     if sharding.is_dividing():
         start = ops.zeros_like(factors) if previous is None else previous
         return damped_inverse_of(factors, damping, start, ops.ones((factors.shape[0],), "bool"), method)
-    factors, invert = symmetrize(factors), _inverse_and_success
-    if method == "newton-schulz" and backend.for_tpus():
-        # Compiled for a TPU each factorization is a large program, and products are what it is made for.
-        invert = newton_schulz_from_scratch
+    factors = symmetrize(factors)
     inverses, good = factors if previous is None else previous, ops.zeros((factors.shape[0],), "bool")
-    if method == "newton-schulz":
+    # Compiled for a TPU each factorization is a large program, and products are what it is made for: all attempts are one, the
+    # first of which may begin at the inverse in use.
+    products = method == "newton-schulz" and backend.for_tpus()
+    if method == "newton-schulz" and not products:
         refined, good = newton_schulz_inverse(add_diagonal(factors, damping), previous)
         inverses = ops.where(ops.reshape(good, (-1, 1, 1)), refined, previous)
 
     def unfinished(attempt: Tensor, inverses: Tensor, good: Tensor) -> Tensor:
         return (attempt <= _RETRIES) & ops.logical_not(ops.all(good))
 
-    def factorize(attempt: Tensor, inverses: Tensor, good: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        raised = damping * ops.power(ops.cast(10.0, damping.dtype), ops.cast(attempt, damping.dtype))
-        new, succeeded = invert(add_diagonal(factors, raised))
+    def invert(attempt: Tensor, inverses: Tensor, good: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        raised = damping * ops.power(ops.cast(10.0, damping.dtype), ops.cast(ops.maximum(attempt, 0), damping.dtype))
+        matrices = add_diagonal(factors, raised)
+        if products:
+            new, succeeded = newton_schulz_from_anywhere(matrices, previous, attempt < 0)
+        else:
+            new = cholesky_inverse(matrices)
+            succeeded = all_finite(new)
         taken = succeeded & ops.logical_not(good)
         return attempt + 1, ops.where(ops.reshape(taken, (-1, 1, 1)), new, inverses), good | succeeded
 
     # A loop rather than attempts written out: compilers expand each factorization into hundreds of operations.
-    _, inverses, good = ops.while_loop(unfinished, factorize, (ops.convert_to_tensor(0), inverses, good))
+    _, inverses, good = ops.while_loop(
+        unfinished, invert, (ops.convert_to_tensor(-1 if products else 0), inverses, good)
+    )
     return ops.where(ops.reshape(good, (-1, 1, 1)), inverses, 0.0) if previous is None else inverses
 
 

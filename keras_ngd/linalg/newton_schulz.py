@@ -22,9 +22,7 @@ _FURTHER_STEPS = 14
 
 
 def newton_schulz_inverse(matrices: Tensor, start: Tensor) -> tuple[Tensor, Tensor]:
-    """Inverses refined from `start`.
-
-    A few power steps estimate the spectral radius before the first, and the size of the last step decides in the end.
+    """Inverses refined from `start`, where that is near enough; the size of the last step decides in the end.
 
     Args:
         matrices: `[k, d, d]`, symmetric positive definite.
@@ -33,36 +31,54 @@ def newton_schulz_inverse(matrices: Tensor, start: Tensor) -> tuple[Tensor, Tens
     Returns:
         `(inverses, accepted)`: `[k, d, d]` and `[k]`; inverses that are not accepted are meaningless.
     """
-    size = matrices.shape[-1]
-    vector = np.random.default_rng(size).standard_normal((1, size, 1))
-    vector = ops.broadcast_to(ops.cast(vector / np.linalg.norm(vector), matrices.dtype), (matrices.shape[0], size, 1))
-    radius = ops.zeros((matrices.shape[0],), matrices.dtype)
-    for _ in range(_GUARD_STEPS):
-        vector = vector - backend.matmul(matrices, backend.matmul(start, vector))
-        radius = ops.sqrt(ops.sum(ops.square(vector), axis=(1, 2)))
-        vector = vector / ops.maximum(ops.reshape(radius, (-1, 1, 1)), 1e-30)
-    promising = ops.isfinite(radius) & (radius < _GUARD_RADIUS)
+    promising = _promising(matrices, start)
     inverses, converged = _refined(matrices, start, promising, STEPS)
     return inverses, promising & converged
 
 
-def newton_schulz_from_scratch(matrices: Tensor) -> tuple[Tensor, Tensor]:
-    """Inverses from a multiple of the identity, from which the iteration converges for every positive definite matrix.
+def newton_schulz_from_anywhere(matrices: Tensor, start: Tensor, allowed: Tensor) -> tuple[Tensor, Tensor]:
+    """Inverses refined from `start` where that is near enough and `allowed`, and from a multiple of the identity elsewhere.
 
-    What is missing for an eigenvalue halves until it is small, and squares from then on: some `log2` of the condition and six
-    steps. Of what is not positive definite in working precision nothing is accepted.
+    From there the iteration converges for every positive definite matrix: what is missing for an eigenvalue halves until it is
+    small, and squares from then on, some `log2` of the condition and six steps. Of what is not positive definite in working
+    precision nothing is accepted.
 
     Args:
         matrices: `[k, d, d]`, symmetric.
+        start: `[k, d, d]`.
+        allowed: scalar boolean.
 
     Returns:
         As `newton_schulz_inverse`.
     """
     # The largest sum of a row's entries is no less than the largest eigenvalue.
     largest = ops.max(ops.sum(ops.abs(matrices), axis=2), axis=1)
-    start = add_diagonal(ops.zeros_like(matrices), 1 / largest)
+    promising = ops.reshape(_promising(matrices, start) & allowed, (-1, 1, 1))
+    start = ops.where(promising, start, add_diagonal(ops.zeros_like(matrices), 1 / largest))
     digits = -np.log2(np.finfo(backend.dtype_name(matrices)).eps)
     return _refined(matrices, start, ops.ones((matrices.shape[0],), "bool"), int(digits) + _FURTHER_STEPS)
+
+
+def _promising(matrices: Tensor, start: Tensor) -> Tensor:
+    """`[k]`, whether the iteration is to converge from `start`, by an estimate of the spectral radius from a few power steps."""
+    size = matrices.shape[-1]
+    vector = np.random.default_rng(size).standard_normal((1, size, 1))
+    vector = ops.broadcast_to(ops.cast(vector / np.linalg.norm(vector), matrices.dtype), (matrices.shape[0], size, 1))
+
+    def unfinished(step: Tensor, vector: Tensor, radius: Tensor) -> Tensor:
+        return step < _GUARD_STEPS
+
+    def power_step(step: Tensor, vector: Tensor, radius: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        vector = vector - backend.matmul(matrices, backend.matmul(start, vector))
+        # Once it is not finite, what it is divided by makes zeros of the vector.
+        new = ops.sqrt(ops.sum(ops.square(vector), axis=(1, 2)))
+        radius = ops.where(ops.isfinite(radius), new, radius)
+        return step + 1, vector / ops.maximum(ops.reshape(radius, (-1, 1, 1)), 1e-30), radius
+
+    # A loop: compilers for accelerators would make a program of its own of each product.
+    radius = ops.zeros((matrices.shape[0],), matrices.dtype)
+    *_, radius = ops.while_loop(unfinished, power_step, (ops.convert_to_tensor(0), vector, radius))
+    return ops.isfinite(radius) & (radius < _GUARD_RADIUS)
 
 
 def _refined(matrices: Tensor, start: Tensor, promising: Tensor, steps: int) -> tuple[Tensor, Tensor]:

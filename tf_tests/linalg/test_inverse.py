@@ -203,20 +203,25 @@ def test_float64(float64, method):
     close(result, np.linalg.inv(shifted(new, [0.1, 0.1])), 1e-12 if method == "cholesky" else 1e-5)
 
 
+def from_the_identity(matrices):
+    # An inverse of something else, which is not begun with.
+    return newton_schulz.newton_schulz_from_anywhere(matrices, -matrices, True)
+
+
 @pytest.mark.parametrize("condition", [1, 1e2, 1e4, 1e5])
 @pytest.mark.parametrize("scale", [1e-6, 1.0, 1e6])
-def test_newton_schulz_from_scratch(condition, scale):
+def test_newton_schulz_from_the_identity(condition, scale):
     rotation = np.linalg.qr(np.random.default_rng(0).standard_normal((40, 40)))[0]
     matrix = scale * (rotation * np.geomspace(1, condition, 40)) @ rotation.T
-    result, accepted = run(newton_schulz.newton_schulz_from_scratch, matrix[None].astype("float32"))
+    result, accepted = run(from_the_identity, matrix[None].astype("float32"))
     assert accepted.all()
     close(result[0], np.linalg.inv(matrix.astype("float32").astype("float64")), 1e-6 * max(condition, 10))
 
 
 @pytest.mark.parametrize("matrix", [[[0.0]], [[-1.0]], [[1.0, 2.0], [2.0, 1.0]], [[0.0, 0.0], [0.0, 0.0]]])
-def test_newton_schulz_from_scratch_refuses_what_is_not_positive_definite(matrix):
+def test_newton_schulz_from_the_identity_refuses_what_is_not_positive_definite(matrix):
     good = np.eye(len(matrix)) * 2
-    result, accepted = run(newton_schulz.newton_schulz_from_scratch, np.array([matrix, good], "float32"))
+    result, accepted = run(from_the_identity, np.array([matrix, good], "float32"))
     assert accepted.tolist() == [False, True]
     close(result[1], good / 4, 1e-6)
 
@@ -233,3 +238,19 @@ def test_no_factorization_is_compiled_for_tpus(monkeypatch):
     close(found, np.linalg.inv(shifted(matrices, [0.1, 0.1])), 1e-5)
     with pytest.raises(AssertionError, match="a factorization"):
         run(lambda m, p: by_newton_schulz(m, np.float32([0.1, 0.1]), p), matrices, identities(2, 8))
+
+
+def test_newton_schulz_from_anywhere_begins_where_it_is_near_enough_and_allowed(monkeypatch):
+    """One of two matrices is near enough to its start: with two steps it is inverted, unless it is not allowed."""
+    monkeypatch.setattr(newton_schulz, "_FURTHER_STEPS", 2 - 23)
+    matrices = np.array([1.0, 1e4])[:, None, None] * shifted(factors(1, 8), [0.3])
+    start = np.linalg.inv(1.1 * matrices[:1]).repeat(2, axis=0).astype("float32")
+    for allowed in (True, False):
+        result, accepted = run(
+            lambda m, s, allowed=allowed: newton_schulz.newton_schulz_from_anywhere(m, s, allowed),
+            matrices.astype("float32"),
+            start,
+        )
+        assert accepted.tolist() == [allowed, False]
+        if allowed:
+            close(result[0], np.linalg.inv(matrices[0]), 2e-4)
