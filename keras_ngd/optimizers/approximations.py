@@ -87,9 +87,9 @@ def in_units_of_the_loss(
 ) -> list[Tensor]:
     """Averages of second moments as curvatures take them, those about gradients in the units of the loss."""
     # They are made of squared gradients: a loss scale enters squared. What is averaged is its mean over the calls.
-    scale, inputs = method.loss_scale, statistics.input_parts
-    ratio = method.ratio_of(statistics, averages[-1].dtype)
-    return [*averages[:inputs], *(g * ops.cast(calls, g.dtype) * ratio / scale**2 for g in averages[inputs:])]
+    inputs, dtype = statistics.input_parts, averages[-1].dtype
+    factor = ops.cast(calls, dtype) * method.ratio_of(statistics, dtype) / method.loss_scale**2
+    return [*averages[:inputs], *(g * factor for g in averages[inputs:])]
 
 
 def split_curvature(group: Group, settings: KroneckerSettings) -> SplitCurvature:

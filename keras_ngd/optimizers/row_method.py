@@ -277,7 +277,7 @@ class RowMethod(Capacity, NaturalGradient):
 
     def scaled_rows(self, statistics: Statistics, g: Tensor) -> Tensor:
         """Gradient rows without the loss scale, in the loss's own units."""
-        return g * ops.sqrt(ops.cast(self.ratio_of(statistics), g.dtype)) / self.loss_scale
+        return g * (ops.sqrt(ops.cast(self.ratio_of(statistics), g.dtype)) / self.loss_scale)
 
     def get_config(self) -> Config:
         config = super().get_config()

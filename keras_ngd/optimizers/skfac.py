@@ -136,7 +136,7 @@ class SKFAC(RowMethod):
         a, g = statistics.scaled(averages)
         if are_rows(g):
             return [a, self.scaled_rows(statistics, g)]
-        return [a, g * self.ratio_of(statistics, g.dtype) / self.loss_scale**2]
+        return [a, g * (self.ratio_of(statistics, g.dtype) / self.loss_scale**2)]
 
     def get_config(self) -> Config:
         return {
