@@ -122,6 +122,13 @@ def rows_at(matrices, order):
     return ops.take_along_axis(matrices, ops.expand_dims(order, 2), axis=1)
 
 
+def repeated(values, count):
+    """Each of the `values`, `[k]`, so many times: `[k * count]`. (`keras.ops.repeat` is ten operations more on TensorFlow.)"""
+    if count == 1:
+        return values
+    return ops.reshape(ops.tile(ops.reshape(values, (-1, 1)), (1, count)), (-1,))
+
+
 def concatenated(tensors):
     """Tensors one after the other; one alone as it is."""
     return tensors[0] if len(tensors) == 1 else ops.concatenate(tensors)

@@ -133,3 +133,16 @@ def check_at_most(count, limit, message, tensors=()):
         with tf.control_dependencies([tf.debugging.assert_less_equal(count, limit, message=message)]):
             return [tf.identity(t) for t in tensors]
     return list(tensors)
+
+
+def check_none(wrong, messages):
+    """Fails where one of the booleans `wrong`, `[n]`, holds, with the one of the `messages` that is its own.
+
+    Not under XLA, which has no strings.
+    """
+    if name() != "tensorflow" or under_xla() or not messages:
+        return
+    import tensorflow as tf
+
+    first = tf.argmax(tf.cast(wrong, "int32"))
+    tf.debugging.Assert(~tf.reduce_any(wrong), [tf.gather(tf.constant(messages), first)])

@@ -5,6 +5,7 @@ from typing import Self
 
 from keras import ops
 
+from keras_ngd import backend
 from keras_ngd.curvature.curvature import Slot
 from keras_ngd.curvature.kronecker import factor_dampings, inversion_method
 from keras_ngd.curvature.parts import PartsCurvature
@@ -85,7 +86,8 @@ class SplitCurvature(PartsCurvature):
             ]
             for (count, size), block, side_damping, old in zip(curvature.parts, blocks, of_sides, state, strict=True):
                 matrices = [ops.reshape(t, (-1, size, size)) for t in (block, old)]
-                work.append([matrices[0], ops.repeat(side_damping, count), matrices[1], ops.repeat(renewed, count)])
+                repeated = [backend.repeated(values, count) for values in (side_damping, renewed)]
+                work.append([matrices[0], repeated[0], matrices[1], repeated[1]])
 
         found = iter(damped_inverses(work, method))
         return [

@@ -163,9 +163,10 @@ class Arrivals:
         apart = [not (block.statistics.adds_up or block.statistics.looped) for block in self._blocks]
         several = [block.statistics.several_calls for block in self._blocks]
         limits = ops.where(ops.convert_to_tensor(several, "bool"), traced, 1.0)
-        for i in (i for i, one_by_one in enumerate(apart) if one_by_one):
-            backend.check_at_most(number[i], limits[i], checks.several_calls_message(self._optimizer, self._blocks[i]))
-        return (number > limits) & ops.convert_to_tensor(apart, "bool")
+        mixed = (number > limits) & ops.convert_to_tensor(apart, "bool")
+        if any(apart):
+            backend.check_none(mixed, [checks.several_calls_message(self._optimizer, block) for block in self._blocks])
+        return mixed
 
     def _changes_of(
         self, calls: Tensor, number: Tensor, traced: Tensor, intact: Tensor, gate_open: Tensor

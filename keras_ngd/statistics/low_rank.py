@@ -115,7 +115,7 @@ class LowRankStatistics(Draws, RowStatistics):
                 inverse.damped_inverse(residual, alpha, identity / scale, "cholesky"), combinations
             )
         weights = backend.matmul(combinations, weighted, transpose_a=True)
-        return taken(a, chosen), taken(g, chosen), symmetric.symmetrize(weights)
+        return backend.rows_at(a, chosen), backend.rows_at(g, chosen), symmetric.symmetrize(weights)
 
     def sampled(self, a: Tensor, g: Tensor, draw: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """KIS of the rows `a` and `g`: `As`, `Gs` and `Y`."""
@@ -123,7 +123,8 @@ class LowRankStatistics(Draws, RowStatistics):
         uniform = self.uniform(draw, (a.shape[0], count), backend.dtype_name(a))
         chosen, weights = sampling.draw(sampling.importance(a, g, self.power), self.rank, uniform, self.sampling)
         identity = ops.eye(self.rank, dtype=a.dtype) + ops.zeros_like(a[:, : self.rank, :1])
-        return taken(a, chosen), taken(g, chosen) * ops.expand_dims(ops.sqrt(weights), 2), identity
+        scaled = backend.rows_at(g, chosen) * ops.expand_dims(ops.sqrt(weights), 2)
+        return backend.rows_at(a, chosen), scaled, identity
 
     def get_config(self) -> Config:
         return {
@@ -135,8 +136,3 @@ class LowRankStatistics(Draws, RowStatistics):
             "residual": self.residual,
             "relative_damping": self.relative_damping,
         }
-
-
-def taken(rows: Tensor, chosen: Tensor) -> Tensor:
-    """The rows `chosen`, `[groups, r]`, of `[groups, n, d]`."""
-    return ops.take_along_axis(rows, ops.expand_dims(chosen, 2), axis=1)

@@ -1,9 +1,11 @@
 """Gradients of several passes added before one step."""
 
+import keras
 import numpy as np
 import pytest
 
 import keras_ngd
+from keras_ngd import backend
 from tf_tests.loops import custom_step
 from tf_tests.optimizers.test_custom_steps import OPTIMIZERS, averages, factors
 from tf_tests.reference.running import close
@@ -79,3 +81,18 @@ def test_averaged_gradients_have_the_factors_of_the_whole_batch():
         for found, side in zip(averages(layer), sides, strict=True):
             close(found, side, 1e-5)
     assert float(array(model.layers[1].statistics.tallied("calls"))) == 1
+
+
+@pytest.mark.skipif(keras.backend.backend() != "tensorflow", reason="JAX's steps raise no errors")
+@pytest.mark.parametrize("compiled", [False, True])
+def test_the_message_is_that_of_what_is_wrong(compiled):
+    import tensorflow as tf
+
+    def check(wrong):
+        backend.check_none(wrong, ["first", "second", "third"])
+        return tf.zeros(())
+
+    check = tf.function(check, autograph=False) if compiled else check
+    check(tf.constant([False, False, False]))
+    with pytest.raises(tf.errors.InvalidArgumentError, match="second"):
+        check(tf.constant([False, True, True]))
