@@ -53,8 +53,7 @@ def _inverse(matrices: Tensor, whole: int) -> Tensor:
     What is subtracted from `M22` is made of the root: made of the corner's inverse, it would cost half of the digits.
     """
     if matrices.shape[-1] <= whole:
-        root = backend.triangular_inverse(backend.cholesky(matrices))
-        return backend.matmul(root, root, transpose_a=True)
+        return _gram_of_lower(_inverse_root(matrices, whole), whole)
     corner, below, last = split_in_four(matrices)
     root = _inverse_root(corner, whole)
     below = times_transposed_lower(below, root)

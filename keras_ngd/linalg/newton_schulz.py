@@ -10,7 +10,7 @@ from keras_ngd import backend
 from keras_ngd.linalg.symmetric import add_diagonal, all_finite, symmetrize
 from keras_ngd.typing import Tensor
 
-STEPS = 7  # 0.9 ** 2**7 is 1e-6
+_STEPS = 7  # 0.9 ** 2**7 is 1e-6
 _GUARD_STEPS = 8
 _GUARD_RADIUS = 0.9
 _CONVERGED = 1e-3
@@ -32,7 +32,7 @@ def newton_schulz_inverse(matrices: Tensor, start: Tensor) -> tuple[Tensor, Tens
         `(inverses, accepted)`: `[k, d, d]` and `[k]`; inverses that are not accepted are meaningless.
     """
     promising = _promising(matrices, start)
-    inverses, converged = _refined(matrices, start, promising, STEPS)
+    inverses, converged = _refined(matrices, start, promising, _STEPS)
     return inverses, promising & converged
 
 

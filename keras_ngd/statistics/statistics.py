@@ -264,20 +264,11 @@ class Statistics(keras.layers.Layer, abc.ABC):
         self.check(geometry, x)
         spreads = tuple(sharding.spread_of(v) for v in self._averages)
         fraction = self.sampled_fraction
-        shared = sum(type(s) is type(self) and s.geometry.key == self.geometry.key for s in _ATTACHED) >= _SEVERAL
-        key = (
-            type(self),
-            repr(self.spec),
-            geometry.key,
-            weights is None,
-            replica.surroundings(),
-            spreads,
-            fraction,
-            shared,
-        )
+        key = (type(self), repr(self.spec), geometry.key, weights is None, replica.surroundings(), spreads, fraction)
         if key not in _EMISSIONS:
             # Not `self`: a cache that outlives the layer must not keep its weights alive.
             observer = type(self).from_config(self.get_config())
+            alike = [s for s in _ATTACHED if type(s) is type(self) and s.geometry.key == self.geometry.key]
             _EMISSIONS[key] = backend.traced_once(
                 functools.partial(
                     emission,
@@ -287,7 +278,7 @@ class Statistics(keras.layers.Layer, abc.ABC):
                     spreads=spreads,
                     replicas=replica.count(),
                     fraction=fraction,
-                    shared=shared,
+                    shared=len(alike) >= _SEVERAL,
                 )
             )
         return _EMISSIONS[key](x, ds, *([] if weights is None else [weights]), values=list(values))

@@ -12,7 +12,7 @@ SIZES = [6, 7]
 
 @pytest.fixture(autouse=True, params=["in one", "by halves"])
 def split(request, monkeypatch):
-    """Whether products are made of parts; counts the times they are joined."""
+    """Whether products are made of parts."""
     monkeypatch.setattr(halved_products, "_SMALL", {"in one": 100, "by halves": 3}[request.param])
     return request.param == "by halves"
 
