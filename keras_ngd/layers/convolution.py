@@ -13,7 +13,7 @@ from keras_ngd.layers.contract import gives
 from keras_ngd.layers.geometry import CHOSEN_ROWS, MatrixGeometry, gram
 from keras_ngd.layers.learning import learned
 from keras_ngd.layers.probe import probe
-from keras_ngd.linalg import diagonal, patch_blocks, patches
+from keras_ngd.linalg import diagonal, patch_blocks, patch_gram, patches
 from keras_ngd.typing import Parts, Shape, Tensor
 
 
@@ -49,7 +49,7 @@ class ConvolutionGeometry(MatrixGeometry):
     def input_second_moment(self, x: Tensor, weights: Tensor | None = None) -> Tensor:
         x, sums = self._channels_last(x), None
         if self.groups == 1 and patches.prefers_displacements(x, *self._window):
-            products = ops.expand_dims(patches.patch_gram(x, self.kernel, self.padding), 0)
+            products = ops.expand_dims(patch_gram.patch_gram(x, self.kernel, self.padding), 0)
             if self.use_bias:
                 total = ops.sum(x, axis=0, keepdims=True)
                 sums = ops.reshape(patches.patch_sums(total, *self._window)[0], (1, self.width))

@@ -7,12 +7,12 @@ import numpy as np
 from keras import ops
 
 from keras_ngd import backend
-from keras_ngd.linalg import diagonal, patches
+from keras_ngd.linalg import diagonal, patch_gram, patches
 from keras_ngd.typing import Parts, Shape, Tensor
 
 
 def patch_gram_blocks(x: Tensor, kernel: Sequence[int], padding: str, parts: Parts) -> list[Tensor]:
-    """Diagonal blocks of `patches.patch_gram`, by part of `linalg.diagonal`, each `[1, count, size, size]`.
+    """Diagonal blocks of `patch_gram.patch_gram`, by part of `linalg.diagonal`, each `[1, count, size, size]`.
 
     Blocks that lie inside one kernel position need no displacement: every position sees the whole input but for its
     border, so that one product of the input with itself serves all positions. Blocks over several positions need the
@@ -21,14 +21,14 @@ def patch_gram_blocks(x: Tensor, kernel: Sequence[int], padding: str, parts: Par
     channels, size = x.shape[-1], parts[0][1]
     if len(parts) == 1 and channels % size == 0:
         return [ops.expand_dims(position_grams(x, kernel, padding, size), 0)]
-    return diagonal.blocks_of(ops.expand_dims(patches.patch_gram(x, kernel, padding), 0), parts)
+    return diagonal.blocks_of(ops.expand_dims(patch_gram.patch_gram(x, kernel, padding), 0), parts)
 
 
 def position_grams(x: Tensor, kernel: Sequence[int], padding: str, size: int) -> Tensor:
     """What each kernel position sees, times itself, in blocks of `size` channels.
 
     Args:
-        x, kernel, padding: as for `patches.patch_gram`.
+        x, kernel, padding: as for `patch_gram.patch_gram`.
         size: a divisor of the number of channels.
 
     Returns:

@@ -1,4 +1,4 @@
-"""Sums over the patches of a convolution's input, without storing the patches where that can be avoided.
+"""The patches of a convolution's input, and their sums over the outputs.
 
 Patches are ordered as Keras kernels are: `kernel.reshape(-1, filters)`, the kernel positions slowest (last spatial axis
 fastest among them), the channel fastest of all.
@@ -7,7 +7,7 @@ fastest among them), the channel fastest of all.
 import functools
 import itertools
 import math
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -140,7 +140,7 @@ _NARROW, _CORNERS, _KERNELS, _ENTRIES = 256, 16, 4, 2**17
 def prefers_displacements(
     x: Tensor, kernel: Sequence[int], strides: Sequence[int], dilation: Sequence[int], padding: str
 ) -> bool:
-    """Whether `patch_gram` applies: stride 1, no dilation, one or two axes, and a map no smaller than the kernel.
+    """Whether `patch_gram.patch_gram` applies: stride 1, no dilation, one or two axes, and a map no smaller than the kernel.
 
     It does not for the short patches of small maps, or of maps with many corners; see above.
     """
@@ -163,152 +163,3 @@ def as_image(x: Tensor, kernel: Sequence[int], padding: str) -> tuple[Tensor, Sh
     if len(kernel) == 1:
         return ops.expand_dims(x, 1), (1, *kernel), ((0, 0), *borders)
     return x, tuple(kernel), tuple(borders)
-
-
-def patch_gram(x: Tensor, kernel: Sequence[int], padding: str) -> Tensor:
-    """`sum over outputs of patch patch^T` of a stride-1 convolution, from displacements, no patch stored.
-
-    Were every output position at which a patch sees any data counted, the block of kernel positions `p` and `q` would
-    depend on the displacement `q - p` alone, and all displacements together are one convolution's kernel gradient, of
-    the input with itself. The positions counted too much lie beyond the border, in rows and columns where patches see
-    only the outermost data: they are displacements along one axis, less what a row and a column have in common.
-    All these sums stand in one table of `c x c` blocks, and one constant matrix of 1, 0 and -1 makes the result of it.
-
-    Args:
-        x: `[n, w, c]` or `[n, h, w, c]`, each axis at least as long as the kernel's.
-        kernel: the kernel's size, one or two ints.
-        padding: `"valid"`, `"same"` or `"causal"`.
-
-    Returns:
-        `[prod(kernel) * c, prod(kernel) * c]`, symmetric.
-    """
-    x, kernel, borders = as_image(x, kernel, padding)
-    (kh, kw), c = kernel, x.shape[-1]
-    rows, columns = (list(_frames(*axis)) for axis in zip(x.shape[1:-1], kernel, borders, strict=True))
-
-    # A displacement upwards, or in the same row to the left, is the transpose of its opposite.
-    table = [ops.reshape(_displacements(x, (0, 0), (0, kw - 1)), (-1, c, c))]
-    if kh > 1:
-        table.append(ops.reshape(_displacements(x, (1, kh - 1), (1 - kw, kw - 1)), (-1, c, c)))
-    lines = [(_stack([x[:, i] for i in data]), kw) for *_, data in rows]
-    lines += [(_stack([x[:, :, i] for i in data]), kh) for *_, data in columns]
-    table += [_blocks(_displacements(ops.expand_dims(line, 1), (0, 0), (0, size - 1)), c) for line, size in lines]
-    for *_, row_data in rows:
-        for *_, column_data in columns:
-            corner = _stack([x[:, i, j] for i in row_data for j in column_data])
-            table.append(_blocks(backend.matmul(corner, corner, transpose_a=True), c))
-    table = ops.concatenate(table)
-    table = ops.reshape(ops.concatenate([table, ops.transpose(table, (0, 2, 1))]), (-1, c * c))
-    combination = ops.convert_to_tensor(_combination(kernel, rows, columns), table.dtype)
-    gram = ops.reshape(backend.matmul(combination, table), (kh * kw, kh * kw, c, c))
-    return ops.reshape(ops.transpose(gram, (0, 2, 1, 3)), (kh * kw * c, kh * kw * c))
-
-
-def _stack(lines: Sequence[Tensor]) -> Tensor:
-    return lines[0] if len(lines) == 1 else ops.concatenate(lines, axis=-1)
-
-
-# Columns of the products that displacements are read off under XLA: fewer run below a processor's rate, more waste it.
-_PRODUCT_WIDTH = 128
-
-
-def _displacements(x: Tensor, rows: tuple[int, int], columns: tuple[int, int]) -> Tensor:
-    """`sum over n, y, z of x[n, y + u, z + v] x[n, y, z]^T` for `u` and `v` in two ranges, the last included.
-
-    This is the kernel gradient of a convolution of `x` with itself, and TensorFlow's runtime has a fast one. XLA's CPU
-    compiler has not, least of all inside conditionals, where it leaves all but plain forward convolutions as naive
-    loops (a hundred times slower); there, runs of neighbouring pixels are multiplied with themselves and their
-    surroundings, and the displacements summed from the products' blocks.
-
-    Returns:
-        `[number of u, number of v, c, c]`.
-    """
-    (up, down), (left, right) = rows, columns
-    count, span = down - up + 1, right - left + 1
-    _, height, width, c = x.shape
-    if not backend.under_xla():
-        padded = ops.pad(x[:, up:], [(0, 0), (0, down), (-left, right), (0, 0)])
-        return backend.filter_gradient(padded, x, (count, span))
-    run = min(max(_PRODUCT_WIDTH // c, 1), width)
-    seen, runs = run + span - 1, -(-width // run)
-    spare = runs * run - width
-    center = ops.reshape(ops.pad(x, [(0, 0), (0, 0), (0, spare), (0, 0)]), (-1, run * c))
-    padded = ops.pad(x[:, up:], [(0, 0), (0, down), (-left, right + spare), (0, 0)])
-    surroundings = ops.stack([padded[:, :, i * run : i * run + seen] for i in range(runs)], axis=2)
-    products = ops.stack(
-        [
-            backend.matmul(ops.reshape(surroundings[:, u : u + height], (-1, seen * c)), center, transpose_a=True)
-            for u in range(count)
-        ]
-    )
-    products = ops.transpose(ops.reshape(products, (count, seen, c, run, c)), (0, 1, 3, 2, 4))
-    offsets = np.arange(seen)[:, None] - np.arange(run)[None, :]
-    selection = (offsets[None] == np.arange(span)[:, None, None]).reshape(span, -1).astype("float32")
-    sums = backend.matmul(ops.convert_to_tensor(selection, x.dtype), ops.reshape(products, (count, -1, c * c)))
-    return ops.reshape(sums, (count, span, c, c))
-
-
-def _blocks(products: Tensor, c: int) -> Tensor:
-    """`[..., p * c, q * c]` as a list of blocks `[-1, c, c]`, in the order `(..., p, q)`."""
-    count = products.shape[-1] // c
-    products = ops.reshape(products, (-1, count, c, count, c))
-    return ops.reshape(ops.transpose(products, (0, 1, 3, 2, 4)), (-1, c, c))
-
-
-def _frames(size: int, kernel: int, border: tuple[int, int]) -> Iterator[tuple[int, int, list[int]]]:
-    """For each output beyond the border of one axis: the kernel positions that see data, and which data.
-
-    Yields `(first, last, data)`: positions `first .. last` see the entries `data`.
-    """
-    before, after = border
-    for y in range(-(kernel - 1), -before):
-        yield -y, kernel - 1, [y + p for p in range(-y, kernel)]
-    for beyond in range(kernel - 1 - after):
-        yield 0, beyond, [size - 1 - beyond + p for p in range(beyond + 1)]
-
-
-@functools.cache
-def _combination_of(
-    kernel: Shape, rows: tuple[tuple[int, int], ...], columns: tuple[tuple[int, int], ...]
-) -> np.ndarray:
-    (kh, kw), span = kernel, 2 * kernel[1] - 1
-    parts: list[tuple[Any, int]] = [("same row", kw), ("below", (kh - 1) * span)]
-    parts += [(("row", r), kw * (r[1] - r[0] + 1) ** 2) for r in rows]
-    parts += [(("column", r), kh * (r[1] - r[0] + 1) ** 2) for r in columns]
-    parts += [((r, s), ((r[1] - r[0] + 1) * (s[1] - s[0] + 1)) ** 2) for r in rows for s in columns]
-    ends = np.cumsum([size for _, size in parts])
-    start = {part: end - size for (part, size), end in zip(parts, ends, strict=True)}
-    transposed = ends[-1]
-    result = np.zeros((kh, kw, kh, kw, 2 * transposed), "float32")
-
-    def line(part: Any, positions: tuple[int, int], p: Any, q: Any) -> int:
-        """Where the table has the displacement from `p` to `q` of a line's channels."""
-        first, last = positions
-        count, flip = last - first + 1, q[0] > p[0]
-        (p, i), (q, j) = (q, p) if flip else (p, q)
-        return start[part] + ((p - q) * count + i - first) * count + j - first + flip * transposed
-
-    for py, px, qy, qx in np.ndindex(kh, kw, kh, kw):
-        row = result[py, px, qy, qx]
-        flip = (py, px) < (qy, qx)
-        dy, dx = (qy - py, qx - px) if flip else (py - qy, px - qx)
-        main = start["same row"] + dx if dy == 0 else start["below"] + (dy - 1) * span + dx + kw - 1
-        row[main + flip * transposed] += 1
-        inside_rows = [r for r in rows if r[0] <= min(py, qy) and max(py, qy) <= r[1]]
-        inside_columns = [r for r in columns if r[0] <= min(px, qx) and max(px, qx) <= r[1]]
-        for r in inside_rows:
-            row[line(("row", r), r, (px, py), (qx, qy))] -= 1
-        for r in inside_columns:
-            row[line(("column", r), r, (py, px), (qy, qx))] -= 1
-        for r in inside_rows:
-            for s in inside_columns:
-                width = s[1] - s[0] + 1
-                i, j = (py - r[0]) * width + px - s[0], (qy - r[0]) * width + qx - s[0]
-                row[start[r, s] + i * (r[1] - r[0] + 1) * width + j] += 1
-    return result.reshape(-1, 2 * transposed)
-
-
-def _combination(
-    kernel: Sequence[int], rows: Iterable[tuple[int, int, list[int]]], columns: Iterable[tuple[int, int, list[int]]]
-) -> np.ndarray:
-    return _combination_of(tuple(kernel), tuple(r[:2] for r in rows), tuple(c[:2] for c in columns))

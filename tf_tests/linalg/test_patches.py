@@ -7,7 +7,7 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 
 from keras_ngd.layers.convolution import ConvolutionGeometry
-from keras_ngd.linalg import diagonal, patches
+from keras_ngd.linalg import diagonal, patch_gram, patches
 from tf_tests.reference import rows as reference
 from tf_tests.reference.running import close, run
 
@@ -38,7 +38,7 @@ def test_patch_gram_is_the_gram_of_the_patches(case):
     x = draw(shape, seed)
     ones = (1,) * len(kernel)
     rows = reference.convolution_rows(x, kernel, ones, ones, padding).reshape(-1, np.prod(kernel) * shape[-1])
-    gram = run(lambda x: patches.patch_gram(x, kernel, padding), x)
+    gram = run(lambda x: patch_gram.patch_gram(x, kernel, padding), x)
     close(gram, rows.T @ rows, 1e-5)
 
 
@@ -58,7 +58,7 @@ def test_patch_gram_of_larger_inputs(shape, kernel, padding, xla):
     """Neither how the positions are divided nor subtracting what lies beyond the border costs accuracy that matters."""
     x, ones = draw(shape), (1,) * len(kernel)
     rows = reference.convolution_rows(x, kernel, ones, ones, padding).reshape(-1, np.prod(kernel) * shape[-1])
-    close(run(lambda x: patches.patch_gram(x, kernel, padding), x, xla=xla), rows.T @ rows, 1e-5)
+    close(run(lambda x: patch_gram.patch_gram(x, kernel, padding), x, xla=xla), rows.T @ rows, 1e-5)
 
 
 @st.composite
