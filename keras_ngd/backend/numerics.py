@@ -77,9 +77,9 @@ def trace(matrices):
 
         # `tf.linalg.trace` puts eleven operations into the graph.
         return tf.reduce_sum(tf.raw_ops.MatrixDiagPart(input=matrices), -1)
-    import jax.numpy as jnp
-
-    return jnp.trace(matrices, axis1=-2, axis2=-1)
+    # JAX's own masks all entries, and its compiler for CPUs stores what comes of it.
+    size = matrices.shape[-1]
+    return ops.sum(ops.reshape(matrices, (*matrices.shape[:-2], -1))[..., :: size + 1], axis=-1)
 
 
 def add_to_diagonal(matrices, values):
@@ -89,9 +89,13 @@ def add_to_diagonal(matrices, values):
 
         # Without a matrix of ones and zeros, of which TensorFlow makes a constant for every size.
         return tf.linalg.set_diag(matrices, tf.linalg.diag_part(matrices) + values)
-    import jax.numpy as jnp
+    import jax
 
-    return matrices + jnp.eye(matrices.shape[-1], dtype=matrices.dtype) * jnp.expand_dims(values, -1)
+    # Not by a matrix of ones and zeros, which the compiler would store for every size, to make it once for all turns of a loop.
+    size = matrices.shape[-1]
+    values = jax.numpy.broadcast_to(jax.numpy.asarray(values), matrices.shape[:-1])
+    spread = [(0, 0, 0)] * (values.ndim - 1) + [(0, 0, size)]
+    return matrices + jax.numpy.reshape(jax.lax.pad(values, values.dtype.type(0), spread), matrices.shape)
 
 
 def triangular_inverse(lower):

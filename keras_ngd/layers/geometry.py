@@ -5,6 +5,7 @@ import enum
 from collections.abc import Sequence
 from typing import Any, ClassVar
 
+import numpy as np
 from keras import ops
 
 from keras_ngd import backend
@@ -257,6 +258,13 @@ class MatrixGeometry(FactoredGeometry):
         """Borders `[groups, width, width]` sums with the sums of the rows and their number."""
         if not self.use_bias:
             return gram
+        if backend.under_xla():
+            # XLA's CPU compiler makes one loop of it, the same for all layers of a shape, where it would write out every
+            # concatenation of every layer.
+            last = ops.cast((np.arange(self.input_dim) == self.width).astype("float32"), gram.dtype)
+            border = ops.expand_dims(ops.pad(sums, [(0, 0), (0, 1)]) + last * (count / 2), -1)
+            gram = ops.pad(gram, [(0, 0), (0, 1), (0, 1)])
+            return gram + border * last + ops.swapaxes(border, 1, 2) * ops.expand_dims(last, -1)
         column = ops.expand_dims(sums, -1)
         corner = ops.ones((self.groups, 1, 1), gram.dtype) * count
         top = ops.concatenate([gram, column], axis=2)

@@ -18,7 +18,7 @@ from keras import ops
 
 from keras_ngd import backend
 from keras_ngd.linalg import patches
-from keras_ngd.typing import Shape, Tensor
+from keras_ngd.typing import Tensor
 
 
 class Frame(NamedTuple):
@@ -29,7 +29,7 @@ class Frame(NamedTuple):
     data: int
 
     @property
-    def count(self) -> int:
+    def size(self) -> int:
         return self.last - self.first + 1
 
 
@@ -38,8 +38,8 @@ def frames(size: int, kernel: int, border: tuple[int, int]) -> tuple[tuple[Frame
     before, after = border
     found = [Frame(-y, kernel - 1, 0) for y in range(-(kernel - 1), -before)]
     found += [Frame(0, beyond, size - 1 - beyond) for beyond in range(kernel - 1 - after)]
-    found.sort(key=lambda frame: frame.count)
-    return tuple(tuple(group) for _, group in itertools.groupby(found, key=lambda frame: frame.count))
+    found.sort(key=lambda frame: frame.size)
+    return tuple(tuple(group) for _, group in itertools.groupby(found, key=lambda frame: frame.size))
 
 
 def patch_gram(x: Tensor, kernel: Sequence[int], padding: str) -> Tensor:
@@ -58,10 +58,10 @@ def patch_gram(x: Tensor, kernel: Sequence[int], padding: str) -> Tensor:
     rows, columns = frames(height, kh, above), frames(width, kw, beside)
     table = [ops.reshape(_displacements(x, kh, kw), (-1, c, c))]
     for group in rows:
-        lines = [ops.transpose(x[:, f.data : f.data + f.count], (0, 2, 1, 3)) for f in group]
+        lines = [ops.transpose(x[:, f.data : f.data + f.size], (0, 2, 1, 3)) for f in group]
         table.append(_window_products(lines, kw, beside, c))
     for group in columns:
-        lines = [x[:, :, f.data : f.data + f.count] for f in group]
+        lines = [x[:, :, f.data : f.data + f.size] for f in group]
         table.append(_window_products(lines, kh, (kh - 1, kh - 1), c))
     table = ops.reshape(ops.concatenate(table), (-1, c * c))
     combination = ops.convert_to_tensor(_combination(kh, kw, rows, columns), table.dtype)
@@ -96,13 +96,14 @@ def _displacements(x: Tensor, kh: int, kw: int) -> Tensor:
     pieces, spare = -(-seen // run), runs * run - width
     last = seen - (pieces - 1) * run
     padded = ops.pad(x, [(0, 0), (0, 0), (kw - 1, spare + (pieces - 1) * run - (kw - 1)), (0, 0)])
-    shifted = [ops.reshape(padded[:, :, i * run : (i + runs) * run], (-1, run * c)) for i in range(pieces)]
-    surroundings = ops.concatenate([*shifted[:-1], shifted[-1][:, : last * c]], axis=1)
-    center = ops.reshape(ops.pad(x, [(0, 0), (kh - 1, 0), (0, spare), (0, 0)]), (-1, height + kh - 1, runs * run * c))
+    padded = ops.reshape(padded, (-1, height, runs + pieces - 1, run * c))
+    shifted = [padded[:, :, i : i + runs, : (run if i < pieces - 1 else last) * c] for i in range(pieces)]
+    surroundings = ops.reshape(ops.concatenate(shifted, axis=3), (-1, seen * c))
+    center = ops.pad(x, [(0, 0), (0, 0), (0, spare), (0, 0)]) if spare else x
     products = []
     for u in range(kh):
-        above = ops.reshape(center[:, kh - 1 - u : kh - 1 - u + height], (-1, run * c))
-        products.append(backend.matmul(surroundings, above, transpose_a=True))
+        above = ops.pad(center[:, : height - u], [(0, 0), (u, 0), (0, 0), (0, 0)]) if u else center
+        products.append(backend.matmul(surroundings, ops.reshape(above, (-1, run * c)), transpose_a=True))
     products = ops.transpose(ops.reshape(ops.stack(products), (kh, seen, c, run, c)), (0, 1, 3, 2, 4))
     offsets = np.arange(seen)[:, None] - np.arange(run)[None, :]
     selection = (offsets[None] == np.arange(span)[:, None, None]).reshape(span, -1).astype("float32")
@@ -113,6 +114,8 @@ def _displacements(x: Tensor, kh: int, kw: int) -> Tensor:
 def _window_products(lines: Sequence[Tensor], kernel: int, border: tuple[int, int], c: int) -> Tensor:
     """For each of several lines of equal size, the products of its windows with themselves, summed over the windows.
 
+    A product with a constant matrix makes the windows: there is little of them, and a slice for each is more to compile.
+
     Args:
         lines: `[n, length, count, c]` each.
         kernel, border: of the windows, and what pads a line at its ends.
@@ -122,15 +125,22 @@ def _window_products(lines: Sequence[Tensor], kernel: int, border: tuple[int, in
         The blocks `[lines * (kernel * count)^2, c, c]`, by line, and by the position in the kernel and the entry across the
         line, of both sides.
     """
-    line = ops.stack(lines) if len(lines) > 1 else ops.expand_dims(lines[0], 0)
-    count, length = line.shape[3], line.shape[2] + sum(border) - kernel + 1
-    line = ops.pad(line, [(0, 0), (0, 0), border, (0, 0), (0, 0)])
-    windows = [line[:, :, p : p + length] for p in range(kernel)]
+    _, length, count, _ = lines[0].shape
+    line = ops.stack(lines) if len(lines) > 1 else lines[0]
+    windows = ops.convert_to_tensor(_windows(length, kernel, border), line.dtype)
+    rows = backend.matmul(windows, ops.reshape(line, (-1, length, count * c)))
     side = kernel * count
-    rows = ops.concatenate(windows, axis=3) if kernel > 1 else windows[0]
     rows = ops.reshape(rows, (len(lines), -1, side * c))
     products = ops.reshape(backend.matmul(rows, rows, transpose_a=True), (len(lines), side, c, side, c))
     return ops.reshape(ops.transpose(products, (0, 1, 3, 2, 4)), (-1, c, c))
+
+
+@functools.cache
+def _windows(length: int, kernel: int, border: tuple[int, int]) -> np.ndarray:
+    """`[windows * kernel, length]`: which entry of a line each window has at each of its positions, 0 or 1."""
+    count = length + sum(border) - kernel + 1
+    entries = np.arange(count)[:, None] + np.arange(kernel) - border[0]
+    return (entries.reshape(-1, 1) == np.arange(length)).astype("float32")
 
 
 @functools.cache
@@ -140,14 +150,14 @@ def _combination(
     """`[(kh kw)^2, blocks of the table]`: half of the result, that is what lies below its diagonal and half of what is on it."""
     span = 2 * kw - 1
     of_rows, of_columns = list(itertools.chain(*rows)), list(itertools.chain(*columns))
-    sides = [kw * f.count for f in of_rows] + [kh * f.count for f in of_columns]
+    sides = [kw * f.size for f in of_rows] + [kh * f.size for f in of_columns]
     starts = np.cumsum([kh * span, *(side**2 for side in sides)])
     result = np.zeros((kh, kw, kh, kw, starts[-1]), "float32")
 
     def take_off(i: int, f: Frame, row: np.ndarray, across: tuple[int, int], along: tuple[int, int]) -> None:
         """Takes the block of line `i` off, if both kernel positions `across` the line see it."""
         if f.first <= min(across) and max(across) <= f.last:
-            p, q = (a * f.count + b - f.first for a, b in zip(along, across, strict=True))
+            p, q = (a * f.size + b - f.first for a, b in zip(along, across, strict=True))
             row[starts[i] + p * sides[i] + q] -= 1
 
     for py, px, qy, qx in np.ndindex(kh, kw, kh, kw):

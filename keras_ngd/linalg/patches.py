@@ -7,7 +7,7 @@ fastest among them), the channel fastest of all.
 import functools
 import itertools
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -54,26 +54,26 @@ def at_least_zero(size: Any) -> Any:
     return max(size, 0) if isinstance(size, int) else ops.maximum(size, 0)
 
 
-def _windows(
-    x: Tensor, kernel: Sequence[int], strides: Sequence[int], dilation: Sequence[int], padding: str
-) -> Iterator[Tensor]:
-    """Yields, for each kernel position in order, the input it sees at every output: `[n, *outputs, c]`."""
-    geometry = [
-        pad_and_crop_sizes(*axis, padding) for axis in zip(spatial_sizes(x), kernel, strides, dilation, strict=True)
-    ]
-    x = ops.pad(x, [(0, 0), *((before, at_least_zero(after)) for before, after, _ in geometry), (0, 0)])
-    for position in itertools.product(*(range(k) for k in kernel)):
-        starts = [p * d for p, d in zip(position, dilation, strict=True)]
-        slices = [
-            slice(start, start + (outputs - 1) * stride + 1, stride)
-            for start, stride, (_, _, outputs) in zip(starts, strides, geometry, strict=True)
-        ]
-        yield x[(slice(None), *slices)]
+def _padded(x: Tensor, geometry: Sequence[tuple[Any, Any, Any]]) -> Tensor:
+    """An input with the zeros around it that windows see, of what `pad_and_crop_sizes` gives for its axes."""
+    return ops.pad(x, [(0, 0), *((before, at_least_zero(after)) for before, after, _ in geometry), (0, 0)])
+
+
+def _windows(x: Tensor, axis: int, kernel: int, stride: int, dilation: int, outputs: Any) -> list[Tensor]:
+    """For each position of one axis' kernel the input that it sees at every output, of an input that is padded."""
+    before = (slice(None),) * axis
+    return [x[(*before, slice(p * dilation, p * dilation + (outputs - 1) * stride + 1, stride))] for p in range(kernel)]
 
 
 def unfold(x: Tensor, kernel: Sequence[int], strides: Sequence[int], dilation: Sequence[int], padding: str) -> Tensor:
-    """The patches themselves, `[n, *outputs, prod(kernel), c]`."""
-    return ops.stack(list(_windows(x, kernel, strides, dilation, padding)), axis=-2)
+    """The patches themselves, `[n, *outputs, prod(kernel), c]`: axis by axis, since a compiler takes time for each slice."""
+    axes = list(zip(spatial_sizes(x), kernel, strides, dilation, strict=True))
+    geometry = [pad_and_crop_sizes(*axis, padding) for axis in axes]
+    x = _padded(x, geometry)
+    for i, ((_, k, stride, d), (_, _, outputs)) in enumerate(zip(axes, geometry, strict=True)):
+        x = ops.stack(_windows(x, i + 1, k, stride, d, outputs), axis=-2)
+    shape = [-1, *(outputs for _, _, outputs in geometry), math.prod(kernel), x.shape[-1]]
+    return ops.reshape(x, shape)
 
 
 def patch_sums(
@@ -84,17 +84,20 @@ def patch_sums(
     Axis by axis, each by a product with a constant matrix that tells which inputs a kernel position sees: one pass over
     `x`, where slices for all positions would take as many passes as there are positions.
     """
-    sizes = spatial_sizes(x)
+    sizes, channels = spatial_sizes(x), x.shape[-1]
     axes = list(zip(sizes, kernel, strides, dilation, strict=True))
+    geometry = [pad_and_crop_sizes(*axis, padding) for axis in axes]
+    outputs = math.prod(outputs for _, _, outputs in geometry)
     if not all(isinstance(size, int) for size in sizes):
-        windows = list(_windows(x, kernel, strides, dilation, padding))
-        spatial = tuple(range(1, len(x.shape) - 1))
-        return ops.stack([ops.sum(w, axis=spatial) for w in windows], axis=1), math.prod(spatial_sizes(windows[0]))
-    channels, sums = x.shape[-1], x
+        sums = _padded(x, geometry)
+        for (_, k, stride, d), (_, _, seen) in zip(axes, geometry, strict=True):
+            windows = _windows(sums, 1, k, stride, d, seen)
+            sums = ops.stack([ops.sum(window, axis=1) for window in windows], axis=-2)
+        return ops.reshape(sums, (-1, math.prod(kernel), channels)), outputs
+    sums = x
     for i, axis in enumerate(axes):
         sums = ops.reshape(sums, (-1, sizes[i], math.prod(sizes[i + 1 :]) * channels))
         sums = backend.matmul(ops.convert_to_tensor(_seen(*axis, padding), x.dtype), sums)
-    outputs = math.prod(pad_and_crop_sizes(*axis, padding)[2] for axis in axes)
     return ops.reshape(sums, (-1, math.prod(kernel), channels)), outputs
 
 

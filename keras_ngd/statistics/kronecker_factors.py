@@ -7,6 +7,7 @@ import keras
 from keras import ops
 
 from keras_ngd import backend, schedules
+from keras_ngd.linalg import symmetric
 from keras_ngd.statistics.statistics import Statistics
 from keras_ngd.typing import Config, Tensor, Variable
 
@@ -76,8 +77,7 @@ class KroneckerStatistics(Statistics):
             a, g = self._of_rows(geometry, means, sums)
             a = [t / ops.cast(ops.shape(means)[1], dtype) for t in a]
         observed = [*a, *(t * divisor for t in g)]
-        # An entry that is not finite makes a diagonal entry of its row not finite, since these are sums of squares.
-        return observed, sum(ops.sum(backend.trace(t)) for t in observed)
+        return observed, sum(symmetric.checksum(t) for t in observed)
 
     def leading(
         self, x: Tensor, ds: Tensor, weights: Tensor | None, dtype: str

@@ -6,7 +6,8 @@ from typing import Any
 import keras
 from keras import ops
 
-from keras_ngd import backend, schedules
+from keras_ngd import schedules
+from keras_ngd.linalg import symmetric
 from keras_ngd.statistics.statistics import Statistics
 from keras_ngd.typing import Config, Tensor, Variable
 
@@ -44,8 +45,7 @@ class UnitWiseStatistics(Statistics):
         divisor = ops.cast(ops.shape(x)[0], dtype) * self.losses_per_example
         blocks = ops.sum(ops.expand_dims(u, 0) * ops.expand_dims(u, 1), axis=2)
         observed = divisor * ops.transpose(blocks, (2, 0, 1))
-        # An entry that is not finite makes a diagonal entry of its block not finite, since these are sums of squares.
-        return [ops.expand_dims(observed, 0)], ops.sum(backend.trace(observed))
+        return [ops.expand_dims(observed, 0)], symmetric.checksum(observed)
 
     def get_config(self) -> Config:
         return {**super().get_config(), "losses_per_example": self.losses_per_example}
