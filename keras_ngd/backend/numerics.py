@@ -35,7 +35,7 @@ def times_or_zero(tensor, factor):
 
 
 def cholesky(matrices):
-    """Lower Cholesky factors; NaN where a matrix is not positive definite.
+    """Lower Cholesky factors of what the lower triangles say; NaN where a matrix is not positive definite.
 
     (`keras.ops.cholesky` stops the program there on TensorFlow, unless XLA compiles it.)
     """
@@ -43,9 +43,12 @@ def cholesky(matrices):
         import tensorflow as tf
 
         return tf.linalg.cholesky(matrices)
-    import jax.numpy as jnp
+    import jax
 
-    return _one_by_one_on_cpus(jnp.linalg.cholesky, matrices)
+    def factor(matrix):
+        return jax.lax.linalg.cholesky(matrix, symmetrize_input=False)
+
+    return _one_by_one_on_cpus(factor, matrices)
 
 
 def eigh(matrices):
@@ -67,6 +70,8 @@ def _one_by_one_on_cpus(function, matrices):
 
     if matrices.ndim == 2:
         return function(matrices)
+    if matrices.shape[0] == 1:
+        return jax.tree.map(lambda found: found[None], function(matrices[0]))
     return jax.lax.platform_dependent(matrices, cpu=lambda batch: jax.lax.map(function, batch), default=function)
 
 
@@ -113,7 +118,9 @@ def triangular_inverse(lower):
         return jax.scipy.linalg.solve_triangular(matrix, identity, lower=True)
 
     # On the CPU JAX calls LAPACK for one matrix but has XLA write out a batch's solution, which takes minutes to compile.
-    return inverse(lower) if lower.ndim == 2 else jax.lax.map(inverse, lower)
+    if lower.ndim == 2:
+        return inverse(lower)
+    return inverse(lower[0])[None] if lower.shape[0] == 1 else jax.lax.map(inverse, lower)
 
 
 def rows_at(matrices, order):

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from keras import ops
 
 from keras_ngd import backend, sharding
-from keras_ngd.linalg.batching import of_chosen
+from keras_ngd.linalg.batching import at_once, of_chosen
 from keras_ngd.linalg.halved_products import (
     inner,
     join,
@@ -40,6 +40,14 @@ def _whole_size(size: int) -> int:
     if backend.factorizes_by_column():
         return 64 if size <= 512 else 128
     return 640
+
+
+def halved_evenly(size: int) -> int:
+    """The size up to which matrices are filled up before they are halved, so that all halves are of one size."""
+    parts, whole = 1, _whole_size(size)
+    while size > parts * whole:
+        parts *= 2
+    return -(-size // parts) * parts
 
 
 def _inverse(matrices: Tensor, whole: int) -> Tensor:
@@ -95,6 +103,15 @@ def _gram_of_lower(lower: Tensor, whole: int) -> Tensor:
     )
 
 
+def _one_by_one(size: int) -> bool:
+    """Whether matrices of this size are inverted one after the other: programs for XLA are then those of a single one.
+
+    Products of large matrices are no faster together, and loops over the parts of one are compiled once for all sizes of which
+    these are parts.
+    """
+    return backend.under_xla() and not backend.on_accelerator() and at_once(size) == 1
+
+
 def damped_inverse(
     factors: Tensor, damping: Tensor, previous: Tensor | None = None, method: str = "cholesky"
 ) -> Tensor:
@@ -116,6 +133,9 @@ def damped_inverse(
     if sharding.is_dividing():
         start = ops.zeros_like(factors) if previous is None else previous
         return damped_inverse_of(factors, damping, start, ops.ones((factors.shape[0],), "bool"), method)
+    if factors.shape[0] > 1 and _one_by_one(factors.shape[-1]):
+        each = [ops.expand_dims(t, 1) for t in (factors, damping, previous) if t is not None]
+        return ops.map(lambda one: damped_inverse(*one, method=method)[0], tuple(each))
     factors = symmetrize(factors)
     inverses, good = factors if previous is None else previous, ops.zeros((factors.shape[0],), "bool")
     # Compiled for a TPU each factorization is a large program, and products are what it is made for: all attempts are one, the
