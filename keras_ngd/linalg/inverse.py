@@ -1,5 +1,6 @@
 """Inverses of batches of symmetric positive definite matrices."""
 
+import functools
 from collections.abc import Sequence
 
 from keras import ops
@@ -135,7 +136,8 @@ def damped_inverse(
         return damped_inverse_of(factors, damping, start, ops.ones((factors.shape[0],), "bool"), method)
     if factors.shape[0] > 1 and _one_by_one(factors.shape[-1]):
         each = [ops.expand_dims(t, 1) for t in (factors, damping, previous) if t is not None]
-        return ops.map(lambda one: damped_inverse(*one, method=method)[0], tuple(each))
+        one = functools.partial(damped_inverse, method=method)
+        return ops.map(lambda matrix: one(*matrix)[0], tuple(each))
     factors = symmetrize(factors)
     inverses, good = factors if previous is None else previous, ops.zeros((factors.shape[0],), "bool")
     # Compiled for a TPU each factorization is a large program, and products are what it is made for: all attempts are one, the
