@@ -254,3 +254,25 @@ def test_newton_schulz_from_anywhere_begins_where_it_is_near_enough_and_allowed(
         assert accepted.tolist() == [allowed, False]
         if allowed:
             close(result[0], np.linalg.inv(matrices[0]), 2e-4)
+
+
+@pytest.mark.parametrize("size", [1, 640, 641, 1154, 4609])
+def test_matrices_are_filled_up_to_be_halved_evenly(size, monkeypatch):
+    monkeypatch.setattr(inverse, "_whole_size", lambda size: 640)
+    filled = whole = inverse.halved_evenly(size)
+    halvings = 0
+    while whole > 640:
+        assert whole % 2 == 0
+        whole, halvings = whole // 2, halvings + 1
+    assert size <= filled < size + 2**halvings
+
+
+@pytest.mark.parametrize("method", ["cholesky", "newton-schulz"])
+def test_large_matrices_are_inverted_one_after_the_other(method, monkeypatch):
+    """As if each were alone; one of them cannot be, and keeps what it has."""
+    monkeypatch.setattr(inverse, "at_once", lambda size: 1)
+    matrices, damping, previous = factors(3, 6), [0.1, 0.2, 0.3], identities(3, 6)
+    matrices[1] = np.nan
+    found = damped_inverse(matrices, damping, previous, method, xla=True)
+    close(found[[0, 2]], np.linalg.inv(shifted(matrices, damping)[[0, 2]]), 1e-4)
+    np.testing.assert_array_equal(found[1], previous[1])

@@ -43,8 +43,10 @@ def test_small_matrices_are_filled_up_and_large_ones_to_what_is_near():
     assert many_sizes.common_sizes([]) == {}
 
 
+@pytest.mark.parametrize("whole", [640, 4], ids=["whole", "by halves"])
 @pytest.mark.parametrize("method", ["cholesky", "newton-schulz"])
-def test_each_inverse_is_that_of_the_matrix_alone(method):
+def test_each_inverse_is_that_of_the_matrix_alone(method, whole, monkeypatch):
+    monkeypatch.setattr(inverse, "_whole_size", lambda size: whole)
     work = work_of([5, 1, 17, 16])
     found = many_sizes.damped_inverses([[ops.convert_to_tensor(t) for t in one] for one in work], method)
     for (factors, dampings, near), inverses in zip(work, found, strict=True):
