@@ -22,7 +22,7 @@ BENCHMARKS := benchmark-update-cost benchmark-row-cost benchmark-thor-convergenc
 help:
 	@echo "make demo                   EigenAdam beside Adam and Muon on images of MNIST, offline"
 	@echo "make test                   lint, then all tests on the TensorFlow and on the JAX backend"
-	@echo "make nightly                all networks of keras.applications: trained, saved, loaded, released; takes long"
+	@echo "make nightly                all networks of keras.applications, and on TensorFlow what make test runs on JAX alone; takes long"
 	@echo "make lint                   ruff: rules and format; mypy: types"
 	@echo "make benchmark              side by side: costs of steps, convergence, kfac-jax; an hour, goes on where interrupted"
 	@echo "make benchmark-update-cost  what THOR's blocks save of a refresh"
@@ -38,10 +38,11 @@ help:
 demo: $(DEMO)
 	$(BIN)/python examples/quickstart.py
 
+# Tests that say the same on both backends run on JAX, where they take half the time; by night on TensorFlow, too.
 # Workers get whole files: runs that several tests of one file look at take minutes. In the order of their names: a file of a
 # few long tests would else be among the last, and one worker wait for it.
 test: lint $(HOROVOD)
-	KERAS_BACKEND=tensorflow $(BIN)/pytest -m "not processes" -n $(JOBS) --dist=loadfile --no-loadscope-reorder --durations=12
+	KERAS_BACKEND=tensorflow $(BIN)/pytest --once -m "not processes" -n $(JOBS) --dist=loadfile --no-loadscope-reorder --durations=12
 	KERAS_BACKEND=tensorflow $(BIN)/pytest -m processes --durations=12
 	KERAS_BACKEND=jax $(BIN)/pytest -m "" -n $(JOBS) --dist=loadfile --no-loadscope-reorder --durations=12
 
@@ -49,6 +50,7 @@ test: lint $(HOROVOD)
 # do here. On TensorFlow alone: XLA needs minutes for some.
 nightly: $(TEST)
 	MALLOC_MMAP_THRESHOLD_=1000000 KERAS_BACKEND=tensorflow $(BIN)/pytest -m nightly --durations=12
+	KERAS_BACKEND=tensorflow $(BIN)/pytest -m "neutral and not nightly" -n $(JOBS) --dist=loadfile --durations=12
 
 lint: $(TEST)
 	$(BIN)/ruff check

@@ -8,7 +8,7 @@ import keras_ngd
 from tf_tests.small import array, assert_same, compiled, fit, kfac, weights
 
 keras_hub = pytest.importorskip("keras_hub")
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.neutral]
 
 TOKENS, WORDS = 6, 500
 OF_TOKENS = {"vocabulary_size": WORDS, "num_layers": 1, "hidden_dim": 32, "intermediate_dim": 64}

@@ -11,6 +11,8 @@ from keras import layers
 import keras_ngd
 from tf_tests.small import JIT, METHODS, array, assert_same, captured, fit, kfac, mlp, regression, weights
 
+pytestmark = pytest.mark.neutral
+
 
 @keras.saving.register_keras_serializable("tf_tests")
 class Own(layers.Layer):

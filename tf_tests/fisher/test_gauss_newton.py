@@ -9,6 +9,8 @@ from tf_tests import small
 from tf_tests.fisher import forms
 from tf_tests.fisher.stepping import BATCH, DRAWN, Step, all_statistics
 
+pytestmark = pytest.mark.neutral
+
 DRAWS = 400
 
 
@@ -167,5 +169,6 @@ METHODS = {
 @pytest.mark.parametrize("name", [m if m == "KFAC" else pytest.param(m, marks=pytest.mark.slow) for m in METHODS])
 def test_a_scaled_loss_takes_the_same_steps_with_the_damping_scaled_alike(name):
     method, arguments = METHODS[name]
-    plain, scaled = (trained(s, method, damping=0.05 * s, **arguments) for s in (1.0, 8.0))
+    # A power of four, of which roots are exact: what rounding changes of a factor may turn its basis.
+    plain, scaled = (trained(s, method, damping=0.05 * s, **arguments) for s in (1.0, 4.0))
     small.assert_close(scaled, plain, tolerance=2e-4)

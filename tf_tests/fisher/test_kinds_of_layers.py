@@ -10,6 +10,8 @@ from tf_tests import small
 from tf_tests.fisher.stepping import BATCH, DRAWN, Step, assert_equal_gradients, part
 from tf_tests.layers import kinds
 
+pytestmark = pytest.mark.neutral
+
 
 def sampled(**arguments):
     return keras_ngd.KFAC(**{"fisher": "sampled", "factor_interval": 1, "inverse_interval": 1, **arguments})

@@ -10,6 +10,8 @@ from keras_ngd.layers import Captured, DenseGeometry, Part, probe, register_kind
 from keras_ngd.layers.geometry import gram
 from tf_tests.small import METHODS, captured, fit, kfac, regression
 
+pytestmark = pytest.mark.neutral
+
 INPUTS, OUTPUTS, BATCH = 4, 3, 8
 
 

@@ -15,6 +15,8 @@ from tf_tests.reference import kronecker
 from tf_tests.reference.running import close, drawn
 from tf_tests.small import array, captured, compiled, fit, kfac, weights
 
+pytestmark = pytest.mark.neutral
+
 BATCH = 5
 
 # Equations, with the letters of the inputs, the outputs, the groups and the rows. `n` are the examples.

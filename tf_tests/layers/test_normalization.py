@@ -15,6 +15,8 @@ from tf_tests.reference import normalization as reference
 from tf_tests.reference.running import close, run
 from tf_tests.small import array
 
+pytestmark = pytest.mark.neutral
+
 BATCH = 6
 
 

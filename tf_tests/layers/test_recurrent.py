@@ -14,6 +14,8 @@ from tf_tests.reference.running import close, drawn
 from tf_tests.reference.training import NaturalGradientTraining
 from tf_tests.small import JIT, array, captured, kfac
 
+pytestmark = pytest.mark.neutral
+
 EXAMPLES = 4
 STEP = {"learning_rate": 0.1, "damping": 0.03, "momentum": 0.0, "kl_clip": None, "damping_mode": "pi"}
 

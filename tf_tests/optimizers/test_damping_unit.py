@@ -10,6 +10,8 @@ from tf_tests import small
 from tf_tests.reference import kronecker, rows
 from tf_tests.reference.running import close
 
+pytestmark = pytest.mark.neutral
+
 BATCH = 8
 EACH = {"factor_interval": 1, "inverse_interval": 1, "momentum": 0.0, "fisher_scale": None, "loss_clip": None}
 METHODS = {

@@ -12,6 +12,8 @@ from tf_tests.reference import eigenbasis, kronecker, rows
 from tf_tests.reference.running import close
 from tf_tests.small import array, assert_close, assert_same, captured, compiled, fit, mlp, regression, weights
 
+pytestmark = pytest.mark.neutral
+
 BATCH, STEPS, DECAY = 8, 6, 0.8
 EACH = {"factor_interval": 1, "inverse_interval": 1, "factor_decay": DECAY}
 

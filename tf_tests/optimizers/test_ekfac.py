@@ -10,6 +10,8 @@ from tf_tests.reference import fisher
 from tf_tests.reference.running import close, drawn
 from tf_tests.small import array, assert_close, captured, compiled, fit, gradients, mlp, regression, weights
 
+pytestmark = pytest.mark.neutral
+
 BATCH = 8
 PLAIN = {"momentum": 0.0, "loss_clip": 1e9, "factor_interval": 1, "inverse_interval": 1}
 

@@ -12,6 +12,8 @@ from tf_tests.reference import eigenbasis
 from tf_tests.reference.running import close, drawn
 from tf_tests.small import JIT, array, assert_close, assert_same, compiled, fit, mlp, policy, regression, weights
 
+pytestmark = pytest.mark.neutral
+
 BATCH = 8
 
 

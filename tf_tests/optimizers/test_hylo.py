@@ -14,6 +14,8 @@ from tf_tests.reference import low_rank
 from tf_tests.reference.running import close, drawn, error
 from tf_tests.small import array, assert_close, assert_same, captured, fit, mlp, regression, statistics, weights
 
+pytestmark = pytest.mark.neutral
+
 
 def squares(s):
     """An activation; Keras computes its own in float32 on JAX."""

@@ -15,6 +15,8 @@ from keras_ngd.optimizers import compiled_loss
 from keras_ngd.optimizers.settings import PAPER_SETTINGS
 from tf_tests import small
 
+pytestmark = pytest.mark.neutral
+
 BATCH, TIME = 8, 3
 
 # The methods as their papers have them, in the loss's own units, everything at every step; clipping would hide the scale.

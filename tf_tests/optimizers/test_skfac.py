@@ -10,6 +10,8 @@ from tf_tests import paper, small
 from tf_tests.reference.running import drawn
 from tf_tests.small import assert_close, captured, fit, kfac, mlp, regression, statistics, weights
 
+pytestmark = pytest.mark.neutral
+
 
 def skfac(**kwargs):
     """An `SKFAC` that does everything at every step."""

@@ -10,6 +10,8 @@ from keras_ngd.curvature import KroneckerCurvature
 from tf_tests import paper, small
 from tf_tests.small import array
 
+pytestmark = pytest.mark.neutral
+
 INTERVAL, BATCH = 5, 8
 EVERY = {"inverse_interval": INTERVAL, "interval_growth": None}
 ALL = {**EVERY, "factor_interval": 1, "stagger": True}

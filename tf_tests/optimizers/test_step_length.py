@@ -11,6 +11,8 @@ from keras import layers
 import keras_ngd
 from tf_tests import small
 
+pytestmark = pytest.mark.neutral
+
 METHODS = {
     "KFAC": keras_ngd.KFAC,
     "THOR": lambda **a: keras_ngd.THOR(split=3, **a),

@@ -46,6 +46,7 @@ def rule(model, name):
     return array(model.optimizer._rule)[trace_rule.STATE.index(name)]
 
 
+@pytest.mark.neutral
 def test_a_split_of_everything_is_kfac():
     trained = []
     for optimizer in (
@@ -64,6 +65,7 @@ def test_a_split_of_everything_is_kfac():
             np.testing.assert_allclose(found, expected, rtol=1e-6, atol=1e-7, err_msg=path)
 
 
+@pytest.mark.neutral
 @pytest.mark.parametrize("split", [1, 3, 4])
 def test_trains(split):
     model = captured(network(), thor(split=split, learning_rate=0.03, damping=0.03))
@@ -72,6 +74,7 @@ def test_trains(split):
     assert model.optimizer.skipped_steps == 0
 
 
+@pytest.mark.neutral
 def test_every_layer_has_its_own_split():
     names = {layer.name: layer for layer in network().layers}
     dense = [name for name in names if name.startswith("dense")]
@@ -116,6 +119,7 @@ def test_the_report_counts_what_is_stored(split):
     assert report.bytes == sum(array(v).nbytes for v in stored)
 
 
+@pytest.mark.neutral
 class TestTraceRule:
     def test_keeps_what_hardly_changed(self):
         model = captured(mlp(), thor(omega=(1e6, 0.0), factor_decay=0.0))

@@ -10,6 +10,8 @@ from tf_tests.reference import kronecker
 from tf_tests.reference import rows as reference
 from tf_tests.reference.running import close, drawn
 
+pytestmark = pytest.mark.neutral
+
 BATCH = 6
 
 

@@ -20,6 +20,8 @@ from tf_tests.statistics.test_kronecker import (
     squared_error_gradient,
 )
 
+pytestmark = pytest.mark.neutral
+
 
 def observed(cases, split, sharing="expand"):
     """Every layer of `cases` with its statistics after one plain step and its dense factors."""
