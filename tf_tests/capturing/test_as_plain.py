@@ -26,6 +26,8 @@ from tf_tests.small import (
     weights,
 )
 
+pytestmark = pytest.mark.neutral
+
 # Masks
 
 

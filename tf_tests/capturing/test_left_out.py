@@ -24,6 +24,8 @@ from tf_tests.small import (
     weights,
 )
 
+pytestmark = pytest.mark.neutral
+
 # Leaving layers out
 
 

@@ -14,6 +14,8 @@ from tf_tests.reference import gradient_switch as reference
 from tf_tests.reference.running import close, run
 from tf_tests.small import array, captured, fit, mlp, regression
 
+pytestmark = pytest.mark.neutral
+
 STEPS = 3
 NAMES = {KID: "kid", KIS: "kis"}
 

@@ -22,6 +22,8 @@ from tf_tests.small import (
     weights,
 )
 
+pytestmark = pytest.mark.neutral
+
 STEPS = 4
 
 

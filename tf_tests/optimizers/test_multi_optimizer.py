@@ -8,6 +8,8 @@ from keras import layers
 import keras_ngd
 from tf_tests.small import array, assert_close, compiled, fit, gradients, regression, weights
 
+pytestmark = pytest.mark.neutral
+
 METHODS = {
     "kfac": lambda: keras_ngd.KFAC(factor_interval=1, inverse_interval=1),
     "thor": lambda: keras_ngd.THOR(split=2, factor_interval=1, inverse_interval=1),
