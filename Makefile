@@ -21,7 +21,7 @@ BENCHMARKS := benchmark-update-cost benchmark-row-cost benchmark-thor-convergenc
 
 help:
 	@echo "make demo                   EigenAdam beside Adam and Muon on images of MNIST, offline"
-	@echo "make test                   lint, then all tests on the TensorFlow and on the JAX backend"
+	@echo "make test                   lint, then the tests on the TensorFlow and on the JAX backend"
 	@echo "make nightly                all networks of keras.applications, and on TensorFlow what make test runs on JAX alone; takes long"
 	@echo "make lint                   ruff: rules and format; mypy: types"
 	@echo "make benchmark              side by side: costs of steps, convergence, kfac-jax; an hour, goes on where interrupted"

@@ -65,7 +65,7 @@ from keras_ngd.backend.workers import (
     serves_horovod,
     several_processes,
 )
-from keras_ngd.backend.xla import compiled, factorizes_by_column, quicker_compiled, under_xla
+from keras_ngd.backend.xla import compiled, factorizes_by_column, quicker_compiled, under_xla, under_xla_for_cpus
 
 __all__ = [
     "BACKENDS",
@@ -132,6 +132,7 @@ __all__ = [
     "uniform",
     "unconverted",
     "under_xla",
+    "under_xla_for_cpus",
     "usable",
     "value_read",
     "within",

@@ -60,6 +60,17 @@ def eigh(matrices):
     return _one_by_one_on_cpus(lambda matrix: tuple(jnp.linalg.eigh(matrix)), matrices)
 
 
+def _one_by_one(function, matrices):
+    """JAX's `function` of a matrix, or of matrices `[k, d, d]` one after the other."""
+    import jax
+
+    if matrices.ndim == 2:
+        return function(matrices)
+    if matrices.shape[0] == 1:
+        return jax.tree.map(lambda found: found[None], function(matrices[0]))
+    return jax.lax.map(function, matrices)
+
+
 def _one_by_one_on_cpus(function, matrices):
     """JAX's `function` of a matrix or of matrices `[k, d, d]`; of one after the other where a CPU computes it.
 
@@ -68,11 +79,9 @@ def _one_by_one_on_cpus(function, matrices):
     """
     import jax
 
-    if matrices.ndim == 2:
-        return function(matrices)
-    if matrices.shape[0] == 1:
-        return jax.tree.map(lambda found: found[None], function(matrices[0]))
-    return jax.lax.platform_dependent(matrices, cpu=lambda batch: jax.lax.map(function, batch), default=function)
+    if matrices.ndim == 2 or matrices.shape[0] == 1:
+        return _one_by_one(function, matrices)
+    return jax.lax.platform_dependent(matrices, cpu=lambda batch: _one_by_one(function, batch), default=function)
 
 
 def trace(matrices):
@@ -118,9 +127,7 @@ def triangular_inverse(lower):
         return jax.scipy.linalg.solve_triangular(matrix, identity, lower=True)
 
     # On the CPU JAX calls LAPACK for one matrix but has XLA write out a batch's solution, which takes minutes to compile.
-    if lower.ndim == 2:
-        return inverse(lower)
-    return inverse(lower[0])[None] if lower.shape[0] == 1 else jax.lax.map(inverse, lower)
+    return _one_by_one(inverse, lower)
 
 
 def rows_at(matrices, order):

@@ -1,5 +1,6 @@
 """XLA: what it compiles, and what is written in one way for it and in another for TensorFlow's runtime."""
 
+from keras_ngd.backend.devices import on_accelerator
 from keras_ngd.backend.running import name
 
 
@@ -13,6 +14,11 @@ def under_xla():
     if tf.executing_eagerly():
         return False
     return control_flow_util.GraphOrParentsInXlaContext(tf.compat.v1.get_default_graph())
+
+
+def under_xla_for_cpus():
+    """Whether XLA will compile the computation being traced for a CPU, where it writes out each loop that is unlike others."""
+    return under_xla() and not on_accelerator()
 
 
 def compiled(function):

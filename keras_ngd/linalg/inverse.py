@@ -110,7 +110,7 @@ def _one_by_one(size: int) -> bool:
     Products of large matrices are no faster together, and loops over the parts of one are compiled once for all sizes of which
     these are parts.
     """
-    return backend.under_xla() and not backend.on_accelerator() and at_once(size) == 1
+    return backend.under_xla_for_cpus() and at_once(size) == 1
 
 
 def damped_inverse(

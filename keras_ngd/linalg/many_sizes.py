@@ -36,11 +36,14 @@ def damped_inverses(work: Sequence[Sequence[Tensor]], method: str) -> list[Tenso
         method: as for `inverse.damped_inverse`.
     """
     sizes = [factors.shape[-1] for factors, *_ in work]
-    # Devices of a `keras.distribution` share matrices out as they are stored.
-    common = {size: size for size in sizes} if sharding.is_dividing() else common_sizes(sizes)
-    if backend.under_xla() and not backend.on_accelerator() and not sharding.is_dividing():
-        # The parts of matrices of different sizes are then worked on by the same loops, which are compiled once.
-        common = {size: inverse.halved_evenly(whole) for size, whole in common.items()}
+    if sharding.is_dividing():
+        # Devices of a `keras.distribution` share matrices out as they are stored.
+        common = {size: size for size in sizes}
+    else:
+        common = common_sizes(sizes)
+        if backend.under_xla_for_cpus():
+            # The parts of matrices of different sizes are then worked on by the same loops, which are compiled once.
+            common = {size: inverse.halved_evenly(whole) for size, whole in common.items()}
     # Then all dampings are `[k, d]`: those of one batch have one shape.
     fills_up = any(size != whole for size, whole in common.items())
 

@@ -127,20 +127,13 @@ def _window_products(lines: Sequence[Tensor], kernel: int, border: tuple[int, in
     """
     _, length, count, _ = lines[0].shape
     line = ops.stack(lines) if len(lines) > 1 else lines[0]
-    windows = ops.convert_to_tensor(_windows(length, kernel, border), line.dtype)
+    windows = patches.visible_inputs(length, kernel, 1, 1, border[0], length + sum(border) - kernel + 1)
+    windows = ops.convert_to_tensor(windows.reshape(-1, length), line.dtype)
     rows = backend.matmul(windows, ops.reshape(line, (-1, length, count * c)))
     side = kernel * count
     rows = ops.reshape(rows, (len(lines), -1, side * c))
     products = ops.reshape(backend.matmul(rows, rows, transpose_a=True), (len(lines), side, c, side, c))
     return ops.reshape(ops.transpose(products, (0, 1, 3, 2, 4)), (-1, c, c))
-
-
-@functools.cache
-def _windows(length: int, kernel: int, border: tuple[int, int]) -> np.ndarray:
-    """`[windows * kernel, length]`: which entry of a line each window has at each of its positions, 0 or 1."""
-    count = length + sum(border) - kernel + 1
-    entries = np.arange(count)[:, None] + np.arange(kernel) - border[0]
-    return (entries.reshape(-1, 1) == np.arange(length)).astype("float32")
 
 
 @functools.cache

@@ -101,12 +101,17 @@ def patch_sums(
     return ops.reshape(sums, (-1, math.prod(kernel), channels)), outputs
 
 
-@functools.cache
 def _seen(size: int, kernel: int, stride: int, dilation: int, padding: str) -> np.ndarray:
     """`[kernel, size]`: at how many outputs each position of one axis' kernel sees each input, 0 or 1."""
     before, _, outputs = pad_and_crop_sizes(size, kernel, stride, dilation, padding)
-    inputs = np.arange(kernel)[:, None] * dilation + np.arange(outputs) * stride - before
-    return (inputs[..., None] == np.arange(size)).sum(axis=1).astype("float32")
+    return visible_inputs(size, kernel, stride, dilation, before, outputs).sum(axis=0)
+
+
+@functools.cache
+def visible_inputs(size: int, kernel: int, stride: int, dilation: int, before: int, outputs: int) -> np.ndarray:
+    """`[outputs, kernel, size]`: which input of one axis each output sees at each position of the kernel, 0 or 1."""
+    inputs = np.arange(outputs)[:, None] * stride + np.arange(kernel) * dilation - before
+    return (inputs[..., None] == np.arange(size)).astype("float32")
 
 
 def patches_at(
